@@ -1,0 +1,1 @@
+"""Commands: options in, one call out."""

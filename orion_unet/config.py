@@ -1,0 +1,325 @@
+"""Every option of a training run, declared once: one dataclass per concern, checked as a whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from orion_unet.errors import InputError
+
+SCHEMA = 1
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    metavar: str | None = None,
+    inherited: bool = True,
+) -> Any:
+    """Declare one option: default, help text, unit and the range it must lie in.
+
+    ``above`` and ``below`` are exclusive bounds. An option that is not ``inherited`` is left out when
+    ``--config`` loads an earlier run, because it concerns that one start and not the experiment.
+    """
+    metadata = {
+        "text": text,
+        "unit": unit,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
+        "metavar": metavar,
+        "inherited": inherited,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """data: what is read, how it is split, normalised and sampled"""
+
+    pairs_dir: str = option("core_patches_npy", "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR")
+    val_split: float = option(0.2, "fraction of the cores held out for validation", above=0, below=1)
+    split_file: str | None = option(None, "use the split of an earlier run's split.json", metavar="FILE")
+    groups_csv: str | None = option(
+        None,
+        "CSV with columns core,group: whole groups (patients, slides) are held out; "
+        "groups.csv in the pairs folder is used when present",
+        metavar="FILE",
+    )
+    channel_names: str | None = option(
+        None,
+        "marker names in channel order, separated by commas, or a text file with one name a line; "
+        "channel_names.txt in the pairs folder is used when present",
+        metavar="NAMES",
+    )
+    exclude_channels: str | None = option(
+        None, "markers to leave out, by name or index, separated by commas", metavar="NAMES"
+    )
+    he_layout: str = option("auto", "axis order of the H&E files", choices=("auto", "hwc", "chw"))
+    orion_layout: str = option("auto", "axis order of the ORION files", choices=("auto", "hwc", "chw"))
+    patch_size: int = option(256, "side of a square patch", unit="pixels", minimum=16, maximum=4096)
+    patches_per_image: int = option(12, "random training patches per core and epoch", minimum=1)
+    patches_per_image_val: int = option(
+        8, "validation patches per core, the same in every epoch; 0 = the whole grid", minimum=0
+    )
+    grid_stride: int | None = option(
+        None, "step of the validation grid; default: patch_size", unit="pixels", minimum=1
+    )
+    target_normalization: str = option(
+        "dataset",
+        "quantiles of the training cores together, of each core by itself, or none",
+        choices=("dataset", "core", "none"),
+    )
+    target_transform: str = option(
+        "linear", "curve applied to the normalised target", choices=("linear", "log1p")
+    )
+    noise_removal: bool = option(False, "replace isolated hot pixels of the target by their local median")
+    augment: bool = option(True, "flips, quarter turns, and stain and colour jitter of the H&E")
+    num_workers: int | None = option(
+        None,
+        "loader processes per rank; auto = from the cores and ranks of the machine",
+        minimum=0,
+        metavar="N|auto",
+    )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """model: the spatial U-Net"""
+
+    base_features: int = option(
+        32, "feature maps of the first level, doubled at each further one", minimum=1, maximum=512
+    )
+    depth: int = option(4, "number of down-sampling levels", minimum=1, maximum=7)
+    norm: str = option("batch", "normalisation layer", choices=("batch", "group", "instance"))
+    dropout: float = option(
+        0.0, "probability of dropping a feature map in the bottleneck", minimum=0, below=1
+    )
+    use_boundary_guidance: bool = option(
+        False, "give the network the Sobel gradient of the H&E as a fourth input channel"
+    )
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """loss: weights of the composite loss; a term of weight 0 is not computed in training"""
+
+    mse_weight: float = option(0.8, "weight of the mean squared error", minimum=0)
+    l1_weight: float = option(0.3, "weight of the mean absolute error", minimum=0)
+    boundary_weight: float = option(0.1, "weight of the squared error on tissue boundaries", minimum=0)
+    focal_weight: float = option(0.0, "weight of focal-R, which stresses large errors", minimum=0)
+    variance_weight: float = option(0.1, "weight of the penalty on flat predictions", minimum=0)
+    variance_form: str = option(
+        "target",
+        "target: relu(target_variance - v)^2; exponential: exp(-100 v), unstable, kept for comparison",
+        choices=("target", "exponential"),
+    )
+    target_variance: float = option(0.01, "spatial variance under which a prediction counts as flat", above=0)
+    channel_weights: str | None = option(
+        None, "weights of single markers, e.g. CD3e=4,CD20=2; the others weigh 1", metavar="NAME=W,..."
+    )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every named term, in the order of the log."""
+        return {
+            "mse": self.mse_weight,
+            "l1": self.l1_weight,
+            "boundary": self.boundary_weight,
+            "focal": self.focal_weight,
+            "variance": self.variance_weight,
+        }
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """optimisation: AdamW, its schedule and when to stop"""
+
+    epochs: int = option(30, "number of epochs", minimum=1)
+    batch_size: int = option(12, "training patches per GPU and step", minimum=1)
+    val_batch_size: int = option(8, "validation patches per GPU and step", minimum=1)
+    learning_rate: float = option(1e-4, "peak learning rate", above=0, maximum=1)
+    weight_decay: float = option(2e-4, "decoupled weight decay; norms and biases have none", minimum=0)
+    scheduler: str = option("plateau", "learning-rate schedule", choices=("plateau", "cosine", "constant"))
+    lr_factor: float = option(0.5, "plateau: factor of a reduction", above=0, below=1)
+    lr_patience: int = option(
+        5, "plateau: epochs without a better validation loss before it", unit="epochs", minimum=0
+    )
+    warmup_epochs: float = option(0.0, "linear warm-up of the learning rate", unit="epochs", minimum=0)
+    early_stopping_patience: int = option(
+        10, "stop after so many epochs without a better validation loss; 0 = off", unit="epochs", minimum=0
+    )
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", minimum=0)
+    accumulate_steps: int = option(1, "batches whose gradients make one optimiser step", minimum=1)
+    ema_decay: float = option(
+        0.0, "decay of the averaged weights used in validation; 0 = off", minimum=0, below=1
+    )
+    seed: int = option(42, "seed of everything random", minimum=0, maximum=2**63 - 1)
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """runtime: devices, precision, restarts"""
+
+    use_amp: bool = option(
+        False, "mixed precision: bfloat16 where the GPU has it, else float16 with a gradient scaler"
+    )
+    gpus: int | None = option(
+        None, "GPUs of this machine to use; 0 = CPU; auto = all visible", minimum=0, metavar="N|auto"
+    )
+    compile: bool = option(False, "compile the model with torch.compile")
+    deterministic: bool = option(False, "deterministic kernels, slower")
+    resume: str | None = option(
+        None,
+        "auto: continue the run in output_dir, or start it where there is none; or a checkpoint to continue from",
+        metavar="auto|FILE",
+        inherited=False,
+    )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """output: where and what is written"""
+
+    output_dir: str = option("runs/orion_spatial", "the run folder", metavar="DIR")
+    sanity_check_freq: int = option(
+        2, "draw a panel of predictions every so many epochs; 0 = off", unit="epochs", minimum=0
+    )
+    tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboard package)")
+    overwrite: bool = option(False, "replace the run that output_dir holds", inherited=False)
+
+
+GROUPS: dict[str, type] = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "loss": LossOptions,
+    "optimisation": OptimisationOptions,
+    "runtime": RuntimeOptions,
+    "output": OutputOptions,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of a training run."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> TrainConfig:
+        """Build from a flat ``{option: value}`` mapping; raises InputError naming every option out of range."""
+        groups = {
+            name: group(**{f.name: options[f.name] for f in fields(group) if f.name in options})
+            for name, group in GROUPS.items()
+        }
+        config = cls(**groups)
+        problems = config.problems()
+        if problems:
+            raise InputError.listing(
+                "these options cannot be used:", problems, "Run with --help for every option."
+            )
+        return config
+
+    def options(self) -> dict[str, Any]:
+        """Flat ``{option: value}`` mapping, as written to config.json."""
+        return {name: value for group in GROUPS for name, value in asdict(getattr(self, group)).items()}
+
+    def problems(self) -> list[str]:
+        """Every option that is out of range or contradicts another, one sentence each."""
+        found = []
+        for group in GROUPS:
+            values = getattr(self, group)
+            for f in fields(values):
+                problem = _range_problem(getattr(values, f.name), f.metadata)
+                if problem:
+                    found.append(f"--{f.name} {getattr(values, f.name)}: {problem}")
+        if not any(weight > 0 for weight in self.loss.weights.values()):
+            names = ", ".join(f"--{name}_weight" for name in self.loss.weights)
+            found.append(f"all loss weights are 0, so there is nothing to train: raise one of {names}")
+        if self.optimisation.warmup_epochs >= self.optimisation.epochs > 0:
+            found.append(
+                f"--warmup_epochs {self.optimisation.warmup_epochs:g} leaves no epoch of --epochs "
+                f"{self.optimisation.epochs} after the warm-up: lower it"
+            )
+        if self.output.overwrite and self.runtime.resume:
+            found.append("--overwrite and --resume contradict each other: choose one")
+        return found
+
+
+def _range_problem(value: Any, metadata: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return ""
+    if metadata["choices"] and value not in metadata["choices"]:
+        return f"must be one of {', '.join(metadata['choices'])}"
+    if isinstance(value, str):
+        return "" if value.strip() and "\0" not in value else "must not be empty"
+    if not math.isfinite(value):
+        return "must be a finite number"
+    low, high = metadata["minimum"], metadata["maximum"]
+    above, below = metadata["above"], metadata["below"]
+    if (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or ((above is not None and value <= above) or (below is not None and value >= below))
+    ):
+        bounds = [
+            f"{word} {bound:g}"
+            for word, bound in (("at least", low), ("above", above), ("at most", high), ("below", below))
+            if bound is not None
+        ]
+        return "must be " + " and ".join(bounds)
+    return ""
+
+
+def load_options(path: str | Path) -> dict[str, Any]:
+    """Options of an earlier run's config.json, checked for name and type; raises InputError."""
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise InputError(f"--config {path}: is not JSON ({error})") from None
+    stored = document.get("options") if isinstance(document, dict) else None
+    if not isinstance(stored, dict):
+        raise InputError(f"--config {path}: is not the config.json of a run (it has no 'options')")
+    known = {f.name: f for group in GROUPS.values() for f in fields(group)}
+    problems = [f"{name}: no such option in this version" for name in stored if name not in known]
+    options = {}
+    for name, value in stored.items():
+        if name in known and known[name].metadata["inherited"]:
+            if _has_type(value, str(known[name].type)):
+                options[name] = value
+            else:
+                problems.append(f"{name}: {value!r} is not of type {known[name].type}")
+    if problems:
+        raise InputError.listing(f"--config {path} holds options that cannot be used:", problems)
+    return options
+
+
+def _has_type(value: Any, annotation: str) -> bool:
+    kinds = annotation.replace(" ", "").split("|")
+    if value is None:
+        return "None" in kinds
+    if isinstance(value, bool):
+        return "bool" in kinds
+    if isinstance(value, int):
+        return "int" in kinds or "float" in kinds
+    return type(value).__name__ in kinds

@@ -1,0 +1,1 @@
+"""From files on disk to normalised batches on the training device."""

@@ -1,0 +1,1 @@
+"""Reading a run folder: diagnosis, figures and terminal views. Never imports torch."""

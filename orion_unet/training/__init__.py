@@ -1,0 +1,1 @@
+"""Epochs, optimisation and the wiring of a run."""
