@@ -82,9 +82,7 @@ class DataOptions:
         "quantiles of the training cores together, of each core by itself, or none",
         choices=("dataset", "core", "none"),
     )
-    target_transform: str = option(
-        "linear", "curve applied to the normalised target", choices=("linear", "log1p")
-    )
+    target_transform: str = option("linear", "curve applied to the normalised target", choices=("linear", "log1p"))
     noise_removal: bool = option(False, "replace isolated hot pixels of the target by their local median")
     augment: bool = option(True, "flips, quarter turns, and stain and colour jitter of the H&E")
     num_workers: int | None = option(
@@ -104,9 +102,7 @@ class ModelOptions:
     )
     depth: int = option(4, "number of down-sampling levels", minimum=1, maximum=7)
     norm: str = option("batch", "normalisation layer", choices=("batch", "group", "instance"))
-    dropout: float = option(
-        0.0, "probability of dropping a feature map in the bottleneck", minimum=0, below=1
-    )
+    dropout: float = option(0.0, "probability of dropping a feature map in the bottleneck", minimum=0, below=1)
     use_boundary_guidance: bool = option(
         False, "give the network the Sobel gradient of the H&E as a fourth input channel"
     )
@@ -163,9 +159,7 @@ class OptimisationOptions:
     )
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", minimum=0)
     accumulate_steps: int = option(1, "batches whose gradients make one optimiser step", minimum=1)
-    ema_decay: float = option(
-        0.0, "decay of the averaged weights used in validation; 0 = off", minimum=0, below=1
-    )
+    ema_decay: float = option(0.0, "decay of the averaged weights used in validation; 0 = off", minimum=0, below=1)
     seed: int = option(42, "seed of everything random", minimum=0, maximum=2**63 - 1)
 
 

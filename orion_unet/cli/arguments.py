@@ -84,9 +84,7 @@ def add_options(parser: argparse.ArgumentParser, group: type) -> None:
         convert: Callable[[str], Any] = {"int": int, "float": float, "str": str}[kinds[0]]
         if f.metadata["metavar"] == "N|auto":
             convert = _number_or_auto(convert)
-        metavar = f.metadata["metavar"] or (
-            "N" if kinds[0] == "int" else "X" if kinds[0] == "float" else None
-        )
+        metavar = f.metadata["metavar"] or ("N" if kinds[0] == "int" else "X" if kinds[0] == "float" else None)
         choices = f.metadata["choices"] or None
         section.add_argument(
             f"--{f.name}",
