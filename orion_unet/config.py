@@ -25,11 +25,13 @@ def option(
     below: float | None = None,
     metavar: str | None = None,
     inherited: bool = True,
+    fixed: bool = True,
 ) -> Any:
     """Declare one option: default, help text, unit and the range it must lie in.
 
     ``above`` and ``below`` are exclusive bounds. An option that is not ``inherited`` is left out when
-    ``--config`` loads an earlier run, because it concerns that one start and not the experiment.
+    ``--config`` loads an earlier run, because it concerns that one start and not the experiment. An option that is
+    not ``fixed`` may change when a run is resumed.
     """
     metadata = {
         "text": text,
@@ -41,6 +43,7 @@ def option(
         "below": below,
         "metavar": metavar,
         "inherited": inherited,
+        "fixed": fixed,
     }
     return field(default=default, metadata=metadata)
 
@@ -49,34 +52,36 @@ def option(
 class DataOptions:
     """data: what is read, how it is split, normalised and sampled"""
 
-    pairs_dir: str = option("core_patches_npy", "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR")
+    pairs_dir: str = option(
+        "core_patches_npy", "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", fixed=False
+    )
     val_split: float = option(0.2, "fraction of the cores held out for validation", above=0, below=1)
-    split_file: str | None = option(None, "use the split of an earlier run's split.json", metavar="FILE")
+    split_file: str | None = option(None, "use the split of an earlier run's split.json", metavar="FILE", fixed=False)
     groups_csv: str | None = option(
         None,
         "CSV with columns core,group: whole groups (patients, slides) are held out; "
         "groups.csv in the pairs folder is used when present",
         metavar="FILE",
+        fixed=False,
     )
     channel_names: str | None = option(
         None,
         "marker names in channel order, separated by commas, or a text file with one name a line; "
         "channel_names.txt in the pairs folder is used when present",
         metavar="NAMES",
+        fixed=False,
     )
     exclude_channels: str | None = option(
-        None, "markers to leave out, by name or index, separated by commas", metavar="NAMES"
+        None, "markers to leave out, by name or index, separated by commas", metavar="NAMES", fixed=False
     )
-    he_layout: str = option("auto", "axis order of the H&E files", choices=("auto", "hwc", "chw"))
-    orion_layout: str = option("auto", "axis order of the ORION files", choices=("auto", "hwc", "chw"))
+    he_layout: str = option("auto", "axis order of the H&E files", choices=("auto", "hwc", "chw"), fixed=False)
+    orion_layout: str = option("auto", "axis order of the ORION files", choices=("auto", "hwc", "chw"), fixed=False)
     patch_size: int = option(256, "side of a square patch", unit="pixels", minimum=16, maximum=4096)
     patches_per_image: int = option(12, "random training patches per core and epoch", minimum=1)
     patches_per_image_val: int = option(
         8, "validation patches per core, the same in every epoch; 0 = the whole grid", minimum=0
     )
-    grid_stride: int | None = option(
-        None, "step of the validation grid; default: patch_size", unit="pixels", minimum=1
-    )
+    grid_stride: int | None = option(None, "step of the validation grid; default: patch_size", unit="pixels", minimum=1)
     target_normalization: str = option(
         "dataset",
         "quantiles of the training cores together, of each core by itself, or none",
@@ -90,6 +95,7 @@ class DataOptions:
         "loader processes per rank; auto = from the cores and ranks of the machine",
         minimum=0,
         metavar="N|auto",
+        fixed=False,
     )
 
 
@@ -143,19 +149,17 @@ class LossOptions:
 class OptimisationOptions:
     """optimisation: AdamW, its schedule and when to stop"""
 
-    epochs: int = option(30, "number of epochs", minimum=1)
-    batch_size: int = option(12, "training patches per GPU and step", minimum=1)
-    val_batch_size: int = option(8, "validation patches per GPU and step", minimum=1)
+    epochs: int = option(30, "number of epochs", minimum=1, fixed=False)
+    batch_size: int = option(12, "training patches per GPU and step", minimum=1, fixed=False)
+    val_batch_size: int = option(8, "validation patches per GPU and step", minimum=1, fixed=False)
     learning_rate: float = option(1e-4, "peak learning rate", above=0, maximum=1)
     weight_decay: float = option(2e-4, "decoupled weight decay; norms and biases have none", minimum=0)
     scheduler: str = option("plateau", "learning-rate schedule", choices=("plateau", "cosine", "constant"))
     lr_factor: float = option(0.5, "plateau: factor of a reduction", above=0, below=1)
-    lr_patience: int = option(
-        5, "plateau: epochs without a better validation loss before it", unit="epochs", minimum=0
-    )
+    lr_patience: int = option(5, "plateau: epochs without a better validation loss before it", unit="epochs", minimum=0)
     warmup_epochs: float = option(0.0, "linear warm-up of the learning rate", unit="epochs", minimum=0)
     early_stopping_patience: int = option(
-        10, "stop after so many epochs without a better validation loss; 0 = off", unit="epochs", minimum=0
+        10, "stop after so many epochs without a better validation loss; 0 = off", unit="epochs", minimum=0, fixed=False
     )
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", minimum=0)
     accumulate_steps: int = option(1, "batches whose gradients make one optimiser step", minimum=1)
@@ -167,19 +171,18 @@ class OptimisationOptions:
 class RuntimeOptions:
     """runtime: devices, precision, restarts"""
 
-    use_amp: bool = option(
-        False, "mixed precision: bfloat16 where the GPU has it, else float16 with a gradient scaler"
-    )
+    use_amp: bool = option(False, "mixed precision: bfloat16 where the GPU has it, else float16 with a gradient scaler")
     gpus: int | None = option(
-        None, "GPUs of this machine to use; 0 = CPU; auto = all visible", minimum=0, metavar="N|auto"
+        None, "GPUs of this machine to use; 0 = CPU; auto = all visible", minimum=0, metavar="N|auto", fixed=False
     )
-    compile: bool = option(False, "compile the model with torch.compile")
+    compile: bool = option(False, "compile the model with torch.compile", fixed=False)
     deterministic: bool = option(False, "deterministic kernels, slower")
     resume: str | None = option(
         None,
         "auto: continue the run in output_dir, or start it where there is none; or a checkpoint to continue from",
         metavar="auto|FILE",
         inherited=False,
+        fixed=False,
     )
 
 
@@ -187,12 +190,12 @@ class RuntimeOptions:
 class OutputOptions:
     """output: where and what is written"""
 
-    output_dir: str = option("runs/orion_spatial", "the run folder", metavar="DIR")
+    output_dir: str = option("runs/orion_spatial", "the run folder", metavar="DIR", fixed=False)
     sanity_check_freq: int = option(
-        2, "draw a panel of predictions every so many epochs; 0 = off", unit="epochs", minimum=0
+        2, "draw a panel of predictions every so many epochs; 0 = off", unit="epochs", minimum=0, fixed=False
     )
-    tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboard package)")
-    overwrite: bool = option(False, "replace the run that output_dir holds", inherited=False)
+    tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboard package)", fixed=False)
+    overwrite: bool = option(False, "replace the run that output_dir holds", inherited=False, fixed=False)
 
 
 GROUPS: dict[str, type] = {
@@ -226,14 +229,22 @@ class TrainConfig:
         config = cls(**groups)
         problems = config.problems()
         if problems:
-            raise InputError.listing(
-                "these options cannot be used:", problems, "Run with --help for every option."
-            )
+            raise InputError.listing("these options cannot be used:", problems, "Run with --help for every option.")
         return config
 
     def options(self) -> dict[str, Any]:
         """Flat ``{option: value}`` mapping, as written to config.json."""
         return {name: value for group in GROUPS for name, value in asdict(getattr(self, group)).items()}
+
+    def changes_from(self, earlier: dict[str, Any]) -> list[str]:
+        """Differences from the options of a run to be resumed that would silently change what it trains."""
+        now = self.options()
+        fixed = [f.name for group in GROUPS.values() for f in fields(group) if f.metadata["fixed"]]
+        return [
+            f"--{name}: {earlier.get(name)} in the run, {now[name]} now"
+            for name in fixed
+            if earlier.get(name) != now[name]
+        ]
 
     def problems(self) -> list[str]:
         """Every option that is out of range or contradicts another, one sentence each."""

@@ -8,17 +8,19 @@ Layout of a run folder::
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import socket
+import stat
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 SCHEMA = 1
 CONFIG_FILE = "config.json"
@@ -171,3 +173,39 @@ class Heartbeat:
             # A full or briefly unreachable disk must not end the thread: the next beat tries again.
             with suppress(OSError):
                 self._write()
+
+
+def read_document(path: Path, limit_bytes: int = 1 << 22) -> tuple[dict[str, Any] | None, float]:
+    """Read a JSON object of the run folder that its writer replaces whole.
+
+    Returns the object, or None where the file holds something else or more than ``limit_bytes``, and the
+    file's modification time in seconds, as its file system tells it. The time is taken from the opened file:
+    network file systems answer a bare ``stat`` from a cache. Raises OSError where the file cannot be read.
+    """
+    with open_regular(path) as file:
+        modified = os.fstat(file.fileno()).st_mtime
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        return None, modified
+    return parse_object(content), modified
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises OSError for a folder, and at once for a pipe, which would block for ever."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        return os.fdopen(handle, "rb", buffering=0)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def parse_object(content: bytes) -> dict[str, Any] | None:
+    """The JSON object that the bytes spell, or None. ``NaN`` and ``Infinity``, which are no JSON, are let pass."""
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None

@@ -1,0 +1,42 @@
+"""``python -m orion_unet COMMAND``: every command of the toolkit."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from orion_unet import __version__
+from orion_unet.cli.arguments import EXIT_OK, run_command
+from orion_unet.errors import InputError
+
+COMMANDS = {
+    "train": ("train", "train a spatial U-Net from paired .npy cores"),
+    "monitor": ("monitor", "watch a run and say what is going wrong"),
+    "make-demo": ("make_demo", "draw a small data set to try everything on"),
+}
+
+
+def dispatch(argv: list[str]) -> int:
+    """Run the command that the first word names."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m orion_unet COMMAND [options]\n\ncommands:")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:<12}{text}")
+        print("\nCOMMAND --help shows its options.")
+        return EXIT_OK
+    if argv[0] == "--version":
+        print(__version__)
+        return EXIT_OK
+    if argv[0] not in COMMANDS:
+        raise InputError(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
+    module = importlib.import_module(f"orion_unet.cli.{COMMANDS[argv[0]][0]}")
+    return int(module.main(argv[1:]))
+
+
+def main() -> int:
+    """Entry point of the ``orion-unet`` command."""
+    return run_command(dispatch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

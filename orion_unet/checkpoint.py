@@ -1,0 +1,114 @@
+"""Atomic save and safe load of the whole training state: tensors and plain Python values only."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orion_unet.errors import InputError
+from orion_unet.run_log import CHECKPOINT_DIR, fsync_folder
+
+SCHEMA = 1
+KIND = "orion_unet checkpoint"
+LAST, PREVIOUS, BEST = "last.pt", "last_previous.pt", "best.pt"
+# What every checkpoint holds, and what one to continue from holds beside it.
+MODEL_KEYS = {"model": dict, "options": dict, "normalization": dict, "channel_names": list, "epoch": int}
+RESUME_KEYS = {
+    "optimizer": dict,
+    "schedule": dict,
+    "early_stopping": dict,
+    "split": dict,
+    "attempt": int,
+    "step": int,
+    "global_batch": int,
+}
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the one before it stands."""
+
+
+def checkpoint_path(run_dir: Path, name: str) -> Path:
+    """Place of a checkpoint in a run folder."""
+    return run_dir / CHECKPOINT_DIR / name
+
+
+def save(path: Path, content: dict[str, Any], keep_previous: bool = False) -> None:
+    """Write a checkpoint so that, whatever happens, a whole one stands under the name: the new or the old.
+
+    Temporary file, fsync, rename, fsync of the folder. With ``keep_previous`` the one that is replaced stays as
+    last_previous.pt. Raises SaveError with path and free space where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"kind": KIND, "schema": SCHEMA, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            path.replace(path.with_name(PREVIOUS))
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        needed = temporary.stat().st_size if temporary.exists() else 0
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SaveError(
+            f"{path}: cannot be written ({error}); {_space(path.parent)}, {needed} bytes written"
+        ) from error
+
+
+def _space(folder: Path) -> str:
+    try:
+        figures = os.statvfs(folder)
+    except OSError:
+        return "free space unknown"
+    return f"{figures.f_bavail * figures.f_frsize} bytes free"
+
+
+def load(path: Path, to_resume: bool = False) -> dict[str, Any]:
+    """Read a checkpoint on the CPU without executing anything in it, and check its structure.
+
+    Raises InputError where it is missing, damaged, of another kind, or holds weights only and is ``to_resume``.
+    """
+    try:
+        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: is no checkpoint, or a damaged one ({type(error).__name__})") from None
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise InputError(f"{path}: is not a checkpoint of this toolkit")
+    if content.get("schema") != SCHEMA:
+        raise InputError(f"{path}: is of schema {content.get('schema')}, this version reads {SCHEMA}")
+    missing = [key for key, kind in MODEL_KEYS.items() if not isinstance(content.get(key), kind)]
+    if missing:
+        raise InputError(f"{path}: is damaged, it lacks {', '.join(missing)}")
+    if to_resume:
+        missing = [key for key, kind in RESUME_KEYS.items() if not isinstance(content.get(key), kind)]
+        if missing:
+            raise InputError(f"{path}: holds a model to predict with, not a run to continue; resume from {LAST}")
+    return content
+
+
+def load_last(run_dir: Path) -> tuple[dict[str, Any] | None, str]:
+    """The newest whole checkpoint of a run and a word of warning; (None, "") where the run has none yet.
+
+    A damaged last.pt gives way to the one before it. Raises InputError where both are damaged.
+    """
+    last, previous = (checkpoint_path(run_dir, name) for name in (LAST, PREVIOUS))
+    if not last.exists() and not previous.exists():
+        return None, ""
+    try:
+        return load(last, to_resume=True), ""
+    except InputError as error:
+        if not previous.exists():
+            raise
+        return load(previous, to_resume=True), f"{error}; going on from {previous.name}, the checkpoint before it"

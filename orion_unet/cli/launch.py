@@ -1,0 +1,45 @@
+"""torchrun, with the exit code of the rank that failed first instead of a traceback of its own.
+
+``python -m orion_unet.cli.launch`` takes torchrun's own arguments.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from orion_unet.cli.arguments import EXIT_FAILURE, run_command
+from orion_unet.distributed import usable_cores
+
+
+def launch(argv: list[str]) -> int:
+    """Run torch's elastic launcher with torchrun's arguments; returns 0, or the exit code that ended the run."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as run_elastic
+
+    arguments = parse_args(argv)
+    ranks = int(arguments.nproc_per_node) if str(arguments.nproc_per_node).isdecimal() else 1
+    # torchrun would give each rank a single thread; CPU ranks share the machine's cores instead.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, ranks))))
+    try:
+        run_elastic(arguments)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        if first.exitcode < 0:
+            print(f"error: rank {first.local_rank} was ended by signal {-first.exitcode}", file=sys.stderr)
+            return 128 - first.exitcode
+        return first.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """The command line of ``python -m orion_unet.cli.launch``."""
+    return launch(argv) if argv else EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

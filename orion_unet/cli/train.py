@@ -1,0 +1,34 @@
+"""Train: one rank under a launcher, or the launcher of this machine's ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from orion_unet.cli.arguments import parse_train_config
+from orion_unet.config import TrainConfig
+
+
+def main(argv: list[str], prog: str | None = None) -> int:
+    """Parse the options and train; with several GPUs and no launcher, start a rank for each."""
+    config = parse_train_config(argv, prog)
+    if "RANK" not in os.environ:
+        ranks = _wanted_ranks(config)
+        if ranks > 1:
+            from orion_unet.cli.launch import launch
+
+            # The ranks must find this very package, from whichever folder the command was given.
+            root = str(Path(__file__).resolve().parents[2])
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+            return launch(["--standalone", f"--nproc_per_node={ranks}", "-m", "orion_unet", "train", *argv])
+    from orion_unet.training.run import run
+
+    return run(config)
+
+
+def _wanted_ranks(config: TrainConfig) -> int:
+    if config.runtime.gpus is not None:
+        return config.runtime.gpus
+    import torch
+
+    return torch.cuda.device_count()

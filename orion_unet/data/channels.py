@@ -1,0 +1,86 @@
+"""Names of the ORION channels: where they come from, which are left out, how single ones are weighted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from orion_unet.errors import InputError
+
+NAMES_FILE = "channel_names.txt"
+
+
+def channel_names(given: str | None, folder: Path, count: int) -> tuple[str, ...]:
+    """Names of ``count`` channels: from ``--channel_names``, the folder's channel_names.txt, or ``channel_07``.
+
+    Raises InputError where there are too few or too many names, or a name stands twice.
+    """
+    source = "--channel_names"
+    if given is None and (folder / NAMES_FILE).is_file():
+        given, source = str(folder / NAMES_FILE), str(folder / NAMES_FILE)
+    if given is None:
+        return tuple(f"channel_{index:02d}" for index in range(count))
+    if Path(given).is_file():
+        names = _lines(Path(given))
+    else:
+        names = [name.strip() for name in given.split(",")]
+    if len(names) != count:
+        hint = "" if len(names) > 1 else " (or the file of that name does not exist)"
+        raise InputError(f"{source}: gives {len(names)} names, but the ORION files have {count} channels{hint}")
+    problems = sorted({name for name in names if names.count(name) > 1})
+    if problems or not all(names):
+        raise InputError(f"{source}: every channel needs a name of its own; twice or empty: {problems or 'empty'}")
+    return tuple(names)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a list of channel names ({error})") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def excluded_channels(given: str | None, names: Sequence[str]) -> set[int]:
+    """Indices of the channels that ``--exclude_channels`` names, by name or by index; raises InputError."""
+    excluded = set()
+    unknown = []
+    for item in (part.strip() for part in (given or "").split(",")):
+        if item in names:
+            excluded.add(names.index(item))
+        elif item.isdecimal() and int(item) < len(names):
+            excluded.add(int(item))
+        elif item:
+            unknown.append(item)
+    if unknown:
+        raise InputError(f"--exclude_channels: no channel {', '.join(unknown)}; there are {', '.join(names)}")
+    if len(excluded) == len(names):
+        raise InputError("--exclude_channels: leaves no channel to train on")
+    return excluded
+
+
+def parse_channel_weights(given: str | None, names: Sequence[str]) -> list[float] | None:
+    """Weight per channel from ``--channel_weights NAME=W,...`` (1 where none is given); None without the option."""
+    if given is None:
+        return None
+    weights = dict.fromkeys(names, 1.0)
+    problems = []
+    for item in (part.strip() for part in given.split(",")):
+        name, separator, text = item.rpartition("=")
+        name = name.strip()
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        if not separator or not (math.isfinite(weight) and weight >= 0):
+            problems.append(f"{item!r}: write NAME=WEIGHT with a weight of 0 or more")
+        elif name not in weights:
+            problems.append(f"{name}: no such channel among {', '.join(names)}")
+        else:
+            weights[name] = weight
+    if not problems and not any(weights.values()):
+        problems.append("all weights are 0")
+    if problems:
+        raise InputError.listing("--channel_weights cannot be used:", problems)
+    return list(weights.values())

@@ -1,0 +1,177 @@
+"""Quantile normalisation of the targets, fitted on the training cores, and its inverse."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from orion_unet.data.pairs import PairTable
+from orion_unet.data.randomness import NORMALIZATION, counter_rng
+from orion_unet.data.scale import Progress, Scales, no_progress
+from orion_unet.distributed import usable_cores
+from orion_unet.errors import InputError
+from orion_unet.run_log import SCHEMA
+
+LOWER_QUANTILE, UPPER_QUANTILE = 0.010, 0.999
+# Pixels sampled over all training cores, and from one core when each is normalised by itself; values bound the
+# memory where there are many channels (float32, so four bytes each).
+SAMPLED_PIXELS, SAMPLED_PIXELS_PER_CORE, SAMPLED_VALUES = 2_000_000, 250_000, 48_000_000
+# The sample does not follow --seed: the same cores always give the same numbers.
+SAMPLE_SEED = 0
+# Curvature of the log1p transform: n -> log(1 + k n) / log(1 + k) on the normalised intensity n in [0, 1].
+LOG_CURVATURE = 100.0
+
+
+@dataclass
+class Normalization:
+    """How stored intensities become targets in [0, 1], and back.
+
+    ``lower`` and ``upper`` (C,) are intensities (stored / ``white``) that become 0 and 1; an empty channel has
+    ``lower == upper`` and becomes 0 everywhere. ``method`` is dataset, core or none; with ``core``,
+    ``per_core[name]`` holds the bounds (2, C) of each core, and ``lower`` and ``upper`` those of the data set,
+    which serve where a core was never measured. ``transform`` is linear or log1p.
+    """
+
+    names: tuple[str, ...]
+    lower: np.ndarray
+    upper: np.ndarray
+    white: float
+    method: str = "dataset"
+    transform: str = "linear"
+    per_core: dict[str, np.ndarray] = field(default_factory=dict)
+    sampled_pixels: int = 0
+    sampled_cores: int = 0
+
+    @property
+    def empty(self) -> list[str]:
+        """Channels without any signal in the training cores."""
+        return [name for name, low, high in zip(self.names, self.lower, self.upper, strict=True) if not high > low]
+
+    def bounds(self, core: str | None = None) -> np.ndarray:
+        """Lower and upper intensity (2, C) that hold for a core."""
+        return self.per_core.get(core or "", np.stack([self.lower, self.upper]))
+
+    def inverse(self, target: torch.Tensor, core: str | None = None) -> torch.Tensor:
+        """Stored unit from targets in [0, 1], (..., C, H, W): the inverse of what training did, but for clipping."""
+        low, high = torch.from_numpy(self.bounds(core)).to(target)
+        if self.transform == "log1p":
+            target = torch.expm1(target * float(np.log1p(LOG_CURVATURE))) / LOG_CURVATURE
+        return (low[:, None, None] + target * (high - low)[:, None, None]) * self.white
+
+    def document(self) -> dict[str, Any]:
+        """Content of normalization.json, plain Python values."""
+        channels = [
+            {"name": name, "lower": float(low), "upper": float(high), "empty": not high > low}
+            for name, low, high in zip(self.names, self.lower, self.upper, strict=True)
+        ]
+        return {
+            "schema": SCHEMA,
+            "method": self.method,
+            "transform": self.transform,
+            "log_curvature": LOG_CURVATURE,
+            "white": self.white,
+            "unit": "stored value / white",
+            "lower_quantile": LOWER_QUANTILE,
+            "upper_quantile": UPPER_QUANTILE,
+            "sampled_pixels": self.sampled_pixels,
+            "sampled_cores": self.sampled_cores,
+            "channels": channels,
+            "cores": {name: bounds.tolist() for name, bounds in self.per_core.items()},
+        }
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> Normalization:
+        """Inverse of ``document``; raises InputError where the document is not one."""
+        try:
+            channels = document["channels"]
+            return cls(
+                names=tuple(str(channel["name"]) for channel in channels),
+                lower=np.array([channel["lower"] for channel in channels], np.float64),
+                upper=np.array([channel["upper"] for channel in channels], np.float64),
+                white=float(document["white"]),
+                method=str(document["method"]),
+                transform=str(document["transform"]),
+                per_core={str(name): np.array(bounds, np.float64) for name, bounds in document["cores"].items()},
+                sampled_pixels=int(document["sampled_pixels"]),
+                sampled_cores=int(document["sampled_cores"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the normalisation is damaged or of another version ({error!r})") from None
+
+
+def fit_normalization(
+    table: PairTable,
+    scales: Scales,
+    train: np.ndarray,
+    method: str,
+    transform: str,
+    progress: Progress = no_progress,
+) -> Normalization:
+    """Quantiles of the training cores, from whole rows of pixels drawn with a fixed seed.
+
+    Whole rows, because a row is what a memory map reads in one piece in either axis order. Memory is bounded by
+    the sample whatever the size of the data set. With method ``core`` every core, held out or not, is also
+    measured by itself: that uses nothing of a core but its own pixels. Raises InputError with method ``none``
+    where a stored range does not fit [0, 1].
+    """
+    names = table.kept_names
+    kept = np.array(table.kept_channels)
+    white = max(scales.orion[np.dtype(text).name] for text in set(table.orion["dtype"].tolist()))
+    if method == "none":
+        return Normalization(names, np.zeros(len(names)), np.ones(len(names)), white, method, transform)
+
+    budget = min(SAMPLED_PIXELS, SAMPLED_VALUES // len(names))
+    rows = [_row_budget(table, core, budget / len(train)) for core in train.tolist()]
+    widths = table.orion["width"][train].tolist()
+    ends = np.cumsum([count * width for count, width in zip(rows, widths, strict=True)]).tolist()
+    sample = np.empty((len(names), ends[-1]), np.float32)
+    measured = range(len(table)) if method == "core" else ()
+    step = progress(len(train) + len(measured), "measuring normalisation")
+
+    def read(job: int) -> None:
+        end, count = ends[job], rows[job]
+        sample[:, end - count * widths[job] : end] = _sample_rows(table, scales, int(train[job]), count, kept)
+        step()
+
+    def measure(core: int) -> np.ndarray:
+        own = _sample_rows(table, scales, core, _row_budget(table, core, SAMPLED_PIXELS_PER_CORE), kept)
+        bounds = np.stack([_bounds(channel) for channel in own], axis=1)
+        step()
+        return bounds
+
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+        list(pool.map(read, range(len(train))))
+        lower, upper = np.array(list(pool.map(_bounds, sample))).T
+        found = list(pool.map(measure, measured))
+    per_core = {str(table.names[core]): bounds for core, bounds in zip(measured, found, strict=True)}
+    return Normalization(names, lower, upper, white, method, transform, per_core, ends[-1], len(train))
+
+
+def _row_budget(table: PairTable, core: int, pixels: float) -> int:
+    row = table.orion[core]
+    return int(np.clip(np.ceil(pixels / int(row["width"])), 1, int(row["height"])))
+
+
+def _sample_rows(table: PairTable, scales: Scales, core: int, count: int, kept: np.ndarray) -> np.ndarray:
+    """Intensities (C, count * W) float32 of ``count`` rows of a core, one drawn from each of as many strata."""
+    stored, row = table.open(core, "orion"), table.orion[core]
+    edges = np.linspace(0, int(row["height"]), count + 1)
+    drawn = counter_rng(SAMPLE_SEED, NORMALIZATION, core).random(count)
+    rows = np.minimum((edges[:-1] + drawn * np.diff(edges)).astype(int), int(row["height"]) - 1)
+    values = stored[rows].reshape(-1, stored.shape[2]).T if row["layout"] == "hwc" else stored[:, rows]
+    values = values.reshape(values.shape[0], -1)[kept]
+    return values.astype(np.float32) / np.float32(scales.orion[stored.dtype.newbyteorder("=").name])
+
+
+def _bounds(values: np.ndarray) -> tuple[float, float]:
+    """Lower and upper quantile; a channel that is constant but for fewer pixels than the upper quantile leaves
+    out is measured on those pixels, so that a rare marker on a clean background is not taken for empty."""
+    low, high = np.quantile(values, [LOWER_QUANTILE, UPPER_QUANTILE])
+    if not high > low:
+        positive = values[values > low]
+        high = np.quantile(positive, UPPER_QUANTILE) if positive.size else low
+    return float(low), float(high)

@@ -1,0 +1,212 @@
+"""Where patches lie, and copying them out of memory maps: whole batches, as stored, into one buffer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from orion_unet.config import DataOptions
+from orion_unet.data.pairs import PairTable
+from orion_unet.data.randomness import SAMPLE, VALIDATION, counter_rng
+from orion_unet.data.scale import Scales
+
+# Open memory maps a process keeps: each holds a file descriptor, of which there are often only 1,024.
+OPEN_MAPS = 128
+# A training crop is drawn up to so many times until one shows tissue.
+TISSUE_TRIES = 8
+TISSUE_FRACTION = 0.25
+# Glass is bright and unsaturated; every GLASS_STEP-th pixel either way is enough to tell.
+GLASS_LEVEL, GLASS_SATURATION, GLASS_STEP = 0.75, 0.1, 8
+
+
+class RawBatch(NamedTuple):
+    """A batch as stored: bytes copied, nothing computed.
+
+    ``he`` and ``orion`` are (B, P, P, C) or (B, C, P, P) in the folder's dtypes, ``core`` (B,) int64 the index of
+    the core, ``geometry`` (B, 3) bool (flip rows, flip columns, transpose) and ``colour`` (B, 8) float32 the drawn
+    jitter (zeros: none), ``position`` (B, 2) int64 the upper left corner (y, x).
+    """
+
+    he: torch.Tensor
+    orion: torch.Tensor
+    core: torch.Tensor
+    position: torch.Tensor
+    geometry: torch.Tensor
+    colour: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PatchPlace:
+    """A crop: core index and upper left corner, with what augmentation will do to it."""
+
+    core: int
+    y: int
+    x: int
+    geometry: tuple[bool, bool, bool] = (False, False, False)
+    colour: tuple[float, ...] = (0.0,) * 8
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """How one modality's batches travel: dtype, axis order, and the value of full intensity."""
+
+    dtype: np.dtype
+    layout: str
+    white: float
+
+
+def stored_format(table: PairTable, scales: Scales, modality: str) -> StoredFormat:
+    """The folder's own dtype and axis order where they are uniform; a mixed folder travels as float32 in [0, 1]."""
+    rows = getattr(table, modality)
+    whites = getattr(scales, modality)
+    dtypes = {np.dtype(text).newbyteorder("=") for text in set(rows["dtype"].tolist())}
+    layout = str(rows["layout"][0])
+    if len(dtypes) == 1:
+        dtype = dtypes.pop()
+        return StoredFormat(dtype, layout, whites[dtype.name])
+    return StoredFormat(np.dtype(np.float32), layout, 1.0)
+
+
+class PatchReader:
+    """Copies patches of a PairTable; picklable, opens its memory maps where it is used."""
+
+    def __init__(self, table: PairTable, scales: Scales, patch_size: int) -> None:
+        self.table = table
+        self.scales = scales
+        self.patch_size = patch_size
+        self.formats = {modality: stored_format(table, scales, modality) for modality in ("he", "orion")}
+        self._maps: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+
+    def _map(self, modality: str, core: int) -> np.ndarray:
+        key = (modality, core)
+        found = self._maps.get(key)
+        if found is None:
+            found = self._maps[key] = self.table.open(core, modality)
+            if len(self._maps) > OPEN_MAPS:
+                self._maps.popitem(last=False)
+        else:
+            self._maps.move_to_end(key)
+        return found
+
+    def crop(self, modality: str, core: int, y: int, x: int) -> np.ndarray:
+        """View of one patch in the memory map, in the axis order of the batch."""
+        stored = self._map(modality, core)
+        size = self.patch_size
+        layout = getattr(self.table, modality)[core]["layout"]
+        if layout == "hwc":
+            patch = stored[y : y + size, x : x + size]
+        else:
+            patch = stored[:, y : y + size, x : x + size]
+        wanted = self.formats[modality].layout
+        if layout == wanted:
+            return patch
+        return patch.transpose(2, 0, 1) if wanted == "chw" else patch.transpose(1, 2, 0)
+
+    def buffer(self, modality: str, count: int) -> torch.Tensor:
+        """Empty batch of ``count`` patches, in shared memory inside a worker so that it is not copied again."""
+        stored = self.formats[modality]
+        channels = int(getattr(self.table, modality)["channels"][0])
+        size = self.patch_size
+        shape = (count, size, size, channels) if stored.layout == "hwc" else (count, channels, size, size)
+        dtype = torch.from_numpy(np.empty(0, stored.dtype)).dtype
+        if torch.utils.data.get_worker_info() is None:
+            return torch.empty(shape, dtype=dtype)
+        storage = torch.UntypedStorage._new_shared(int(np.prod(shape)) * stored.dtype.itemsize)
+        return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+
+    def read(self, places: list[PatchPlace]) -> RawBatch:
+        """Copy a whole batch into one buffer per modality."""
+        stored = {modality: self.buffer(modality, len(places)) for modality in ("he", "orion")}
+        for modality, tensor in stored.items():
+            target = tensor.numpy()
+            whites = getattr(self.scales, modality)
+            for row, place in enumerate(places):
+                patch = self.crop(modality, place.core, place.y, place.x)
+                if patch.dtype.newbyteorder("=") == self.formats[modality].dtype:
+                    target[row] = patch
+                else:
+                    np.divide(patch, np.float32(whites[patch.dtype.newbyteorder("=").name]), out=target[row])
+        return RawBatch(
+            stored["he"],
+            stored["orion"],
+            torch.tensor([place.core for place in places]),
+            torch.tensor([(place.y, place.x) for place in places]),
+            torch.tensor([place.geometry for place in places]),
+            torch.tensor([place.colour for place in places], dtype=torch.float32),
+        )
+
+    def tissue_fraction(self, core: int, y: int, x: int) -> float:
+        """Share of a patch that is not blank glass (bright and unsaturated H&E), from a coarse grid of pixels."""
+        patch = self.crop("he", core, y, x)
+        if self.formats["he"].layout == "hwc":
+            patch = patch[::GLASS_STEP, ::GLASS_STEP].reshape(-1, 3).T
+        else:
+            patch = patch[:, ::GLASS_STEP, ::GLASS_STEP].reshape(3, -1)
+        white = self.scales.he[patch.dtype.newbyteorder("=").name]
+        low = patch.min(axis=0).astype(np.float32)
+        high = patch.max(axis=0).astype(np.float32)
+        glass = (low > GLASS_LEVEL * white) & (high - low < GLASS_SATURATION * white)
+        return 1.0 - float(glass.mean())
+
+
+def draw_training_patch(reader: PatchReader, core: int, seed: int, epoch: int, index: int, augment: bool) -> PatchPlace:
+    """The training sample (seed, epoch, index): a random crop that prefers tissue, and its augmentation."""
+    rng = counter_rng(seed, SAMPLE, epoch, index)
+    # Augmentation is drawn first, so that it does not depend on how many crops had to be tried.
+    flips = rng.random(3) < 0.5
+    colour = rng.uniform(-1.0, 1.0, 8)
+    size = reader.table.he[core]
+    rows = int(size["height"]) - reader.patch_size + 1
+    columns = int(size["width"]) - reader.patch_size + 1
+    corners = (rng.random((TISSUE_TRIES, 2)) * (rows, columns)).astype(int)
+    best, best_fraction = 0, -1.0
+    for attempt, (y, x) in enumerate(corners.tolist()):
+        fraction = reader.tissue_fraction(core, y, x)
+        if fraction > best_fraction:
+            best, best_fraction = attempt, fraction
+        if fraction >= TISSUE_FRACTION:
+            break
+    y, x = corners[best].tolist()
+    if not augment:
+        return PatchPlace(core, y, x)
+    return PatchPlace(core, y, x, (bool(flips[0]), bool(flips[1]), bool(flips[2])), tuple(colour.tolist()))
+
+
+def grid_starts(length: int, patch_size: int, stride: int) -> list[int]:
+    """Starts of patches along one axis: every ``stride``, and one flush with the end so that nothing is missed."""
+    starts = list(range(0, length - patch_size + 1, stride))
+    if starts[-1] + patch_size < length:
+        starts.append(length - patch_size)
+    return starts
+
+
+def validation_patches(reader: PatchReader, cores: np.ndarray, options: DataOptions, seed: int) -> np.ndarray:
+    """Rows (core, y, x), shape (N, 3): the validation patches, the same in every epoch.
+
+    The whole grid of every core with ``patches_per_image_val`` 0; else so many of each core's grid in an order
+    that depends on the seed alone, those that show tissue first.
+    """
+    stride = options.grid_stride or options.patch_size
+    rows: list[tuple[int, int, int]] = []
+    for core in cores.tolist():
+        size = reader.table.he[core]
+        ys = grid_starts(int(size["height"]), options.patch_size, stride)
+        xs = grid_starts(int(size["width"]), options.patch_size, stride)
+        grid = [(core, y, x) for y in ys for x in xs]
+        wanted = options.patches_per_image_val
+        if 0 < wanted < len(grid):
+            order = counter_rng(seed, VALIDATION, core).permutation(len(grid)).tolist()
+            chosen: list[int] = []
+            blank: list[int] = []
+            for index in order:
+                shows_tissue = reader.tissue_fraction(*grid[index]) >= TISSUE_FRACTION
+                (chosen if shows_tissue else blank).append(index)
+                if len(chosen) == wanted:
+                    break
+            grid = [grid[index] for index in sorted((chosen + blank)[:wanted])]
+        rows += grid
+    return np.array(rows, dtype=np.int32).reshape(-1, 3)

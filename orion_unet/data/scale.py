@@ -1,0 +1,104 @@
+"""What a stored number means: the white level of every dtype, for floats declared by the whole folder's range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from orion_unet.data.pairs import PairTable
+from orion_unet.distributed import usable_cores
+from orion_unet.errors import InputError
+
+WHITE = {"uint8": 255.0, "uint16": 65535.0}
+# Bytes read at a time by one thread of the scan: small enough to stay in the cache between minimum and maximum.
+CHUNK_BYTES = 1 << 21
+
+Progress = Callable[[int, str], Callable[[], None]]
+
+
+def no_progress(total: int, text: str) -> Callable[[], None]:
+    """Progress that nobody watches: the default of everything slow."""
+    return lambda: None
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Stored value of full intensity, per modality and dtype name: intensity = stored / white."""
+
+    he: dict[str, float]
+    orion: dict[str, float]
+
+
+def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress = no_progress) -> Scales:
+    """White level of every dtype in the folder.
+
+    Integers are scaled by their type. Float files are read once, whole, in bounded memory: their common range
+    declares [0, 1] or [0, 255] (ORION also [0, 65535]), so that two patches never disagree. With
+    ``bounded_targets`` (no target normalisation) ORION floats may not be negative either. Raises InputError that
+    names every file with NaN or infinity, or outside any range.
+    """
+    jobs = [(modality, core) for modality in ("he", "orion") for core in _float_cores(table, modality)]
+    step = progress(len(jobs), "checking float files")
+
+    def scan(job: tuple[str, int]) -> tuple[float, float]:
+        found = _range(table.open(job[1], job[0]))
+        step()
+        return found
+
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+        ranges = dict(zip(jobs, pool.map(scan, jobs), strict=True))
+
+    problems = [
+        f"{table.path(core, modality).name}: holds NaN or infinity"
+        for (modality, core), found in ranges.items()
+        if not np.isfinite(found).all()
+    ]
+    whites: dict[str, dict[str, float]] = {}
+    for modality in ("he", "orion"):
+        whites[modality] = dict(WHITE)
+        of_modality = {core: found for (kind, core), found in ranges.items() if kind == modality}
+        if of_modality and not problems:
+            negative_ok = modality == "orion" and not bounded_targets
+            white = _declared_white(max(high for _, high in of_modality.values()), modality)
+            whites[modality] |= {"float16": white, "float32": white}
+            problems += _outside(table, modality, of_modality, white, negative_ok)
+    if problems:
+        raise InputError.listing(
+            f"--pairs_dir {table.folder}: these files hold values that cannot be used:",
+            problems,
+            "Floats must lie in [0, 1] or [0, 255] over the whole folder; uint8 and uint16 need no such thing.",
+        )
+    return Scales(whites["he"], whites["orion"])
+
+
+def _float_cores(table: PairTable, modality: str) -> Iterator[int]:
+    for core, dtype in enumerate(getattr(table, modality)["dtype"].tolist()):
+        if np.dtype(dtype).kind == "f":
+            yield core
+
+
+def _range(array: np.ndarray) -> tuple[float, float]:
+    """Minimum and maximum in one pass; NaN and infinity come through in either."""
+    flat = array.reshape(-1) if array.flags.c_contiguous else array.T.reshape(-1)
+    size = CHUNK_BYTES // array.itemsize
+    low, high = np.inf, -np.inf
+    for start in range(0, flat.size, size):
+        chunk = flat[start : start + size]
+        low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())
+    return float(low), float(high)
+
+
+def _declared_white(high: float, modality: str) -> float:
+    levels = (1.0, 255.0) if modality == "he" else (1.0, 255.0, 65535.0)
+    return next((level for level in levels if high <= level * 1.0001), levels[-1])
+
+
+def _outside(
+    table: PairTable, modality: str, ranges: dict[int, tuple[float, float]], white: float, negative_ok: bool
+) -> Iterator[str]:
+    for core, (low, high) in ranges.items():
+        if high > white * 1.0001 or (low < -1e-4 * white and not negative_ok):
+            yield f"{table.path(core, modality).name}: values from {low:g} to {high:g}"

@@ -1,0 +1,135 @@
+"""Who trains and who validates: by core, or by group so that no tissue stands on both sides."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orion_unet.config import DataOptions
+from orion_unet.data.pairs import PairTable
+from orion_unet.data.randomness import SPLIT, counter_rng
+from orion_unet.errors import InputError
+from orion_unet.run_log import SCHEMA
+
+GROUPS_FILE = "groups.csv"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices of the training and validation cores in a PairTable, ascending, and the group of every core."""
+
+    train: np.ndarray
+    val: np.ndarray
+    groups: tuple[str, ...]
+
+    def document(self, table: PairTable) -> dict[str, Any]:
+        """The content of split.json."""
+        sides = {"train": self.train, "val": self.val}
+        rows = {
+            side: [{"core": str(table.names[core]), "group": self.groups[core]} for core in cores]
+            for side, cores in sides.items()
+        }
+        return {"schema": SCHEMA, **rows}
+
+
+def make_split(
+    table: PairTable, options: DataOptions, seed: int, earlier: dict[str, Any] | None = None
+) -> tuple[Split, list[str]]:
+    """Split the cores as the options say; returns the split and warnings for a person.
+
+    Whole groups are drawn in an order that depends on the seed alone, and so many of them are held out that the
+    held-out cores come closest to ``val_split`` (at least one group stays on either side). ``earlier`` is the
+    split.json of a run that is continued, and wins. Raises InputError.
+    """
+    groups = _groups(table, options.groups_csv)
+    if earlier is not None:
+        return _from_document(earlier, "the run to resume", table, groups)
+    if options.split_file:
+        return _from_file(Path(options.split_file), table, groups)
+    units = sorted(set(groups))
+    if len(units) < 2:
+        kind = "core" if len(table) < 2 else "group"
+        raise InputError(f"--pairs_dir {table.folder}: holds only one {kind}; at least two are needed, one to hold out")
+    order = counter_rng(seed, SPLIT).permutation(len(units))
+    members = Counter(groups)
+    sizes = np.array([members[units[index]] for index in order])
+    held_out = np.cumsum(sizes)[:-1]
+    count = 1 + int(np.argmin(np.abs(held_out - options.val_split * len(table))))
+    held = {units[index] for index in order[:count]}
+    on_val = np.array([group in held for group in groups])
+    warnings = []
+    share = on_val.mean()
+    if abs(share - options.val_split) > 0.1:
+        warnings.append(
+            f"{on_val.sum()} of {len(table)} cores ({share:.0%}) are held out instead of {options.val_split:.0%}, "
+            "because whole cores and groups stay together"
+        )
+    return Split(np.flatnonzero(~on_val), np.flatnonzero(on_val), tuple(groups)), warnings
+
+
+def _groups(table: PairTable, given: str | None) -> list[str]:
+    """Group of every core: from the CSV, else each core is a group of its own."""
+    path = Path(given) if given else table.folder / GROUPS_FILE
+    names = table.names.tolist()
+    if not given and not path.is_file():
+        return list(names)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from None
+    if not rows or not {"core", "group"} <= set(rows[0]):
+        raise InputError(f"{path}: needs a first line with the columns core,group and a row per core")
+    mapping: dict[str, str] = {}
+    problems = []
+    for row in rows:
+        core, group = (row["core"] or "").strip(), (row["group"] or "").strip()
+        if mapping.setdefault(core, group) != group:
+            problems.append(f"{core}: stands in two groups, {mapping[core]} and {group}")
+        elif not group:
+            problems.append(f"{core}: has no group")
+    problems += [f"{name}: has no row" for name in names if name not in mapping]
+    if problems:
+        raise InputError.listing(f"{path}: does not give every core one group:", problems)
+    return [mapping[name] for name in names]
+
+
+def _from_file(path: Path, table: PairTable, groups: list[str]) -> tuple[Split, list[str]]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--split_file {path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise InputError(f"--split_file {path}: is not the split.json of a run") from None
+    return _from_document(document, f"--split_file {path}", table, groups)
+
+
+def _from_document(document: Any, source: str, table: PairTable, groups: list[str]) -> tuple[Split, list[str]]:
+    try:
+        sides = {side: [str(row["core"]) for row in document[side]] for side in ("train", "val")}
+    except (KeyError, TypeError):
+        raise InputError(f"{source}: is not the split.json of a run") from None
+    position = {name: index for index, name in enumerate(table.names.tolist())}
+    problems = [
+        f"{core}: is not among the pairs of {table.folder}"
+        for cores in sides.values()
+        for core in cores
+        if core not in position
+    ]
+    problems += [f"{core}: stands on both sides" for core in sorted(set(sides["train"]) & set(sides["val"]))]
+    problems += [f"no core on the {side} side" for side, cores in sides.items() if not cores]
+    if not problems:
+        on = {side: {groups[position[core]] for core in cores} for side, cores in sides.items()}
+        problems += [f"group {group}: stands on both sides" for group in sorted(on["train"] & on["val"])]
+    if problems:
+        raise InputError.listing(f"{source} cannot be used:", problems)
+    left_out = sorted(set(position) - set(sides["train"]) - set(sides["val"]))
+    warnings = [f"{len(left_out)} cores not in {source} are left out: {', '.join(left_out[:10])}"] if left_out else []
+    train, val = (np.unique([position[core] for core in sides[side]]) for side in ("train", "val"))
+    return Split(train, val, tuple(groups)), warnings

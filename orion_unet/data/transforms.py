@@ -1,0 +1,189 @@
+"""From stored bytes to network inputs and targets: batched, on the training device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orion_unet.data.normalization import LOG_CURVATURE, Normalization
+from orion_unet.data.pairs import PairTable
+from orion_unet.data.patches import RawBatch, StoredFormat
+from orion_unet.models.blocks import sobel_magnitude
+
+# Largest change of a stain's density (factor), of its offset (optical density), of brightness and of contrast.
+STAIN_SCALE, STAIN_SHIFT, BRIGHTNESS, CONTRAST = 0.15, 0.02, 0.04, 0.10
+# Optical density of haematoxylin, eosin and residual in R, G, B: Ruifrok and Johnston, Anal Quant Cytol Histol 2001.
+STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+# A pixel is on a boundary where the gradient of the H&E stands out from its patch, and is no mere camera noise.
+BOUNDARY_FLOOR = 0.08
+HOT_PIXEL_SD = 3.0
+
+
+@dataclass
+class Batch:
+    """A batch for the network: ``he`` (B, 3, P, P) and ``target`` (B, C, P, P) float32 in [0, 1], ``boundary``
+    (B, 1, P, P) bool, ``core`` (B,) the indices of the cores, on the CPU."""
+
+    he: Tensor
+    target: Tensor
+    boundary: Tensor
+    core: Tensor
+
+
+class BatchTransform:
+    """Scaling, noise removal, normalisation, augmentation and boundary mask of a whole batch at once."""
+
+    def __init__(
+        self,
+        table: PairTable,
+        formats: dict[str, StoredFormat],
+        normalization: Normalization,
+        noise_removal: bool,
+        device: torch.device,
+    ) -> None:
+        self.formats = formats
+        self.device = device
+        self.noise_removal = noise_removal
+        self.memory_format = memory_format(device)
+        self.log_transform = normalization.transform == "log1p"
+        kept = table.kept_channels
+        whole = kept == tuple(range(len(table.channel_names)))
+        self.kept = None if whole else torch.tensor(kept, device=device)
+        bounds = np.stack([normalization.bounds(str(name)) for name in table.names])
+        lower, upper = bounds[:, 0], bounds[:, 1]
+        # normalised = stored * factor + offset, per core and channel; an empty channel is 0 everywhere.
+        factor = np.divide(1.0, upper - lower, out=np.zeros_like(upper), where=upper > lower)
+        stored_factor = torch.from_numpy(factor / formats["orion"].white).float()
+        offset = torch.from_numpy(-lower * factor).float()
+        # One row serves all cores unless each is normalised by itself.
+        rows = len(table) if normalization.method == "core" else 1
+        self.factor, self.offset = stored_factor[:rows].to(device), offset[:rows].to(device)
+
+    def __call__(self, raw: RawBatch, augment: bool) -> Batch:
+        """Move a stored batch to the device and make it what the network sees."""
+        he = self._channels_first(raw.he, "he") / self.formats["he"].white
+        target = self._channels_first(raw.orion, "orion")
+        if self.kept is not None:
+            target = target.index_select(1, self.kept)
+        if self.noise_removal:
+            target = remove_hot_pixels(target)
+        factor, offset = self.factor, self.offset
+        if len(factor) > 1:
+            core = raw.core.to(self.device, non_blocking=True)
+            factor, offset = factor[core], offset[core]
+        target = (target * factor[:, :, None, None] + offset[:, :, None, None]).clamp_(0, 1)
+        if self.log_transform:
+            target = torch.log1p(target * LOG_CURVATURE) / float(np.log1p(LOG_CURVATURE))
+        if augment:
+            geometry = raw.geometry.to(self.device, non_blocking=True)
+            he, target = turn(he, geometry), turn(target, geometry)
+        # The mask is that of the tissue, not of the jitter.
+        boundary = boundary_mask(he)
+        if augment:
+            he = jitter_colour(he, raw.colour.to(self.device, non_blocking=True))
+        return Batch(he.contiguous(memory_format=self.memory_format), target.contiguous(), boundary, raw.core)
+
+    def _channels_first(self, stored: Tensor, modality: str) -> Tensor:
+        moved = stored.to(self.device, non_blocking=True)
+        if self.formats[modality].layout == "hwc":
+            moved = moved.permute(0, 3, 1, 2)
+        return moved.float()
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Layout in which the network runs on a device: channels last on GPUs, whose tensor cores want it."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def turn(images: Tensor, geometry: Tensor) -> Tensor:
+    """Flip rows, flip columns and transpose each image (B, C, P, P) where its row of (B, 3) bool says so.
+
+    The three together give all eight flips and quarter turns of a square.
+    """
+    rows, columns, swap = (geometry[:, i, None, None, None] for i in range(3))
+    images = torch.where(rows, images.flip(-2), images)
+    images = torch.where(columns, images.flip(-1), images)
+    return torch.where(swap, images.transpose(-1, -2), images)
+
+
+def jitter_colour(he: Tensor, drawn: Tensor) -> Tensor:
+    """Change stain density, brightness and contrast of each H&E (B, 3, H, W) in [0, 1].
+
+    ``drawn`` (B, 8) in [-1, 1]: factor of three stains, offset of three stains, brightness, contrast; zeros leave
+    an image as it is. Stains are separated as in Ruifrok and Johnston (2001) and perturbed as in Tellez et al.,
+    Medical Image Analysis 2019.
+    """
+    stains = torch.tensor(STAINS, device=he.device)
+    stains = stains / stains.norm(dim=1, keepdim=True)
+    separate = torch.linalg.inv(stains)
+    factor = torch.diag_embed(1 + STAIN_SCALE * drawn[:, :3])
+    mix = separate @ factor @ stains
+    shift = (STAIN_SHIFT * drawn[:, 3:6]) @ stains
+    density = -torch.log(he.clamp(min=1 / 255))
+    density = torch.einsum("bchw,bcd->bdhw", density, mix) + shift[:, :, None, None]
+    jittered = torch.exp(-density)
+    mean = jittered.mean(dim=(1, 2, 3), keepdim=True)
+    brightness = BRIGHTNESS * drawn[:, 6, None, None, None]
+    contrast = 1 + CONTRAST * drawn[:, 7, None, None, None]
+    return ((jittered - mean) * contrast + mean + brightness).clamp(0, 1)
+
+
+def boundary_mask(he: Tensor) -> Tensor:
+    """Pixels (B, 1, H, W) bool on edges of the H&E: Sobel gradient above its patch's mean + sd and a noise floor."""
+    gradient = sobel_magnitude(he)
+    spread, mean = torch.std_mean(gradient, dim=(2, 3), keepdim=True, correction=0)
+    return gradient > (mean + spread).clamp(min=BOUNDARY_FLOOR)
+
+
+def remove_hot_pixels(images: Tensor) -> Tensor:
+    """Replace isolated hot pixels of (B, C, H, W) by the median of their 3 x 3 neighbourhood.
+
+    Hot is a pixel above mean + 3 sd of its patch and channel none of whose eight neighbours is: a bright cell,
+    however rare, covers several pixels and stays.
+    """
+    spread, mean = torch.std_mean(images, dim=(2, 3), keepdim=True, correction=0)
+    bright = images > mean + HOT_PIXEL_SD * spread
+    around = F.avg_pool2d(bright.float(), 3, stride=1, padding=1, divisor_override=1)
+    isolated = bright & (around < 1.5)
+    if images.device.type == "cpu":
+        return _replace_listed(images, isolated)
+    # Listing the pixels would make the host wait for the device: compute every median instead.
+    return torch.where(isolated, median_3x3(images), images)
+
+
+def _replace_listed(images: Tensor, isolated: Tensor) -> Tensor:
+    image, channel, row, column = isolated.nonzero(as_tuple=True)
+    height, width = images.shape[-2:]
+    around = [
+        images[image, channel, (row + dy).clamp(0, height - 1), (column + dx).clamp(0, width - 1)]
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+    ]
+    cleaned = images.clone()
+    cleaned[image, channel, row, column] = torch.stack(around).median(dim=0).values
+    return cleaned
+
+
+def median_3x3(images: Tensor) -> Tensor:
+    """Median over the 3 x 3 neighbourhood of every pixel of (B, C, H, W), edges replicated.
+
+    Sorts the three pixels of each column once and shares them between neighbours: the median of nine is the
+    median of (the largest minimum, the median median, the smallest maximum) of its three sorted columns.
+    """
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    low, middle, high = _sort_three(padded[..., :-2, :], padded[..., 1:-1, :], padded[..., 2:, :])
+    largest_low = torch.maximum(torch.maximum(low[..., :-2], low[..., 1:-1]), low[..., 2:])
+    median_middle = _sort_three(middle[..., :-2], middle[..., 1:-1], middle[..., 2:])[1]
+    smallest_high = torch.minimum(torch.minimum(high[..., :-2], high[..., 1:-1]), high[..., 2:])
+    return _sort_three(largest_low, median_middle, smallest_high)[1]
+
+
+def _sort_three(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = torch.minimum(a, b), torch.maximum(a, b)
+    b, c = torch.minimum(b, c), torch.maximum(b, c)
+    a, b = torch.minimum(a, b), torch.maximum(a, b)
+    return a, b, c

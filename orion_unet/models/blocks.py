@@ -1,0 +1,77 @@
+"""Building blocks of the U-Net, and the Sobel gradient that guides it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = ("batch", "group", "instance")
+MAX_GROUPS = 8
+
+
+def norm_layer(kind: str, channels: int) -> nn.Module:
+    """A normalisation layer with a learnt scale and shift per channel.
+
+    ``group`` uses the largest number of groups up to 8 that divides the channels. Raises ValueError for a
+    kind that is not one of ``NORMS``.
+    """
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "group":
+        groups = max(n for n in range(1, MAX_GROUPS + 1) if channels % n == 0)
+        return nn.GroupNorm(groups, channels)
+    if kind == "instance":
+        return nn.InstanceNorm2d(channels, affine=True)
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {kind!r}")
+
+
+class ConvBlock(nn.Sequential):
+    """Two 3×3 convolutions, each with norm and ReLU: (B, in, H, W) to (B, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+        # The convolutions have no bias: the shift of the norm behind them would cancel or repeat it.
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            norm_layer(norm, out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            norm_layer(norm, out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class UpBlock(nn.Module):
+    """Doubles the resolution, joins the skip and convolves: (B, 2C, H, W) and (B, C, 2H, 2W) to (B, C, 2H, 2W)."""
+
+    def __init__(self, out_channels: int, norm: str) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2 * out_channels, out_channels, 2, stride=2)
+        self.block = ConvBlock(2 * out_channels, out_channels, norm)
+
+    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
+        """Features at the resolution of the skip."""
+        return self.block(torch.cat((skip, self.up(deep)), dim=1))
+
+
+def sobel_magnitude(he: Tensor) -> Tensor:
+    """Gradient magnitude of the luminance, (B, 3, H, W) in [0, 1] to (B, 1, H, W) float32 in [0, 1].
+
+    The luminance is that of ITU-R BT.601. The Sobel kernels are scaled by 1/4, which gives a vertical or
+    horizontal step from 0 to 1 the magnitude 1; a diagonal step would give 1.06 and is clipped to 1. Edges are
+    replicated. Flipping or turning the image by quarters flips or turns the result.
+    """
+    # Sums of slices rather than a convolution: always float32 (no TF32, no autocast), and their symmetric
+    # order makes the result of a flipped or turned image the same to the last bit.
+    red, green, blue = he.float().split(1, dim=1)
+    luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+    padded = F.pad(luminance, (1, 1, 1, 1), mode="replicate")
+    down = (padded[..., :-2, :] + padded[..., 2:, :]) + 2 * padded[..., 1:-1, :]
+    along = (padded[..., :-2] + padded[..., 2:]) + 2 * padded[..., 1:-1]
+    dx = (down[..., 2:] - down[..., :-2]) / 4
+    dy = (along[..., 2:, :] - along[..., :-2, :]) / 4
+    squared = dx.square() + dy.square()
+    # The root has no slope at 0, where an image is flat: keep those pixels away from it, not only from its value.
+    edge = squared > 0
+    magnitude = torch.where(edge, torch.where(edge, squared, 1.0).sqrt(), 0.0)
+    return magnitude.clamp(max=1.0)

@@ -1,0 +1,109 @@
+"""The spatial U-Net: from an H&E image to one intensity map per marker, pixel by pixel."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orion_unet.config import ModelOptions
+from orion_unet.models.blocks import ConvBlock, UpBlock, sobel_magnitude
+
+
+class SpatialUNet(nn.Module):
+    """U-Net after Ronneberger et al. (MICCAI 2015), with normalisation, same-size convolutions and a sigmoid.
+
+    Level ``i`` of ``depth`` levels has ``base_features * 2**i`` feature maps, the bottleneck
+    ``base_features * 2**depth``. ``dropout`` drops whole feature maps of the bottleneck in training. With
+    ``use_boundary_guidance`` the Sobel magnitude of the H&E is a fourth input channel.
+
+    Raises ValueError for an unknown ``norm``.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        base_features: int = 32,
+        depth: int = 4,
+        norm: str = "batch",
+        dropout: float = 0.0,
+        use_boundary_guidance: bool = False,
+    ) -> None:
+        super().__init__()
+        self.depth = depth
+        self.use_boundary_guidance = use_boundary_guidance
+        widths = [base_features * 2**level for level in range(depth)]
+        inputs = [4 if use_boundary_guidance else 3, *widths[:-1]]
+        self.encoder = nn.ModuleList(
+            ConvBlock(before, width, norm) for before, width in zip(inputs, widths, strict=True)
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.bottleneck = nn.Sequential(ConvBlock(widths[-1], 2 * widths[-1], norm), nn.Dropout2d(dropout))
+        self.decoder = nn.ModuleList(UpBlock(width, norm) for width in reversed(widths))
+        self.head = nn.Conv2d(base_features, out_channels, 1)
+        self.apply(_initialise)
+
+    @classmethod
+    def from_options(cls, options: ModelOptions, out_channels: int) -> Self:
+        """The model that the options describe, for ``out_channels`` markers."""
+        return cls(
+            out_channels,
+            base_features=options.base_features,
+            depth=options.depth,
+            norm=options.norm,
+            dropout=options.dropout,
+            use_boundary_guidance=options.use_boundary_guidance,
+        )
+
+    def forward(self, he: Tensor) -> Tensor:
+        """Predict (B, out_channels, H, W) float32 in [0, 1] from an H&E batch (B, 3, H, W), float in [0, 1].
+
+        Any H and W from 1 up: the image is padded inside, by replication, and the prediction cropped back.
+        """
+        height, width = he.shape[-2:]
+        he = self._padded(he.float())
+        # Inverted, so that blank glass is near 0 like the zero padding of the convolutions; seen the other
+        # way round, every patch border would look like an edge between black and glass.
+        x = 1 - he
+        if self.use_boundary_guidance:
+            x = torch.cat((x, sobel_magnitude(he)), dim=1)
+        skips = []
+        for block in self.encoder:
+            x = block(x)
+            skips.append(x)
+            x = self.pool(x)
+        x = self.bottleneck(x)
+        for block, skip in zip(self.decoder, reversed(skips), strict=True):
+            x = block(x, skip)
+        logits = self.head(x)[..., :height, :width]
+        # In float32 under autocast too: the losses and metrics need values between neighbouring bfloat16 numbers.
+        return torch.sigmoid(logits.float())
+
+    def _padded(self, he: Tensor) -> Tensor:
+        """Pad right and bottom to a multiple of 2**depth."""
+        multiple = 2**self.depth
+        height, width = (-(-side // multiple) * multiple for side in he.shape[-2:])
+        if height == width == multiple:
+            # The bottleneck would be a single pixel: instance norm refuses that, batch norm too for a batch of
+            # one, and group norm with one channel a group would erase it.
+            height = width = 2 * multiple
+        right, bottom = width - he.shape[-1], height - he.shape[-2]
+        return F.pad(he, (0, right, 0, bottom), mode="replicate") if right or bottom else he
+
+
+def _initialise(module: nn.Module) -> None:
+    """Kaiming-normal weights (He et al., ICCV 2015), zero biases; norms keep scale 1 and shift 0."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        # fan_in keeps the spread of the activations from layer to layer. For a 2×2 transposed convolution that
+        # halves the channels, torch counts twice the true fan-in, which is the right gain for a layer
+        # that no ReLU follows.
+        nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trainable values of a model."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,52 @@
+"""The recipe's advice for each warning, as options to paste; what the run already does is not advised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+DIVERGED = ("--learning_rate 2e-5", "--grad_clip 1", "--variance_weight 0", "--focal_weight 0")
+STALLED = ("look at the end of train.log", "then: the same command with --resume auto")
+CRASHED = ("look at the end of train.log", "then: the same command with --resume auto")
+
+
+def unstable(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A smaller step, a larger batch, a plainer loss."""
+    rate = _value(options, "learning_rate", 1e-4)
+    found = [f"--learning_rate {lower}" for lower in ("5e-5", "2e-5") if float(lower) < rate][:1]
+    if _value(options, "batch_size", 12) < 16:
+        found.append("--batch_size 16")
+    if _value(options, "variance_weight", 0.1) > 0:
+        found.append("--variance_weight 0")
+    if any(_value(options, f"{term}_weight", default) > 0 for term, default in _OTHER_TERMS.items()):
+        found.append("--mse_weight 1 --l1_weight 0 --boundary_weight 0 --focal_weight 0 --variance_weight 0")
+    return tuple(found)
+
+
+def slow(options: Mapping[str, Any], calm: bool) -> tuple[str, ...]:
+    """A larger step, unless the run is unstable: then that comes first. Less weight decay, more diverse patches."""
+    rate, decay = _value(options, "learning_rate", 1e-4), _value(options, "weight_decay", 2e-4)
+    found = [f"--learning_rate {higher}" for higher in ("2e-4", "3e-4") if float(higher) > rate][:1] if calm else []
+    if decay > 0:
+        found.append(f"--weight_decay {decay / 4:.1g}")
+    found.append("check that the patches are diverse (sanity panels)")
+    return tuple(found if calm else ["calm the validation loss first", *found])
+
+
+def overfitting(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """More cores to validate on, more weight decay, a smaller network."""
+    decay = _value(options, "weight_decay", 2e-4)
+    found = ["--val_split 0.25"] if _value(options, "val_split", 0.2) < 0.25 else []
+    found.append(f"--weight_decay {decay * 5 if decay > 0 else 1e-3:.1g}")
+    if _value(options, "base_features", 32) > 24:
+        found.append("--base_features 24")
+    return tuple(found)
+
+
+_OTHER_TERMS = {"l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1}
+
+
+def _value(options: Mapping[str, Any], name: str, default: float) -> float:
+    value = options.get(name)
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
+    return float(value) if usable and value is not None else default

@@ -1,0 +1,51 @@
+"""Findings on a run's options: what made runs unstable before, told before it does so again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orion_unet.monitor.diagnostics import NOTICE, Finding
+
+# Option, whether its value is a concern, where the concern begins, what to say, and what to paste instead.
+_RULES = (
+    ("learning_rate", lambda x: x >= 5e-4, 5e-4, "learning rate {:g} is high for this loss", "--learning_rate 1e-4"),
+    ("focal_weight", lambda x: x > 0, 0.0, "focal weight {:g} chases the largest errors", "--focal_weight 0"),
+    ("variance_weight", lambda x: x > 0.3, 0.3, "variance weight {:g} is high", "--variance_weight 0.1"),
+    ("val_split", lambda x: x < 0.2, 0.2, "validation split {:g} leaves few cores to judge by", "--val_split 0.2"),
+    (
+        "early_stopping_patience",
+        lambda x: x <= 0,
+        1.0,
+        "early stopping is off",
+        "--early_stopping_patience 10",
+    ),
+    ("epochs", lambda x: x < 20, 20.0, "{:g} epochs are few", "--epochs 30"),
+)
+
+
+def judge_config(config: Mapping[str, Any]) -> list[Finding]:
+    """Notices on the options in a run's config.json document (its ``options`` and ``global_batch``)."""
+    options = config.get("options")
+    values = options if isinstance(options, Mapping) else {}
+    found = []
+    for name, concern, threshold, message, instead in _RULES:
+        value = option_number(values, name)
+        if value is not None and concern(value):
+            found.append(Finding(name, NOTICE, message.format(value), value, threshold, (instead,)))
+    batch = option_number(config, "global_batch")
+    if batch is not None and batch < 8:
+        message = f"a global batch of {batch:g} gives noisy gradients"
+        found.insert(1, Finding("global_batch", NOTICE, message, batch, 8.0, ("--batch_size 12",)))
+    if values.get("variance_form") == "exponential" and option_number(values, "variance_weight") != 0:
+        message = "the exponential variance term is unstable"
+        found.append(Finding("variance_form", NOTICE, message, advice=("--variance_form target",)))
+    return found
+
+
+def option_number(values: Mapping[str, Any], name: str) -> float | None:
+    """A value as a finite number; None where it is absent, something else or absurd."""
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e30 < value < 1e30:
+        return None
+    return float(value)

@@ -1,0 +1,291 @@
+"""What is going wrong in a run, from its loss curves alone: pure functions, arrays in, findings out.
+
+L is the training loss, V the validation loss, W the last five epochs. Curves are float arrays in order of epoch;
+nan means not measured and inf not finite (a loss written as null).
+
+Absolute thresholds are meant for a loss of the recipe's order, which starts at about 1 or less. Where a loss
+starts higher they count per unit of that start: in a run that comes from 10, a noise of 0.05 is no concern.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from orion_unet.monitor import advice
+from orion_unet.run_reader import LARGEST
+
+WINDOW = 5
+NOISE_WINDOW = 24
+MIN_NOISE_EPOCHS = 6
+NOTICE, WARNING = "notice", "warning"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing worth saying: its evidence in ``message``, and advice as options to paste."""
+
+    code: str
+    severity: str
+    message: str
+    value: float | None = None
+    threshold: float | None = None
+    advice: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The finding as plain values, as ``--json`` prints it."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "advice"} | {
+            "advice": list(self.advice)
+        }
+
+
+def _threshold(default: float, text: str) -> Any:
+    return field(default=default, metadata={"text": text})
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where a number becomes a warning."""
+
+    max_noise: float = _threshold(0.05, "unstable_validation: noise of the validation loss [loss]")
+    max_noise_of_loss: float = _threshold(
+        0.03, "unstable_validation, whatever the scale: noise against the validation loss itself, and ..."
+    )
+    max_noise_of_gain: float = _threshold(0.045, "... noise against what the validation loss has gained so far")
+    min_improvement: float = _threshold(
+        0.05, "slow_convergence: improvement of the training loss over 5 epochs [loss], and ..."
+    )
+    min_relative_improvement: float = _threshold(0.10, "... the same as a fraction of the loss, and ...")
+    min_total_improvement: float = _threshold(0.25, "... improvement since epoch 1, as a fraction")
+    max_gap: float = _threshold(0.10, "overfitting: validation minus training loss [loss]; or ...")
+    max_relative_gap: float = _threshold(
+        0.25, "... the gap as a fraction of the validation loss while that is past its best and the gap widens"
+    )
+    divergence_factor: float = _threshold(
+        3.0, "diverged: validation loss as a multiple of its best, two epochs running"
+    )
+    stalled_after: float = _threshold(30.0, "stalled: age of the last heartbeat [s]")
+
+
+def diagnose(
+    epochs: np.ndarray,
+    train: np.ndarray,
+    val: np.ndarray,
+    thresholds: Thresholds | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[Finding]:
+    """Judge the curves (E,), (E,), (E,) as they stand; returns the findings, the worst first.
+
+    ``options`` are the run's own, so that the advice does not name what is already done.
+    """
+    limits = thresholds or Thresholds()
+    options = options or {}
+    found = [_diverged(epochs, train, val, limits), _unstable(epochs, train, val, limits, options)]
+    calm = found[1] is None
+    found.append(_overfitting(epochs, train, val, limits, options))
+    found.append(_slow(epochs, train, limits, options, calm))
+    return [finding for finding in found if finding is not None]
+
+
+def validation_noise(val: np.ndarray) -> float:
+    """Standard deviation of V about its trend, in units of the loss; nan with fewer than 8 epochs.
+
+    The trend is a parabola (from 14 epochs on a cubic) through the logarithm of the last 24 epochs, the first
+    fifth of the run (at least two epochs) left out. The epoch that lies farthest from it is left out too, so that a single blip is no
+    noise, and noise that has died away in the last 8 epochs no longer counts. Second differences, the plainer
+    estimate, need twice the epochs for the same certainty, and without the logarithm the bend of an early curve
+    counts as noise.
+    """
+    window = _noise_window(val)
+    count = len(window)
+    if count < MIN_NOISE_EPOCHS:
+        return math.nan
+    relative = bool(window.min() > 0)
+    values = np.log(window) if relative else window
+    degree = 3 if count >= 14 else 2
+    projection, leverage = _polynomial(count, degree)
+    residual = values - projection @ values
+    squares = residual * residual
+    # The sum of squares of a fit without one point follows from the fit with it (deleted residuals).
+    rest = float((squares.sum() - squares / (1 - leverage)).min())
+    spread = math.sqrt(max(rest, 0.0) / (count - degree - 2))
+    spread = min(spread, 2.5 * math.sqrt(float(squares[-8:].mean())))
+    return min(spread * _level(val), LARGEST) if relative else spread
+
+
+def _noise_window(val: np.ndarray) -> np.ndarray:
+    window = val[max(2, len(val) // 5) :][-NOISE_WINDOW:]
+    return window[np.isfinite(window)]
+
+
+@lru_cache(maxsize=2 * NOISE_WINDOW)
+def _polynomial(count: int, degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """Projection (n, n) onto the polynomials over n equally spaced points, and the leverage (n,) of each point."""
+    basis, _ = np.linalg.qr(np.vander(np.linspace(-1, 1, count), degree + 1))
+    return basis @ basis.T, (basis * basis).sum(axis=1)
+
+
+def _level(values: np.ndarray, window: int = WINDOW) -> float:
+    """The median of the last finite values, nan where there is none."""
+    recent = values[-window:]
+    recent = recent[np.isfinite(recent)]
+    return float(np.median(recent)) if len(recent) else math.nan
+
+
+def _scale(train: np.ndarray) -> float:
+    """How many times the recipe's order the loss was at its start, at least 1."""
+    finite = train[np.isfinite(train)]
+    return max(1.0, abs(float(finite[0]))) if len(finite) else 1.0
+
+
+def _gain(val: np.ndarray) -> float:
+    """What V has gained so far: its first three epochs against its last five, at least 0."""
+    first = val[:3][np.isfinite(val[:3])]
+    return max(float(np.median(first)) - _level(val), 0.0) if len(first) else math.nan
+
+
+def _diverged(epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Thresholds) -> Finding | None:
+    for name, values in (("training", train), ("validation", val)):
+        broken = np.flatnonzero(np.isinf(values[-WINDOW:]))
+        if len(broken):
+            epoch = int(epochs[-WINDOW:][broken[0]])
+            return Finding(
+                "diverged",
+                WARNING,
+                f"the {name} loss of epoch {epoch} is not finite",
+                advice=advice.DIVERGED,
+            )
+    finite = np.isfinite(val)
+    epochs, val = epochs[finite], val[finite]
+    if len(val) < 3:
+        return None
+    best = np.minimum.accumulate(val)
+    high = val > limits.divergence_factor * np.maximum(best, 0)
+    running = np.flatnonzero(high[-WINDOW:][1:] & high[-WINDOW:][:-1]) if len(val) >= 2 else []
+    if not len(running):
+        return None
+    at = len(val) - len(high[-WINDOW:]) + int(running[-1]) + 1
+    factor = float(val[at] / best[at]) if best[at] > 0 else None
+    times = f"{factor:.1f} times its best" if factor is not None else "far above its best"
+    return Finding(
+        "diverged",
+        WARNING,
+        f"validation loss {val[at - 1]:.4g} and {val[at]:.4g} in epochs {int(epochs[at - 1])} and "
+        f"{int(epochs[at])}, {times} ({best[at]:.4g})",
+        factor,
+        limits.divergence_factor,
+        advice.DIVERGED,
+    )
+
+
+def _unstable(
+    epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Thresholds, options: Mapping[str, Any]
+) -> Finding | None:
+    noise, level, gain = validation_noise(val), _level(val), _gain(val)
+    if not (math.isfinite(noise) and math.isfinite(level)):
+        return None
+    relative = max(limits.max_noise_of_loss * abs(level), limits.max_noise_of_gain * gain)
+    # What few epochs tell is less certain: eight ask for half as much again, twenty for a tenth.
+    relative *= 1 + 1 / (len(_noise_window(val)) - 4)
+    threshold = min(limits.max_noise * _scale(train), relative)
+    if not noise > threshold:
+        return None
+    recent = val[-WINDOW:][np.isfinite(val[-WINDOW:])]
+    return Finding(
+        "unstable_validation",
+        WARNING,
+        f"validation loss jumps by ±{noise:.2g} about its trend (±{noise / abs(level):.0%} of it"
+        f"{f', ±{noise / gain:.0%} of what it has gained' if gain > noise else ', which is all it has gained'}); "
+        f"{recent.min():.4g} to {recent.max():.4g} in epochs {_span(epochs)}"
+        if level
+        else f"validation loss jumps by ±{noise:.2g} about its trend in epochs {_span(epochs)}",
+        noise,
+        threshold,
+        advice.unstable(options),
+    )
+
+
+def _overfitting(
+    epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Thresholds, options: Mapping[str, Any]
+) -> Finding | None:
+    both = np.isfinite(train) & np.isfinite(val)
+    epochs, train, val = epochs[both], train[both], val[both]
+    if len(val) < WINDOW or epochs[-1] < WINDOW:
+        return None
+    level, smooth = _level(val), _median3(val)
+    # Over five epochs and over three: neither one lucky epoch nor one bad one decides.
+    gap = min(level - _level(train), _level(val, 3) - _level(train, 3))
+    threshold = limits.max_gap * _scale(train)
+    message = f"validation loss {level:.4g} lies {gap:.3g} above the training loss"
+    if gap > threshold:
+        what = f"{message} in epochs {_span(epochs)}"
+        return Finding("overfitting", WARNING, what, gap, threshold, advice.overfitting(options))
+    if level <= 0 or gap <= limits.max_relative_gap * level:
+        return None
+    gaps = smooth - _median3(train)
+    best = int(smooth.argmin())
+    # V has risen, and the gap widened, by more than the noise of a median of three epochs.
+    noise = validation_noise(val)
+    margin = max(0.04 * level, min(2 * noise, 0.12 * level) if math.isfinite(noise) else 0.0)
+    if len(smooth) - best < 3 or smooth[-1] - smooth[best] < margin or gaps[-1] - gaps[best] < margin:
+        return None
+    return Finding(
+        "overfitting",
+        WARNING,
+        f"{message} in epochs {_span(epochs)}, {gap / level:.0%} of it, and rises: around epoch "
+        f"{int(epochs[best + 1])} it was {smooth[best]:.4g}, {gaps[best]:.3g} above",
+        gap,
+        limits.max_relative_gap * level,
+        advice.overfitting(options),
+    )
+
+
+def _median3(values: np.ndarray) -> np.ndarray:
+    """Running median of three epochs, (E - 2,)."""
+    before, here, after = values[:-2], values[1:-1], values[2:]
+    return np.maximum(np.minimum(before, here), np.minimum(np.maximum(before, here), after))
+
+
+def _slow(
+    epochs: np.ndarray, train: np.ndarray, limits: Thresholds, options: Mapping[str, Any], calm: bool
+) -> Finding | None:
+    finite = np.isfinite(train)
+    epochs, train = epochs[finite], train[finite]
+    if len(train) <= WINDOW or epochs[-1] <= WINDOW:
+        return None
+    recent = train[-WINDOW - 1 :]
+    # The least-squares line through six epochs: the difference of two alone is as noisy as each of them.
+    gained = -float(np.polyfit(np.arange(WINDOW + 1), recent, 1)[0]) * WINDOW
+    before = float(recent.mean()) + gained / 2
+    scale = max(abs(before), 1e-12)
+    total = (float(train[0]) - float(train.min())) / max(abs(float(train[0])), 1e-12)
+    threshold = limits.min_improvement * _scale(train)
+    if gained >= threshold or gained / scale >= limits.min_relative_improvement:
+        return None
+    change = (
+        f"training loss fell by {gained:.2g} to {before - gained:.4g} in epochs {int(epochs[-WINDOW - 1])} to "
+        f"{int(epochs[-1])} ({gained / scale:.1%}), and by {total:.0%} since epoch {int(epochs[0])}"
+    )
+    if total >= limits.min_total_improvement:
+        return Finding("plateau", NOTICE, f"converged or waiting for a smaller step: {change}", gained, threshold)
+    return Finding("slow_convergence", WARNING, change, gained, threshold, advice.slow(options, calm))
+
+
+def _span(epochs: np.ndarray) -> str:
+    recent = epochs[-WINDOW:]
+    return f"{int(recent[0])} to {int(recent[-1])}"
+
+
+def judge_state(state: str, message: str, age_s: float | None, limits: Thresholds) -> list[Finding]:
+    """The finding that a run is stalled or crashed, as a list of none or one."""
+    if state == "stalled" and age_s is not None:
+        text = f"no sign of life for {age_s:.0f} s; its process hangs, is stopped, or cannot write its status"
+        return [Finding("stalled", WARNING, text, age_s, limits.stalled_after, advice.STALLED)]
+    if state == "crashed":
+        return [Finding("crashed", WARNING, message, age_s, None, advice.CRASHED)]
+    return []

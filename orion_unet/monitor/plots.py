@@ -1,0 +1,312 @@
+"""The figure of a run: losses, stability, gap, learning rate, loss terms and Pearson per marker. Agg, no display.
+
+matplotlib is imported by the functions that draw, since a monitor that prints JSON has no use for it. Figures are
+made without pyplot: half its import time, and no global state in a loop that draws for days.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orion_unet.monitor.diagnostics import NOISE_WINDOW, validation_noise
+from orion_unet.monitor.report import Report
+from orion_unet.monitor.sanitize import clean, short_number
+from orion_unet.run_reader import TERMS
+
+# Okabe and Ito (2008), told apart by people with any kind of colour vision; with line styles besides.
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#777777"
+SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+STYLES = ("-", "--", "-.", ":")
+TERM_LOOKS = dict(zip(TERMS, ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), (BLACK, "--")), strict=True))
+
+SIZE_INCHES = (15.0, 9.0)
+DPI = 100
+MAX_POINTS = 1200
+MAX_MARKERS = 40
+MAX_MARKS = 12
+
+
+def run_figure(report: Report) -> Any:
+    """Draw a run; returns a matplotlib Figure with an Agg canvas."""
+    figure = _figure()
+    grid = figure.add_gridspec(
+        3, 3, width_ratios=(1, 1, 0.95), left=0.055, right=0.985, top=0.9, bottom=0.07, wspace=0.26, hspace=0.42
+    )
+    title = f"{clean(Path(report.run).name or report.run, 60)}   {report.life.state}, {_progress(report)}"
+    figure.text(0.055, 0.955, title, fontsize=15, fontweight="bold", parse_math=False)
+    if not len(report.epochs):
+        figure.text(0.5, 0.5, "no epoch has finished yet", ha="center", fontsize=16, color=GREY)
+        return figure
+    _draw_loss(figure.add_subplot(grid[0, :2]), report)
+    _draw_noise(figure.add_subplot(grid[1, 0]), report)
+    _draw_gap(figure.add_subplot(grid[1, 1]), report)
+    _draw_rate(figure.add_subplot(grid[2, 0]), report)
+    _draw_terms(figure.add_subplot(grid[2, 1]), report)
+    _draw_markers(figure, figure.add_subplot(grid[:, 2]), report)
+    return figure
+
+
+def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Any:
+    """Draw several runs over each other: validation and training loss, Pearson and learning rate."""
+    figure = _figure()
+    grid = figure.add_gridspec(2, 2, left=0.055, right=0.985, top=0.88, bottom=0.07, wspace=0.16, hspace=0.32)
+    figure.text(0.055, 0.955, f"{len(reports)} runs compared", fontsize=15, fontweight="bold")
+    panels = (
+        ("Validation loss", "val_loss", "loss"),
+        ("Training loss", "train_loss", "loss"),
+        ("Validation Pearson, mean over markers", "pearson", "Pearson r"),
+        ("Learning rate", "lr", "learning rate"),
+    )
+    for index, (title, column, label) in enumerate(panels):
+        axes = figure.add_subplot(grid[index // 2, index % 2])
+        for run, report in enumerate(reports):
+            look = {"color": SERIES[run % len(SERIES)], "linestyle": STYLES[run // len(SERIES) % len(STYLES)]}
+            values = _finite(report.reader.column(column))
+            _curve(axes, report.epochs, values, names[run], **look)
+            if column == "val_loss" and report.best is not None:
+                axes.plot(report.epochs[report.best], values[report.best], "o", color=look["color"], markersize=8)
+        _finish(axes, title, label, np.concatenate([r.reader.column(column) for r in reports]), legend=index == 0)
+    return figure
+
+
+def png(figure: Any) -> bytes:
+    """The figure as PNG."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # A marker may be named in a script that the font lacks; the box drawn instead says so well enough.
+        warnings.simplefilter("ignore")
+        figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})
+    return buffer.getvalue()
+
+
+def _figure() -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _progress(report: Report) -> str:
+    planned = f" of {report.planned}" if report.planned else ""
+    best = report.best
+    if best is None:
+        return f"{len(report.epochs)}{planned} epochs"
+    text = f"{len(report.epochs)}{planned} epochs, best validation loss {short_number(report.val[best])}"
+    return f"{text} in epoch {report.epochs[best]}"
+
+
+def _draw_loss(axes: Any, report: Report) -> None:
+    epochs, reader = report.epochs, report.reader
+    train, val = _finite(report.train), _finite(report.val)
+    _curve(axes, epochs, train, "training", color=BLUE, linestyle="--")
+    _curve(axes, epochs, val, "validation", color=VERMILION)
+    if report.best is not None:
+        at = report.best
+        axes.plot(
+            epochs[at], val[at], "*", color=BLACK, markersize=14, label=f"best, epoch {epochs[at]}", linestyle=""
+        )
+    broken = epochs[np.isinf(report.train) | np.isinf(report.val)]
+    if len(broken):
+        low, _ = axes.get_ylim()
+        axes.plot(broken, np.full(len(broken), low), "x", color=BLACK, label="not finite", linestyle="")
+    attempt, rate = reader.column("attempt"), reader.column("lr")
+    _marks(axes, epochs[1:][np.diff(attempt) > 0], "restart", color=GREY, linestyle="-.")
+    drop = np.flatnonzero(rate[1:] < 0.7 * rate[:-1]) + 1
+    _marks(axes, epochs[drop], "learning rate lowered", color=GREEN, linestyle=":")
+    _finish(axes, "Training and validation loss", "loss", np.concatenate([train, val]))
+
+
+def _draw_noise(axes: Any, report: Report) -> None:
+    ends = np.unique(np.linspace(1, len(report.val), min(len(report.val), 400)).astype(int))
+    start = 2 * NOISE_WINDOW
+    noise = np.array([validation_noise(report.val[:end] if end <= 10 * start else report.val[end - 2 * start : end]) for end in ends])
+    noise = np.where(np.abs(noise) < 1e29, noise, np.nan)
+    _curve(axes, report.epochs[ends - 1], noise, "noise about the trend", color=VERMILION)
+    _threshold(axes, report, report.thresholds.max_noise, noise)
+    if not np.isfinite(noise).any():
+        _remark(axes, "from epoch 8 on")
+    _finish(axes, "Stability: noise of the validation loss", "± loss", noise, log=False)
+
+
+def _draw_gap(axes: Any, report: Report) -> None:
+    gap = _finite(report.val) - _finite(report.train)
+    _curve(axes, report.epochs, gap, "validation - training", color=PURPLE)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    _threshold(axes, report, report.thresholds.max_gap, gap)
+    _finish(axes, "Gap: validation minus training loss", "loss", gap, log=False)
+
+
+def _draw_rate(axes: Any, report: Report) -> None:
+    rate = report.reader.column("lr")
+    positive = np.where(rate > 0, rate, np.nan)
+    _curve(axes, report.epochs, positive, "", color=GREEN, drawstyle="steps-post")
+    _finish(axes, "Learning rate", "learning rate", positive, log=True, legend=False)
+    axes.set_xlabel("epoch")
+
+
+def _draw_terms(axes: Any, report: Report) -> None:
+    everything = []
+    for term, (color, style) in TERM_LOOKS.items():
+        values = report.reader.column(f"val_{term}")
+        if np.isfinite(values).any() and (values[np.isfinite(values)] != 0).any():
+            _curve(axes, report.epochs, values, term, color=color, linestyle=style)
+            everything.append(values)
+    if not everything:
+        _remark(axes, "no terms in the log")
+    _finish(axes, "Validation loss terms, unweighted", "term", np.concatenate(everything or [np.zeros(1)]), columns=5)
+    axes.set_xlabel("epoch")
+
+
+def _draw_markers(figure: Any, axes: Any, report: Report) -> None:
+    from matplotlib.image import AxesImage
+    from matplotlib.transforms import Bbox
+
+    epochs, values = report.reader.channels.pearson()
+    names = report.reader.channels.names
+    axes.set_title("Validation Pearson per marker", fontsize=11, loc="left")
+    axes.set_xlabel("epoch")
+    if not names or not len(epochs):
+        axes.set_yticks([])
+        _remark(axes, "no markers in the log")
+        return
+    newest = np.where(np.isfinite(values[:, -1]), values[:, -1], -2)
+    order = np.argsort(-newest, kind="stable")
+    left_out = len(order) - MAX_MARKERS
+    if left_out > 0:
+        order = np.concatenate([order[: MAX_MARKERS // 2], order[-MAX_MARKERS // 2 :]])
+        axes.set_title(f"Validation Pearson, best and worst markers ({left_out} between left out)", fontsize=11, loc="left")
+    shown = values[order]
+    lowest = 0.0 if not (shown < 0).any() else -1.0
+    axes.set_facecolor("#dddddd")
+    # One column an epoch, as wide as the epochs it stands for where a long log is thinned.
+    step = float(np.median(np.diff(epochs))) if len(epochs) > 1 else 1.0
+    image = AxesImage(axes, cmap="viridis", interpolation="nearest", origin="upper")
+    image.set_data(np.ma.masked_invalid(shown))
+    image.set_clim(lowest, 1)
+    left, right = epochs[0] - step / 2, epochs[-1] + step / 2
+    image.set_extent((left, right, len(order) - 0.5, -0.5))
+    image.set_clip_path(axes.patch)
+    axes.add_image(image)
+    axes.set_xlim(left, right)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    size = 9 if len(order) <= 24 else 7
+    labels = [f"{clean(names[at], 18)}  {_two(values[at, -1])}" for at in order]
+    axes.set_yticks(range(len(order)), labels, fontsize=size, parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    _whole_epochs(axes)
+    if left_out > 0:
+        axes.axhline(MAX_MARKERS // 2 - 0.5, color="white", linewidth=2)
+    room = axes.get_position()
+    widest = max(len(label) for label in labels)
+    shift = min(0.0062 * widest * size / 9 + 0.008, 0.6 * room.width)
+    axes.set_position(Bbox.from_extents(room.x0 - 0.02 + shift, room.y0 + 0.055, room.x1, room.y1))
+    axes.xaxis.labelpad = 2
+    bar = figure.add_axes((room.x0 - 0.02 + shift, room.y0 - 0.005, room.x1 - room.x0 + 0.02 - shift, 0.012))
+    colours = figure.colorbar(image, cax=bar, orientation="horizontal")
+    colours.set_label("Pearson r (grey: none, the marker is constant)", fontsize=9, labelpad=1)
+    bar.tick_params(labelsize=8)
+
+
+def _curve(axes: Any, epochs: np.ndarray, values: np.ndarray, label: str, **look: Any) -> None:
+    """A line over the epochs; a long one by the extremes of each stretch, a lone point as a dot."""
+    count = len(values)
+    if count > MAX_POINTS:
+        edges = np.linspace(0, count, MAX_POINTS // 2 + 1).astype(int)[:-1]
+        high = np.maximum.reduceat(np.where(np.isfinite(values), values, -np.inf), edges)
+        low = np.minimum.reduceat(np.where(np.isfinite(values), values, np.inf), edges)
+        values = np.stack([high, low], axis=1).ravel()
+        epochs = np.repeat(epochs[edges], 2)
+        values = np.where(np.isfinite(values), values, np.nan)
+    alone = np.isfinite(values).sum() <= 40
+    (line,) = axes.plot(
+        epochs, values, linewidth=1.6, marker="o" if alone else None, markersize=4 if count > 1 else 8, **look
+    )
+    line.set_label(f"{clean(label, 50)}" if label else "_none")
+
+
+def _threshold(axes: Any, report: Report, limit: float, values: np.ndarray) -> None:
+    """The threshold, where the data come anywhere near it: a line far above would flatten the curve."""
+    first = report.train[np.isfinite(report.train)]
+    limit *= max(1.0, abs(float(first[0]))) if len(first) else 1.0
+    finite = values[np.isfinite(values)]
+    if len(finite) and np.abs(finite).max() > limit / 8:
+        axes.axhline(limit, color=BLACK, linewidth=1.2, linestyle=":", label=f"warning above {limit:.3g}")
+    else:
+        axes.plot([], [], color=BLACK, linestyle=":", label=f"warning above {limit:.3g}, off the scale")
+
+
+def _marks(axes: Any, epochs: np.ndarray, label: str, **look: Any) -> None:
+    """Vertical lines at some epochs; of very many, the last."""
+    for index, epoch in enumerate(epochs[-MAX_MARKS:]):
+        axes.axvline(epoch, linewidth=1.2, label=label if index == 0 else None, **look)
+
+
+def _remark(axes: Any, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=11)
+
+
+def _finish(
+    axes: Any,
+    title: str,
+    label: str,
+    values: np.ndarray,
+    log: bool | None = None,
+    legend: bool = True,
+    columns: int = 5,
+) -> None:
+    """Title, units, scale and grid; the legend above the data, where it covers none."""
+    axes.set_title(title, fontsize=11, loc="left", pad=20 if legend else 6)
+    axes.set_ylabel(label)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    positive = values[np.isfinite(values) & (values > 0)]
+    finite = values[np.isfinite(values)]
+    if log is None:
+        log = len(positive) == len(finite) > 0 and bool(positive.max() > 20 * positive.min())
+    if log and len(positive):
+        axes.set_yscale("log")
+        if positive.max() / positive.min() < 1.2:
+            axes.set_ylim(positive.min() / 2, positive.max() * 2)
+    _whole_epochs(axes)
+    handles, _ = axes.get_legend_handles_labels()
+    if legend and handles:
+        box = axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 0.985),
+            ncols=columns,
+            fontsize=9,
+            frameon=False,
+            borderaxespad=0,
+            handlelength=1.8,
+            columnspacing=1.2,
+        )
+        for text in box.get_texts():
+            text.set_parse_math(False)
+
+
+def _whole_epochs(axes: Any) -> None:
+    """Ticks at whole epochs, at least one epoch of room on each side of a lone one."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    left, right = axes.get_xlim()
+    if right - left < 1.5:
+        middle = (left + right) / 2
+        axes.set_xlim(middle - 0.8, middle + 0.8)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "-"

@@ -1,0 +1,205 @@
+"""What is known of a run at one moment: read, judged, ready to be shown or printed as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orion_unet.errors import InputError
+from orion_unet.monitor.configuration import judge_config, option_number
+from orion_unet.monitor.diagnostics import WARNING, Finding, Thresholds, diagnose, judge_state, validation_noise
+from orion_unet.monitor.liveness import Life, Liveness
+from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, read_document
+from orion_unet.run_reader import MetricsReader
+
+ENDED = ("finished", "early_stopped", "interrupted", "diverged", "failed", "crashed")
+
+
+@dataclass
+class Report:
+    """A run as it stands. Texts from the run's files (names, messages, options) are as found: clean them to show."""
+
+    run: str
+    life: Life
+    reader: MetricsReader
+    status: Mapping[str, Any]
+    config: Mapping[str, Any]
+    thresholds: Thresholds
+    findings: list[Finding]
+    config_findings: list[Finding]
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.epochs = self.reader.column("epoch").astype(int)
+        self.train = self.reader.column("train_loss")
+        self.val = self.reader.column("val_loss")
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The run's options, empty where config.json does not tell."""
+        options = self.config.get("options")
+        return options if isinstance(options, Mapping) else {}
+
+    @property
+    def planned(self) -> int | None:
+        """Number of epochs the run is to have."""
+        for value in (option_number(self.status, "epochs"), option_number(self.options, "epochs")):
+            if value is not None and 0 < value < 1e9:
+                return int(value)
+        return None
+
+    @property
+    def best(self) -> int | None:
+        """Index of the epoch with the lowest validation loss."""
+        finite = np.isfinite(self.val)
+        return int(np.where(finite, self.val, np.inf).argmin()) if finite.any() else None
+
+    @property
+    def epoch_s(self) -> float | None:
+        """Seconds an epoch takes, the median of the last five."""
+        recent = self.reader.column("duration_s")[-5:]
+        recent = recent[np.isfinite(recent) & (recent >= 0)]
+        return float(np.median(recent)) if len(recent) else None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds left, as if all planned epochs took as long as the last; None where the run has ended."""
+        if self.epoch_s is None or self.planned is None or self.life.state in ENDED or not len(self.epochs):
+            return None
+        return max(self.planned - int(self.epochs[-1]), 0) * self.epoch_s
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """The findings that are warnings; the others are notices."""
+        return [finding for finding in self.findings if finding.severity == WARNING]
+
+    @property
+    def noise(self) -> float:
+        """Noise of the validation loss about its trend, nan where there are too few epochs."""
+        return validation_noise(self.val)
+
+    @property
+    def gap(self) -> float:
+        """Validation minus training loss, the median of the last five epochs; nan where not measured."""
+        recent = (self.val - self.train)[-5:] if np.isfinite(self.val[-5:]).all() else np.full(1, np.nan)
+        recent = recent[np.isfinite(recent)]
+        return float(np.median(recent)) if len(recent) else math.nan
+
+    def document(self) -> dict[str, Any]:
+        """The report as strict JSON wants it: what ``--json`` prints and monitor.json holds."""
+        best = self.best
+        return {
+            "schema": SCHEMA,
+            "run": self.run,
+            "state": self.life.state,
+            "reason": self.life.reason,
+            "heartbeat_age_s": _plain(self.life.age_s),
+            "message": str(self.status.get("message") or "")[:1000],
+            "epochs": len(self.epochs),
+            "epochs_planned": self.planned,
+            "best_epoch": int(self.epochs[best]) if best is not None else None,
+            "best_val_loss": float(self.val[best]) if best is not None else None,
+            "best_pearson": _plain(self.reader.column("pearson")[best]) if best is not None else None,
+            "train_loss": _plain(self.train[-1]) if len(self.train) else None,
+            "val_loss": _plain(self.val[-1]) if len(self.val) else None,
+            "noise": _plain(self.noise),
+            "gap": _plain(self.gap),
+            "epoch_s": _plain(self.epoch_s),
+            "left_s": _plain(self.left_s),
+            "damaged_lines": self.reader.damaged_lines,
+            "warnings": [finding.document() for finding in self.findings],
+            "config_findings": [finding.document() for finding in self.config_findings],
+            "notes": self.notes,
+        }
+
+
+class Run:
+    """A run folder under observation."""
+
+    def __init__(self, run_dir: Path, thresholds: Thresholds) -> None:
+        self.run_dir = run_dir
+        self.thresholds = thresholds
+        self.reader = MetricsReader(run_dir)
+        self._liveness = Liveness(run_dir, thresholds.stalled_after)
+
+    def poll(self) -> Report:
+        """Read what is new and judge it. Raises InputError where the folder is no run or cannot be read."""
+        if not self.run_dir.is_dir():
+            what = "is not a folder" if self.run_dir.exists() else "does not exist"
+            raise InputError(f"{self.run_dir} {what}: give --output_dir the folder of a run")
+        notes: list[str] = []
+        status, beat = self._document(STATUS_FILE, notes)
+        config, _ = self._document(CONFIG_FILE, notes)
+        try:
+            self.reader.poll()
+        except OSError as error:
+            raise _unreadable(self.reader.path, error) from None
+        self._check(status, config)
+        life = self._liveness.judge(status, beat)
+        reader = self.reader
+        epochs, train, val = (reader.column(name) for name in ("epoch", "train_loss", "val_loss"))
+        options = (config or {}).get("options")
+        options = options if isinstance(options, Mapping) else {}
+        findings = judge_state(life.state, life.reason, life.age_s, self.thresholds)
+        findings += diagnose(epochs, train, val, self.thresholds, options)
+        if reader.damaged_lines:
+            lines = f"{reader.damaged_lines} damaged line{'s' if reader.damaged_lines > 1 else ''}"
+            notes.append(f"{lines} of {METRICS_FILE} left out")
+        if reader.channels.left_out:
+            notes.append(f"{reader.channels.left_out} markers beyond the first {len(reader.channels.names)} left out")
+        return Report(
+            run=str(self.run_dir),
+            life=life,
+            reader=reader,
+            status=status or {},
+            config=config or {},
+            thresholds=self.thresholds,
+            findings=findings,
+            config_findings=judge_config(config or {}),
+            notes=notes,
+        )
+
+    def _document(self, name: str, notes: list[str]) -> tuple[dict[str, Any] | None, float]:
+        path = self.run_dir / name
+        try:
+            document, modified = read_document(path)
+        except FileNotFoundError:
+            return None, -1.0
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if document is None:
+            notes.append(f"{name} is not a JSON object and was left out")
+        return document, modified
+
+    def _check(self, status: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> None:
+        """Refuse what is no run, or a run of another schema."""
+        reader = self.reader
+        for name, document in ((STATUS_FILE, status), (CONFIG_FILE, config)):
+            if document is not None and document.get("schema", SCHEMA) != SCHEMA:
+                raise _foreign(self.run_dir / name, document["schema"])
+        if len(reader) == 0 and reader.foreign_schema is not None:
+            raise _foreign(reader.path, reader.foreign_schema)
+        if status is None and config is None and len(reader) == 0:
+            if reader.damaged_lines:
+                raise InputError(f"{reader.path} holds no line that this monitor can read as an epoch")
+            if not any((self.run_dir / name).exists() for name in (STATUS_FILE, CONFIG_FILE, METRICS_FILE)):
+                raise InputError(
+                    f"{self.run_dir} is not a run folder (no {CONFIG_FILE}, {STATUS_FILE} or {METRICS_FILE})"
+                )
+
+
+def _foreign(path: Path, schema: Any) -> InputError:
+    return InputError(f"{path} was written in schema {schema!r:.40}; this monitor reads schema {SCHEMA}")
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be read ({error.strerror or error})")
+
+
+def _plain(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

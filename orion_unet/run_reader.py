@@ -1,0 +1,307 @@
+"""Reads metrics.jsonl while the trainer writes it: what was appended since, in bounded memory. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orion_unet.run_log import METRICS_FILE, SCHEMA, open_regular, parse_object
+
+TERMS = ("mse", "l1", "boundary", "focal", "variance")
+METRICS = ("pearson", "mae", "psnr_db", "ssim")
+COLUMNS = (
+    "epoch",
+    "attempt",
+    "duration_s",
+    "lr",
+    "train_loss",
+    "val_loss",
+    *(f"train_{term}" for term in TERMS),
+    *(f"val_{term}" for term in TERMS),
+    *METRICS,
+    "pearson_markers",
+    "grad_norm",
+    "samples_per_s",
+    "data_wait_fraction",
+    "max_memory_bytes",
+    "skipped_steps",
+)
+MAX_LINE_BYTES = 4 << 20
+MAX_EPOCH = 10_000_000
+MAX_CHANNELS = 20_000
+MAX_NAME_CHARS = 200
+MAX_CHANNEL_ROWS = 512
+LARGEST = 1e30
+"""A magnitude from which a number counts as not finite: no loss means it, and it overflows what is drawn."""
+
+_CHUNK_BYTES = 1 << 20
+_CHANNELS_KEY = b'"per_channel":'
+
+
+class ChannelHistory:
+    """Validation Pearson of every marker over the epochs, thinned to at most ``MAX_CHANNEL_ROWS`` epochs.
+
+    The epochs kept are the multiples of ``stride``, which doubles when the rows run out. The newest epoch's
+    metrics are kept whole beside them.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.left_out = 0
+        self._index: dict[str, int] = {}
+        self._stride = 1
+        self._rows: dict[int, np.ndarray] = {}
+        self._latest: tuple[int, bytes | dict[str, Any] | None] = (-1, None)
+
+    def put(self, epoch: int, channels: bytes | dict[str, Any] | None) -> None:
+        """Take one epoch's ``per_channel`` object, parsed or as the bytes of the log."""
+        if epoch >= self._latest[0]:
+            self._latest = (epoch, channels)
+        if epoch % self._stride == 0:
+            self._rows[epoch] = self._row(_as_object(channels))
+            if len(self._rows) > MAX_CHANNEL_ROWS:
+                self._stride *= 2
+                self._rows = {kept: row for kept, row in self._rows.items() if kept % self._stride == 0}
+
+    def pearson(self) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs (E,) in order, and Pearson (C, E) float32 in [-1, 1], nan where there is none."""
+        newest, channels = self._latest
+        rows = dict(self._rows)
+        if newest >= 0 and newest not in rows:
+            rows[newest] = self._row(_as_object(channels))
+        epochs = sorted(rows)
+        values = np.full((len(self.names), len(epochs)), np.nan, np.float32)
+        for column, epoch in enumerate(epochs):
+            values[: len(rows[epoch]), column] = rows[epoch]
+        return np.array(epochs, int), values
+
+    def newest(self) -> dict[str, dict[str, float]]:
+        """The newest epoch's metrics of every marker; a metric that is null or absent is nan."""
+        channels = _as_object(self._latest[1])
+        return {
+            _short(name): {metric: number(values.get(metric)) for metric in METRICS}
+            for name, values in list(channels.items())[:MAX_CHANNELS]
+            if isinstance(values, dict)
+        }
+
+    def _row(self, channels: dict[str, Any]) -> np.ndarray:
+        index, found = self._index, {}
+        for name, values in channels.items():
+            name = _short(name)
+            if name not in index:
+                if len(index) >= MAX_CHANNELS:
+                    self.left_out += 1
+                    continue
+                index[name] = len(index)
+                self.names.append(name)
+            if isinstance(values, dict):
+                value = number(values.get("pearson"))
+                found[index[name]] = value if abs(value) <= 1 else math.nan
+        row = np.full(len(index), np.nan, np.float32)
+        row[list(found)] = list(found.values())
+        return row
+
+
+class MetricsReader:
+    """The epochs of a growing metrics.jsonl.
+
+    ``poll`` reads only what was appended since the last call. Half a last line waits for its rest; a damaged,
+    foreign or overlong line is skipped and counted; a file that was replaced, shortened or rewritten is read
+    anew. Where an epoch stands twice, the later attempt is the true one.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / METRICS_FILE
+        self._reset()
+
+    def _reset(self) -> None:
+        self.damaged_lines = 0
+        self.foreign_schema: Any = None
+        self.channels = ChannelHistory()
+        self._identity: tuple[int, int] | None = None
+        self._offset = 0
+        self._head = b""
+        self._tail = b""
+        self._pending = bytearray()
+        self._skipping = False
+        self._data = np.empty((256, len(COLUMNS)))
+        self._count = 0
+        self._row_of: dict[int, int] = {}
+        self._ordered = True
+
+    def __len__(self) -> int:
+        return self._count
+
+    def poll(self) -> bool:
+        """Read what is new; true when an epoch came or the file was read anew. Raises OSError (unreadable).
+
+        A file that is not there yet is an empty log.
+        """
+        before = (self._identity, self._count, self.damaged_lines)
+        changed = False
+        try:
+            file = open_regular(self.path)
+        except FileNotFoundError:
+            if self._identity is not None:
+                self._reset()
+            return before[0] is not None
+        with file:
+            status = os.fstat(file.fileno())
+            identity = (status.st_dev, status.st_ino)
+            if self._identity is not None and (identity != self._identity or not self._continues(file, status.st_size)):
+                self._reset()
+                changed = True
+            self._identity = identity
+            file.seek(self._offset)
+            while chunk := file.read(_CHUNK_BYTES):
+                self._offset += len(chunk)
+                self._head = (self._head + chunk[:64])[:64]
+                self._tail = (self._tail + chunk[-64:])[-64:]
+                changed |= self._take(chunk)
+        # Not every writer ends its last line; what spells a whole object is a whole line.
+        if self._pending.endswith(b"}") and self._line(bytes(self._pending), keep_damaged=True):
+            self._pending.clear()
+            changed = True
+        return changed or before != (self._identity, self._count, self.damaged_lines)
+
+    def column(self, name: str) -> np.ndarray:
+        """One of ``COLUMNS`` in order of epoch, float64 (E,): nan = not measured, inf = a loss not finite."""
+        values = self._data[: self._count, COLUMNS.index(name)]
+        if not self._ordered:
+            values = values[np.argsort(self._data[: self._count, 0], kind="stable")]
+        return values.copy()
+
+    def _continues(self, file: Any, size: int) -> bool:
+        """Whether the file still begins and goes on as it did when it was last read."""
+        if size < self._offset:
+            return False
+        file.seek(0)
+        if file.read(len(self._head)) != self._head:
+            return False
+        file.seek(self._offset - len(self._tail))
+        return bool(file.read(len(self._tail)) == self._tail)
+
+    def _take(self, chunk: bytes) -> bool:
+        changed = False
+        start = 0
+        while (end := chunk.find(b"\n", start)) >= 0:
+            if self._skipping:
+                self._skipping = False
+            elif self._pending or end - start > MAX_LINE_BYTES:
+                self._pending += chunk[start:end]
+                changed |= self._line(bytes(self._pending))
+            else:
+                changed |= self._line(chunk[start:end])
+            self._pending.clear()
+            start = end + 1
+        if not self._skipping:
+            self._pending += chunk[start:]
+            if len(self._pending) > MAX_LINE_BYTES:
+                self._pending.clear()
+                self._skipping = True
+                self.damaged_lines += 1
+        return changed
+
+    def _line(self, line: bytes, keep_damaged: bool = False) -> bool:
+        line = line.strip()
+        if not line:
+            return False
+        record, channels = _parse(line) if len(line) <= MAX_LINE_BYTES else (None, None)
+        if record is None and keep_damaged:
+            return False
+        row = _row(record) if record is not None else None
+        if row is None:
+            self.damaged_lines += 1
+            if record is not None and record.get("schema", SCHEMA) != SCHEMA:
+                self.foreign_schema = record["schema"]
+            return keep_damaged
+        epoch, attempt = int(row[0]), row[1]
+        at = self._row_of.get(epoch)
+        if at is None:
+            at = self._append(epoch)
+        elif attempt < self._data[at, 1]:
+            return False
+        self._data[at] = row
+        self.channels.put(epoch, channels)
+        return True
+
+    def _append(self, epoch: int) -> int:
+        at = self._count
+        if at == len(self._data):
+            self._data = np.concatenate([self._data, np.empty_like(self._data)])
+        if at and epoch < self._data[at - 1, 0]:
+            self._ordered = False
+        self._row_of[epoch] = at
+        self._count += 1
+        return at
+
+
+def number(value: Any, null: float = math.nan) -> float:
+    """A JSON value as a float: ``null`` where it is null or not finite, nan where it is no number at all."""
+    if type(value) is float or type(value) is int:
+        # An integer may have more digits than a float can hold; the comparison works for it all the same.
+        return float(value) if -LARGEST < value < LARGEST else null
+    return null if value is None else math.nan
+
+
+def _parse(line: bytes) -> tuple[dict[str, Any] | None, bytes | dict[str, Any] | None]:
+    """The record, and apart from it its per_channel object, not parsed yet where that could be told.
+
+    The markers are most of a line, and of a long log most are never shown. The cut ends at the first ``}}``;
+    where that is not the object's own end, the brackets of the rest do not match, and the line is parsed whole.
+    """
+    start = line.find(_CHANNELS_KEY)
+    end = line.find(b"}}", start) + 2 if start >= 0 else 1
+    if end > 1:
+        begin = start + len(_CHANNELS_KEY)
+        record = parse_object(line[:begin] + b"0" + line[end:])
+        if record is not None:
+            return record, line[begin:end]
+    record = parse_object(line)
+    val = record.get("val") if record else None
+    channels = val.get("per_channel") if isinstance(val, dict) else None
+    return record, channels if isinstance(channels, dict) else None
+
+
+def _as_object(channels: bytes | dict[str, Any] | None) -> dict[str, Any]:
+    return (parse_object(channels) or {}) if isinstance(channels, bytes) else (channels or {})
+
+
+def _row(record: dict[str, Any]) -> list[float] | None:
+    """The record's values in the order of ``COLUMNS``; None where it is no epoch of this schema."""
+    epoch = record.get("epoch")
+    schema = record.get("schema", SCHEMA)
+    if type(epoch) is not int or not 0 <= epoch <= MAX_EPOCH or type(schema) is not int or schema != SCHEMA:
+        return None
+    attempt = record.get("attempt", 1)
+    if type(attempt) is not int or not 0 <= attempt <= MAX_EPOCH:
+        attempt = 1
+    train, val = _section(record, "train"), _section(record, "val")
+    train_terms, val_terms, metrics = _section(train, "terms"), _section(val, "terms"), _section(val, "metrics")
+    return [
+        epoch,
+        attempt,
+        number(record.get("duration_s")),
+        number(record.get("lr")),
+        number(train["loss"], math.inf) if "loss" in train else math.nan,
+        number(val["loss"], math.inf) if "loss" in val else math.nan,
+        *[number(train_terms.get(term)) for term in TERMS],
+        *[number(val_terms.get(term)) for term in TERMS],
+        *[number(metrics.get(metric)) for metric in METRICS],
+        *[number(metrics.get("pearson_markers"))],
+        *[number(record.get(name)) for name in COLUMNS[-5:]],
+    ]
+
+
+def _section(record: dict[str, Any], name: str) -> dict[str, Any]:
+    value = record.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "…"

@@ -1,0 +1,62 @@
+"""Which device a rank trains on, and how its kernels behave."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from orion_unet.config import RuntimeOptions
+from orion_unet.distributed import local_rank, local_world_size, under_launcher
+from orion_unet.errors import InputError
+
+
+def choose_device(options: RuntimeOptions) -> torch.device:
+    """The GPU of this rank, or the CPU where there is none or ``--gpus 0``; raises InputError.
+
+    Under a launcher rank i of a machine takes GPU i. Alone, one GPU (several are started as ranks before this).
+    """
+    visible = torch.cuda.device_count()
+    if options.gpus == 0 or (options.gpus is None and visible == 0):
+        return torch.device("cpu")
+    wanted = options.gpus
+    if under_launcher() and wanted not in (None, local_world_size()):
+        raise InputError(
+            f"--gpus {wanted} contradicts the launcher, which has started {local_world_size()} ranks on this machine"
+        )
+    needed = local_world_size() if under_launcher() else wanted or 1
+    if needed > visible:
+        raise InputError(
+            f"{needed} GPUs are wanted on this machine, {visible} can be seen: lower --gpus (0 = CPU) or the number "
+            "of ranks, or look at CUDA_VISIBLE_DEVICES"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Deterministic kernels, or the fastest ones for the shapes at hand."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def describe_devices(device: torch.device, ranks: int) -> str:
+    """The devices of a run in words."""
+    if device.type == "cuda":
+        return f"{ranks} x {torch.cuda.get_device_name(device)}"
+    processes = f", {ranks} ranks" if ranks > 1 else ""
+    return f"CPU ({torch.get_num_threads()} threads{' each' if ranks > 1 else ''}{processes})"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Largest memory held so far: the GPU's tensors, or this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,49 @@
+"""Signals that ask a run to stop: noted, and acted on by all ranks after the step under way."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)  # SIGUSR1 is SLURM's early warning
+
+
+class Interrupts:
+    """Context in which SIGTERM, SIGINT and SIGUSR1 set ``requested`` instead of ending the process.
+
+    A second SIGINT ends at once with KeyboardInterrupt: the person does not want to wait.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        """Whether this rank has been asked to stop."""
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 143 after any other request (this rank's or, where it had none, another's)."""
+        return 130 if self.received == signal.SIGINT else 143
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number

@@ -1,0 +1,126 @@
+"""AdamW, the learning rate of every step, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from orion_unet.config import OptimisationOptions
+
+# As torch's ReduceLROnPlateau: an epoch is better when it lowers the best loss by this fraction,
+# and a reduction smaller than this is not made.
+PLATEAU_THRESHOLD = 1e-4
+SMALLEST_REDUCTION = 1e-8
+
+
+def build_optimizer(model: nn.Module, options: OptimisationOptions, device: torch.device) -> AdamW:
+    """AdamW (Loshchilov & Hutter, ICLR 2019) that decays convolution kernels only, not norms and biases.
+
+    On a CPU or CUDA device it is the fused form, which honours a 0/1 float tensor set as its attribute
+    ``found_inf``: 1 makes ``step()`` change neither weights nor moments nor step counts, without waiting for the
+    device.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.learning_rate,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+class LearningRateSchedule:
+    """The learning rate of every optimiser step: linear warm-up, then constant, cosine or plateau.
+
+    The cosine falls to 0 at the last step of the run. The plateau form multiplies the rate by ``lr_factor`` after
+    more than ``lr_patience`` epochs without a better validation loss, as torch's ReduceLROnPlateau does. Only
+    the plateau has a state.
+    """
+
+    def __init__(self, options: OptimisationOptions, steps_per_epoch: int) -> None:
+        self.options = options
+        self.steps_per_epoch = steps_per_epoch
+        self.scale = 1.0
+        self.best = math.inf
+        self.bad_epochs = 0
+
+    def at(self, epoch_index0: int, step: int) -> float:
+        """Learning rate of optimiser step ``step`` (from 0) of epoch ``epoch_index0`` (from 0)."""
+        options = self.options
+        position = epoch_index0 * self.steps_per_epoch + step
+        warmup = round(options.warmup_epochs * self.steps_per_epoch)
+        rate = options.learning_rate * self.scale
+        if position < warmup:
+            return rate * (position + 1) / warmup
+        if options.scheduler == "cosine":
+            last = max(1, options.epochs * self.steps_per_epoch - 1 - warmup)
+            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, (position - warmup) / last)))
+        return rate
+
+    def end_epoch(self, val_loss: float | None) -> bool:
+        """Take note of an epoch's validation loss; True when the plateau form has lowered the rate.
+
+        A loss that is None or NaN counts as no better.
+        """
+        if self.options.scheduler != "plateau":
+            return False
+        if val_loss is not None and val_loss < self.best * (1 - PLATEAU_THRESHOLD):
+            self.best = val_loss
+            self.bad_epochs = 0
+        else:
+            self.bad_epochs += 1
+        if self.bad_epochs <= self.options.lr_patience:
+            return False
+        self.bad_epochs = 0
+        reduction = self.options.learning_rate * self.scale * (1 - self.options.lr_factor)
+        if reduction <= SMALLEST_REDUCTION:
+            return False
+        self.scale *= self.options.lr_factor
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python values from which ``load_state_dict`` continues."""
+        return {"scale": self.scale, "best": self.best, "bad_epochs": self.bad_epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state of an earlier schedule."""
+        self.scale, self.best, self.bad_epochs = state["scale"], state["best"], state["bad_epochs"]
+
+
+class EarlyStopping:
+    """Remembers the best epoch, and says when ``patience`` epochs in a row have not beaten it (0: never)."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+        self.bad_epochs = 0
+
+    def update(self, val_loss: float | None, epoch: int) -> bool:
+        """Take note of an epoch; True when its loss is the lowest yet, which None, NaN and infinity never are."""
+        improved = val_loss is not None and math.isfinite(val_loss) and (self.best is None or val_loss < self.best)
+        if improved:
+            self.best, self.best_epoch, self.bad_epochs = val_loss, epoch, 0
+        else:
+            self.bad_epochs += 1
+        return improved
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the patience is used up."""
+        return 0 < self.patience <= self.bad_epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python values from which ``load_state_dict`` continues."""
+        return {"best": self.best, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state of an earlier one; the patience stays this one's own."""
+        self.best, self.best_epoch, self.bad_epochs = state["best"], state["best_epoch"], state["bad_epochs"]

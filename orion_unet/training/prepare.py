@@ -1,0 +1,124 @@
+"""Everything that must be known and right before a run may begin: pairs, split, scales, normalisation, patches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from orion_unet.config import TrainConfig
+from orion_unet.data.channels import parse_channel_weights
+from orion_unet.data.device_batches import DeviceBatches
+from orion_unet.data.loaders import (
+    TrainingBatches,
+    TrainingOrder,
+    ValidationBatches,
+    ValidationOrder,
+    automatic_workers,
+    build_loader,
+)
+from orion_unet.data.normalization import Normalization, fit_normalization
+from orion_unet.data.pairs import PairTable, find_pairs
+from orion_unet.data.patches import PatchReader, validation_patches
+from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
+from orion_unet.data.split import Split, make_split
+from orion_unet.data.transforms import BatchTransform
+from orion_unet.distributed import local_world_size, rank, world_size
+from orion_unet.errors import InputError
+
+
+@dataclass
+class Prepared:
+    """What rank 0 finds out about the data and all ranks use."""
+
+    table: PairTable
+    split: Split
+    scales: Scales
+    normalization: Normalization
+    validation: np.ndarray
+    channel_weights: list[float] | None
+    warnings: list[str] = field(default_factory=list)
+
+
+def prepare_data(
+    config: TrainConfig, ranks: int, earlier: dict[str, Any] | None = None, progress: Progress = no_progress
+) -> Prepared:
+    """Check the data and fit the normalisation; cheap checks first, so that a mistake is told at once.
+
+    ``earlier`` is the checkpoint of a run that is continued: its split and normalisation are kept. Raises
+    InputError.
+    """
+    data = config.data
+    table = find_pairs(data)
+    split, warnings = make_split(table, data, config.optimisation.seed, earlier["split"] if earlier else None)
+    channel_weights = parse_channel_weights(config.loss.channel_weights, table.kept_names)
+    _check_batches(config, split, ranks)
+    if earlier and list(table.kept_names) != earlier["channel_names"]:
+        raise InputError(
+            f"the run to resume was trained on the channels {', '.join(earlier['channel_names'])}; "
+            f"the data and options give {', '.join(table.kept_names)}"
+        )
+    scales = measure_scales(table, data.target_normalization == "none", progress)
+    if earlier:
+        normalization = Normalization.from_document(earlier["normalization"])
+    else:
+        normalization = fit_normalization(
+            table, scales, split.train, data.target_normalization, data.target_transform, progress
+        )
+    if normalization.empty:
+        warnings.append(f"no signal in the training cores, trained as empty: {', '.join(normalization.empty)}")
+    reader = PatchReader(table, scales, data.patch_size)
+    places = validation_patches(reader, split.val, data, config.optimisation.seed)
+    return Prepared(table, split, scales, normalization, places, channel_weights, table.warnings + warnings)
+
+
+def _check_batches(config: TrainConfig, split: Split, ranks: int) -> None:
+    samples = len(split.train) * config.data.patches_per_image
+    batch = config.optimisation.batch_size
+    if samples < batch * ranks:
+        needed = math.ceil(batch * ranks / len(split.train))
+        raise InputError(
+            f"{len(split.train)} training cores x --patches_per_image {config.data.patches_per_image} give {samples} "
+            f"patches, too few for one batch of {batch} on each of {ranks} rank{'s' if ranks > 1 else ''}: lower "
+            f"--batch_size to {max(1, samples // ranks)} or raise --patches_per_image to {needed}"
+        )
+
+
+@dataclass
+class Feeds:
+    """The training and validation batches of this rank."""
+
+    order: TrainingOrder
+    train: DeviceBatches
+    val: DeviceBatches
+    transform: BatchTransform
+    reader: PatchReader
+    workers: int
+
+
+def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -> Feeds:
+    """Loaders and transforms of this rank."""
+    data, optimisation = config.data, config.optimisation
+    on_gpu = device.type == "cuda"
+    reader = PatchReader(prepared.table, prepared.scales, data.patch_size)
+    transform = BatchTransform(prepared.table, reader.formats, prepared.normalization, data.noise_removal, device)
+    workers = data.num_workers
+    if workers is None:
+        workers = automatic_workers(local_world_size(), on_gpu)
+    training = TrainingBatches(reader, prepared.split.train, data.patches_per_image, optimisation.seed, data.augment)
+    order = TrainingOrder(len(training), optimisation.batch_size, rank(), world_size(), optimisation.seed)
+    validation = ValidationBatches(reader, prepared.validation)
+    val_order = ValidationOrder(len(validation), optimisation.val_batch_size, rank(), world_size())
+    train_loader = build_loader(training, order, workers, pin_memory=on_gpu)
+    val_loader = build_loader(validation, val_order, workers, pin_memory=on_gpu)
+    return Feeds(
+        order,
+        DeviceBatches(train_loader, transform, augment=data.augment),
+        DeviceBatches(val_loader, transform, augment=False),
+        transform,
+        reader,
+        workers,
+    )

@@ -1,0 +1,153 @@
+"""All that a run carries from epoch to epoch, to and from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from orion_unet.config import TrainConfig
+from orion_unet.data.transforms import memory_format
+from orion_unet.distributed import world_size
+from orion_unet.errors import InputError
+from orion_unet.losses import CompositeLoss
+from orion_unet.models.unet import SpatialUNet
+from orion_unet.training.ema import ModelEma
+from orion_unet.training.engine import Precision, TrainSums
+from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, build_optimizer
+from orion_unet.training.prepare import Prepared
+from orion_unet.training.statistics import RunningStatistics
+
+
+@dataclass
+class TrainState:
+    """Model, optimiser and progress of one rank; ``epoch`` counts finished epochs, ``step`` the batches of the
+    epoch under way that are done, ``sums`` what they added up to."""
+
+    model: SpatialUNet
+    statistics: RunningStatistics
+    ema: ModelEma | None
+    optimizer: torch.optim.Optimizer
+    schedule: LearningRateSchedule
+    early_stopping: EarlyStopping
+    precision: Precision
+    epoch: int = 0
+    step: int = 0
+    attempt: int = 1
+    sums: TrainSums | None = None
+
+    @property
+    def validated(self) -> nn.Module:
+        """The model that is validated and kept as best: the averaged one where there is one."""
+        return self.model if self.ema is None else self.ema.model
+
+
+def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, steps: int) -> TrainState:
+    """A run before its first step, the same on every rank for the same seed."""
+    optimisation = config.optimisation
+    torch.manual_seed(optimisation.seed)
+    model = SpatialUNet.from_options(config.model, len(prepared.table.kept_channels))
+    model = model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
+    statistics = RunningStatistics(model)
+    return TrainState(
+        model,
+        statistics,
+        ModelEma(model, optimisation.ema_decay) if optimisation.ema_decay > 0 else None,
+        build_optimizer(model, optimisation, device),
+        LearningRateSchedule(optimisation, steps),
+        EarlyStopping(optimisation.early_stopping_patience),
+        _precision(config, device),
+    )
+
+
+def _precision(config: TrainConfig, device: torch.device) -> Precision:
+    if not config.runtime.use_amp or device.type != "cuda":
+        return Precision()
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Precision(torch.bfloat16)
+    # The default first scale of 65,536 would cost the first steps: 2^13 rarely overflows and grows by itself.
+    return Precision(torch.float16, torch.amp.GradScaler("cuda", init_scale=2.0**13))
+
+
+def build_loss(config: TrainConfig, prepared: Prepared, device: torch.device) -> CompositeLoss:
+    """The composite loss of the options."""
+    weights = prepared.channel_weights
+    loss = CompositeLoss(
+        config.loss.weights,
+        config.loss.variance_form,
+        config.loss.target_variance,
+        None if weights is None else torch.tensor(weights),
+    )
+    return loss.to(device)
+
+
+def global_batch(config: TrainConfig) -> int:
+    """Patches of one step over all ranks."""
+    return config.optimisation.batch_size * world_size()
+
+
+def capture(state: TrainState, config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
+    """Content of last.pt, from which ``restore`` continues."""
+    return {
+        **capture_model(state, config, prepared, state.model),
+        "ema": state.ema.state_dict() if state.ema else None,
+        "optimizer": state.optimizer.state_dict(),
+        "schedule": state.schedule.state_dict(),
+        "early_stopping": state.early_stopping.state_dict(),
+        "scaler": state.precision.scaler.state_dict() if state.precision.scaler else None,
+        "split": prepared.split.document(prepared.table),
+        "attempt": state.attempt,
+        "step": state.step,
+        "global_batch": global_batch(config),
+        "sums": None
+        if state.sums is None
+        else {"values": state.sums.values.cpu(), "bad_in_a_row": state.sums.bad_in_a_row},
+    }
+
+
+def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, model: nn.Module) -> dict[str, Any]:
+    """Content of best.pt: one model, with all that it takes to predict with it."""
+    return {
+        "model": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
+        "options": config.options(),
+        "normalization": prepared.normalization.document(),
+        "channel_names": list(prepared.table.kept_names),
+        "epoch": state.epoch,
+        "best_val_loss": state.early_stopping.best,
+    }
+
+
+def check_resumable(config: TrainConfig, earlier: dict[str, Any], source: str) -> None:
+    """Raises InputError listing the options that would silently change the run."""
+    changes = config.changes_from(earlier["options"])
+    if earlier["global_batch"] != global_batch(config):
+        changes.append(f"global batch (--batch_size x ranks): {earlier['global_batch']} in the run, "
+                       f"{global_batch(config)} now")  # fmt: skip
+    if changes:
+        raise InputError.listing(
+            f"--resume: the options are not those of the run in {source}:",
+            changes,
+            "Give the run's own options (--config RUN/config.json does), or start another run in another --output_dir.",
+        )
+
+
+def restore(state: TrainState, earlier: dict[str, Any], loss: CompositeLoss, device: torch.device) -> None:
+    """Continue from the content of a last.pt. Raises InputError where it is of another model."""
+    try:
+        state.model.load_state_dict(earlier["model"])
+        if state.ema is not None:
+            state.ema.load_state_dict(earlier["ema"])
+        state.optimizer.load_state_dict(earlier["optimizer"])
+        state.schedule.load_state_dict(earlier["schedule"])
+        state.early_stopping.load_state_dict(earlier["early_stopping"])
+        if state.precision.scaler and earlier["scaler"]:
+            state.precision.scaler.load_state_dict(earlier["scaler"])
+        if earlier["sums"] is not None:
+            state.sums = TrainSums.start(loss, device)
+            state.sums.values.copy_(earlier["sums"]["values"])
+            state.sums.bad_in_a_row = earlier["sums"]["bad_in_a_row"]
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--resume: the checkpoint does not fit this model ({error})") from None
+    state.epoch, state.step, state.attempt = earlier["epoch"], earlier["step"], earlier["attempt"] + 1
