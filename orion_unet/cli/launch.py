@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from orion_unet.cli.arguments import EXIT_FAILURE, run_command
@@ -20,6 +21,9 @@ def launch(argv: list[str]) -> int:
     from torch.distributed.run import run as run_elastic
 
     arguments = parse_args(argv)
+    if hasattr(arguments, "signals_to_handle"):
+        # SIGUSR1, the early warning of a scheduler, is passed on to the ranks like the others.
+        arguments.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     ranks = int(arguments.nproc_per_node) if str(arguments.nproc_per_node).isdecimal() else 1
     # torchrun would give each rank a single thread; CPU ranks share the machine's cores instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, ranks))))
@@ -32,7 +36,7 @@ def launch(argv: list[str]) -> int:
             return 128 - first.exitcode
         return first.exitcode
     except SignalException as error:
-        return 128 + int(error.sigval)
+        return 130 if error.sigval == signal.SIGINT else 143
     return 0
 
 

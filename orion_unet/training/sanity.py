@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +18,8 @@ from orion_unet.run_log import SANITY_DIR, write_atomic
 PATCHES, MARKERS = 3, 5
 # A marker is shown from 0 to this quantile of its measured values, the same in every epoch.
 DISPLAY_QUANTILE, SMALLEST_RANGE = 0.998, 0.05
-INCHES = 1.7
+# Side of an image, and height of the titles.
+INCHES, TITLES = 1.7, 0.5
 
 
 class SanityPanel:
@@ -51,37 +53,45 @@ class SanityPanel:
         prediction = model(self.he)[:, self.markers].float().cpu()
         target = self.target[:, self.markers].float().cpu()
         he = self.he.permute(0, 2, 3, 1).clamp(0, 1).cpu().numpy()
-        columns, rows = 1 + len(self.markers), 2 * len(he)
-        figure = Figure(figsize=(INCHES * columns + 0.5, INCHES * rows + 0.55))
+        columns, rows = len(self.markers), 2 * len(he)
+        width, height = INCHES * (1 + columns) + 0.75, INCHES * rows + TITLES
+        figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
+        figure.text(0.01, 1 - 0.08 / height, f"Epoch {epoch}, measured above predicted", fontsize=10, va="top")
+        top, bottom = 1 - TITLES / height, 0.05 / height
+        # The H&E stands apart, so that the row labels of the markers fit between.
+        stain = figure.add_gridspec(
+            len(he), 1, left=0.38 / width, right=(0.38 + INCHES) / width, bottom=bottom, top=top, hspace=0.04
+        )
         grid = figure.add_gridspec(
-            rows, columns, left=0.05, right=0.99, bottom=0.01, top=1 - 0.62 / (INCHES * rows + 0.55),
-            hspace=0.04, wspace=0.04,
+            rows, columns, left=1 - (INCHES * columns + 0.05) / width, right=1 - 0.05 / width,
+            bottom=bottom, top=top, hspace=0.04, wspace=0.04,
         )  # fmt: skip
-        figure.suptitle(f"Epoch {epoch}: measured above predicted", fontsize=10, y=1 - 0.05 / INCHES / rows, va="top")
         for patch, label in enumerate(self.labels):
-            axes = figure.add_subplot(grid[2 * patch : 2 * patch + 2, 0])
-            axes.imshow(he[patch])
-            axes.set_ylabel(label, fontsize=7)
-            axes.set_title("H&E" if patch == 0 else "", fontsize=9)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes = figure.add_subplot(stain[patch])
+            _show(axes, he[patch], "H&E" if patch == 0 else "", label)
             for column, (marker, high) in enumerate(zip(self.markers, self.ranges, strict=True)):
                 for row, (name, images) in enumerate((("measured", target), ("predicted", prediction))):
-                    axes = figure.add_subplot(grid[2 * patch + row, 1 + column])
-                    axes.imshow(images[patch, column], cmap="inferno", vmin=0, vmax=high, interpolation="nearest")
-                    axes.set_xticks([])
-                    axes.set_yticks([])
-                    if column == 0:
-                        axes.set_ylabel(name, fontsize=7)
-                    if patch == 0 and row == 0:
-                        axes.set_title(_plain(f"{self.names[marker]}  0–{high:.2f}"), fontsize=8)
+                    axes = figure.add_subplot(grid[2 * patch + row, column])
+                    title = _plain(f"{self.names[marker]}  0–{high:.2f}") if patch == row == 0 else ""
+                    _show(
+                        axes, images[patch, column], title, name if column == 0 else "",
+                        cmap="inferno", vmin=0, vmax=high,
+                    )  # fmt: skip
         path = run_dir / SANITY_DIR / f"epoch_{epoch:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=110)
         write_atomic(path, drawn.getvalue(), durable=False)
         return path
+
+
+def _show(axes: Any, image: Any, title: str, label: str, **shown: Any) -> None:
+    axes.imshow(image, interpolation="nearest", **shown)
+    axes.set_title(title, fontsize=8)
+    axes.set_ylabel(label, fontsize=7)
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def _plain(text: str) -> str:
