@@ -258,6 +258,11 @@ class TrainConfig:
         if not any(weight > 0 for weight in self.loss.weights.values()):
             names = ", ".join(f"--{name}_weight" for name in self.loss.weights)
             found.append(f"all loss weights are 0, so there is nothing to train: raise one of {names}")
+        if self.data.grid_stride is not None and self.data.grid_stride > self.data.patch_size:
+            found.append(
+                f"--grid_stride {self.data.grid_stride} leaves gaps between patches of --patch_size "
+                f"{self.data.patch_size}: lower it"
+            )
         if self.optimisation.warmup_epochs >= self.optimisation.epochs > 0:
             found.append(
                 f"--warmup_epochs {self.optimisation.warmup_epochs:g} leaves no epoch of --epochs "
@@ -275,7 +280,7 @@ def _range_problem(value: Any, metadata: Any) -> str:
         return f"must be one of {', '.join(metadata['choices'])}"
     if isinstance(value, str):
         return "" if value.strip() and "\0" not in value else "must not be empty"
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     low, high = metadata["minimum"], metadata["maximum"]
     above, below = metadata["above"], metadata["below"]
@@ -300,7 +305,7 @@ def load_options(path: str | Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--config {path}: is not JSON ({error})") from None
     stored = document.get("options") if isinstance(document, dict) else None
     if not isinstance(stored, dict):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ def launch(argv: list[str]) -> int:
     ranks = int(arguments.nproc_per_node) if str(arguments.nproc_per_node).isdecimal() else 1
     # torchrun would give each rank a single thread; CPU ranks share the machine's cores instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, ranks))))
+    # The rank that fails says why; the launcher's own log of it would bury that.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run_elastic(arguments)
     except ChildFailedError as error:

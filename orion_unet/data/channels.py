@@ -21,7 +21,7 @@ def channel_names(given: str | None, folder: Path, count: int) -> tuple[str, ...
         given, source = str(folder / NAMES_FILE), str(folder / NAMES_FILE)
     if given is None:
         return tuple(f"channel_{index:02d}" for index in range(count))
-    if Path(given).is_file():
+    if _is_file(given):
         names = _lines(Path(given))
     else:
         names = [name.strip() for name in given.split(",")]
@@ -34,9 +34,17 @@ def channel_names(given: str | None, folder: Path, count: int) -> tuple[str, ...
     return tuple(names)
 
 
+def _is_file(given: str) -> bool:
+    try:
+        return Path(given).is_file()
+    except OSError:
+        # A list of many names is longer than a file's name may be.
+        return False
+
+
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a list of channel names ({error})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

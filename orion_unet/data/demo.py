@@ -62,7 +62,7 @@ def make_demo(folder: Path, cores: int = 12, size: int = 512, seed: int = 0, ove
         groups = [f"{name},patient_{i // CORES_PER_PATIENT:02d}" for i, name in enumerate(names)]
         _add(folder, record, NAMES_FILE, "\n".join([*MARKERS, ""]).encode())
         _add(folder, record, GROUPS_FILE, "\n".join(["core,group", *groups, ""]).encode())
-        missing = [i for i, name in enumerate(names) if not all((folder / file).exists() for file in _pair(name))]
+        missing = [i for i, name in enumerate(names) if not all(_holds(folder, record, file) for file in _pair(name))]
         for i in tqdm(missing, desc="drawing cores", unit="core", disable=None):
             images = draw_core(_subseed(seed, 0, i), size, patient=_subseed(seed, 1, i // CORES_PER_PATIENT))
             for k, file in enumerate(_pair(names[i])):
@@ -75,13 +75,16 @@ def make_demo(folder: Path, cores: int = 12, size: int = 512, seed: int = 0, ove
 
 
 def holds_demo(folder: Path, cores: int, size: int, seed: int) -> bool:
-    """Whether the folder holds, complete, the set that ``make_demo`` makes of these numbers. Raises InputError."""
+    """Whether the folder holds, complete, the set that ``make_demo`` makes of these numbers.
+
+    Raises InputError for numbers out of range.
+    """
     recipe, record = _recipe(cores, size, seed), _read_record(folder)
     wanted = [NAMES_FILE, GROUPS_FILE, *(file for name in _names(cores) for file in _pair(name))]
     return (
         record is not None
         and all(record.get(key) == value for key, value in recipe.items())
-        and all(name in record["files"] and (folder / name).exists() for name in wanted)
+        and all(_holds(folder, record, name) for name in wanted)
     )
 
 
@@ -120,16 +123,20 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     return record if all(Path(name).name == name for name in record["files"]) else None
 
 
+def _holds(folder: Path, record: dict[str, Any], name: str) -> bool:
+    return name in record["files"] and (folder / name).exists()
+
+
 def _claim(folder: Path, recipe: dict[str, int], overwrite: bool) -> dict[str, Any]:
     """Make sure that the folder may be filled, clear it of an earlier set, and return the record to go on with."""
+    found = sorted(path.name for path in folder.iterdir())
+    # Read after the listing: of what another process is making here at this moment, the listing holds no more.
     record = _read_record(folder)
     made = {} if record is None else {**record["files"], DEMO_FILE: ""}
     reserved = (NAMES_FILE, GROUPS_FILE, DEMO_FILE)
-    others = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name not in made and (path.name in reserved or path.name.endswith(("_HE.npy", "_ORION.npy")))
-    )
+    others = [
+        name for name in found if name not in made and (name in reserved or name.endswith(("_HE.npy", "_ORION.npy")))
+    ]
     if others:
         headline = f"{folder} holds files that make-demo has not made, and will not touch:"
         raise InputError.listing(headline, others, "Name another folder for the demo data.", limit=5)
@@ -150,12 +157,11 @@ def _claim(folder: Path, recipe: dict[str, int], overwrite: bool) -> dict[str, A
 
 
 def _add(folder: Path, record: dict[str, Any], name: str, content: bytes) -> None:
-    """Write a file that is missing. It is put on record first, so that no file of ours ever looks like another's."""
-    if (folder / name).exists():
-        return
-    record["files"][name] = _sha256(content)
-    write_json(folder / DEMO_FILE, record)
-    write_atomic(folder / name, content)
+    """Write a file unless it is there. It is put on record first, so that no file of ours looks like another's."""
+    if not _holds(folder, record, name):
+        record["files"][name] = _sha256(content)
+        write_json(folder / DEMO_FILE, record)
+        write_atomic(folder / name, content)
 
 
 def _sha256(content: bytes) -> str:

@@ -93,9 +93,9 @@ class Absorbers:
 def stain_dyes(rng: np.random.Generator, tissue: Tissue) -> Absorbers:
     """Where haematoxylin and eosin bind."""
     cells, size = tissue.cells, tissue.depth.shape[0]
-    traits = np.array(KINDS, np.float32)[cells.kind]
-    dye = traits[:, 5] * np.exp(0.13 * rng.standard_normal(len(cells.y), dtype=np.float32))
-    clumps = traits[:, 6][tissue.owner] * (0.62 * noise(rng, size, 2.2) + 0.54 * noise(rng, size, 4.5))
+    chromatin_of, clumps_of = np.array([(kind.chromatin, kind.clumps) for kind in KINDS], np.float32)[cells.kind].T
+    dye = chromatin_of * np.exp(0.13 * rng.standard_normal(len(cells.y), dtype=np.float32))
+    clumps = clumps_of[tissue.owner] * (0.62 * noise(rng, size, 2.2) + 0.54 * noise(rng, size, 4.5))
     rim = 0.30 * np.exp(-((tissue.depth + 0.9) ** 2))
     chromatin = dye[tissue.owner] * np.clip(0.86 + clumps + rim, 0.3, 1.7) + 0.22 * tissue.nucleoli
     nucleus = soft(tissue.depth)
@@ -187,14 +187,16 @@ def _signals(rng: np.random.Generator, tissue: Tissue, dyes: Absorbers) -> Itera
     size, owner, depth = tissue.depth.shape[0], tissue.owner, tissue.depth
     nucleus = soft(depth)
     own = owner >= 0
-    yield "Hoechst", 0.305 * dyes.chromatin**1.35
+    # Chromatin takes up both dyes, but no nucleus exactly as much of one as of the other.
+    uptake = np.exp(0.18 * rng.standard_normal(len(tissue.cells.y), dtype=np.float32))
+    yield "Hoechst", 0.3 * uptake[owner] * dyes.chromatin**1.35
     yield "AF1", 0.045 * dyes.eosin + np.clip(0.9 * (dyes.eosin - 0.22), 0, 0.075) + 0.2 * dyes.haemoglobin
 
     cells = _phenotypes(rng, tissue)
     grain = np.clip(1 + 0.4 * noise(rng, size, 2.5), 0, 2)
     membrane = own * np.exp(-(((depth - 0.8) / 1.1) ** 2)) * grain
     for marker, level in (
-        ("CD45", 0.065),
+        ("CD45", 0.06),
         ("CD3e", 0.05),
         ("CD4", 0.05),
         ("CD8a", 0.06),
@@ -215,7 +217,7 @@ def _signals(rng: np.random.Generator, tissue: Tissue, dyes: Absorbers) -> Itera
     border = np.zeros((size, size), np.float32)
     border[:-1] = owner[1:] != owner[:-1]
     border[:, :-1] = np.maximum(border[:, :-1], owner[:, 1:] != owner[:, :-1])
-    yield "E-cadherin", 0.12 * blur(border * glandular * grain, 0.7)
+    yield "E-cadherin", 0.105 * blur(border * glandular * grain, 0.7)
     patchy = np.exp(0.45 * noise(rng, size, 60))
     yield "Pan-CK", 0.052 * patchy * tissue.epithelium * (1 - 0.8 * nucleus) * (1 - 0.6 * tissue.goblets) * grain
     sheath = np.exp(-(((tissue.gland_depth - 3) / 2) ** 2)) * np.clip(noise(rng, size, 50), 0, 1)
@@ -228,12 +230,12 @@ def render_orion(rng: np.random.Generator, tissue: Tissue, dyes: Absorbers, stai
     """ORION image (S, S, C) of ``MARKERS``: background, blurred signal, shot and read noise, a few hot pixels."""
     size = tissue.depth.shape[0]
     orion = np.zeros((size, size, len(MARKERS)), np.uint16)
-    flat = 1 + np.float32(0.06) * noise(rng, size, size / 2)
+    illumination = 1 + np.float32(0.06) * noise(rng, size, size / 2)
     for marker, signal in _signals(rng, tissue, dyes):
         channel = MARKERS.index(marker)
         background = np.float32(BACKGROUNDS[marker])
         light = blur(signal * tissue.present, PSF_SIGMA) * np.float32(stain.antibodies[channel])
-        light = (light + background * (0.8 + 0.3 * tissue.present)) * flat
+        light = (light + background * (0.8 + 0.3 * tissue.present)) * illumination
         sd = np.sqrt(np.float32(SHOT_NOISE) * light + np.float32(READ_NOISE**2))
         light += sd * rng.standard_normal((size, size), dtype=np.float32)
         hot = rng.choice(size * size, max(3, round(HOT_PIXELS * size * size)), replace=False)

@@ -1,6 +1,6 @@
 """The anatomy of one generated tissue core: where glands, vessels, follicles, fibres and cells lie.
 
-Only geometry: what the stains and the markers make of it stands in ``demo.py``.
+Only geometry: what the stains and the markers make of it stands in ``demo_stains.py``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class Ground:
     """thickness of that gland's epithelium, FAR in a solid nest"""
     wall: Floats
     """smooth muscle of vessels"""
-    vessel_lumen: Floats
     vessel_depth: Floats
     follicle_depth: Floats
     mantle: Floats
@@ -148,6 +147,7 @@ def _flow(rng: np.random.Generator, size: int, nearest: Floats) -> tuple[Floats,
 
 
 def _ground(rng: np.random.Generator, size: int, plan: dict[str, list[Outline]], radius: float) -> Ground:
+    """Paint the plan: where each kind of tissue is, how far from its edges, and which way the fibres run."""
     gland_depth, gland_band = shapes.measure(size, plan["glands"])
     vessel_depth, wall_band = shapes.measure(size, plan["vessels"] + plan["capillaries"])
     follicle_depth, mantle = shapes.measure(size, plan["follicles"])
@@ -172,7 +172,6 @@ def _ground(rng: np.random.Generator, size: int, plan: dict[str, list[Outline]],
         gland_depth=gland_depth,
         gland_band=gland_band,
         wall=wall,
-        vessel_lumen=vessel_lumen,
         vessel_depth=vessel_depth,
         follicle_depth=follicle_depth,
         mantle=mantle,
@@ -217,7 +216,7 @@ def _filling(rng: np.random.Generator, size: int, ground: Ground, habit: Habit) 
     lymphocytes = 0.9 * np.exp(-np.maximum(follicle, 0) / 8) + 0.13 * habit.inflammation * np.maximum(crowd, 0)
     solid = (ground.gland_depth < -17) & (ground.gland_depth > 9 - ground.gland_band)
     add(shapes.EPITHELIUM, 9.5, lambda at: at(solid), 2)
-    add(shapes.CENTROBLAST, 9.8, lambda at: 0.97 * (at(centre) < -2), 3)
+    add(shapes.CENTROBLAST, 9.0, lambda at: 0.97 * (at(centre) <= 0), 3)
     add(shapes.B_CELL, 7.9, lambda at: 0.95 * ((at(follicle) < -2) & (at(centre) > 0)), 3)
     add(shapes.T_CELL, 7.9, lambda at: at(lymphocytes) * at(ground.stroma) * (at(follicle) > -2), 3)
     add(shapes.T_CELL, 12, lambda at: 0.02 * habit.inflammation * at(ground.epithelium), 3)
@@ -238,16 +237,17 @@ def draw_tissue(rng: np.random.Generator, size: int, habit: Habit) -> Tissue:
     cells = _thin(cells.select(pick(ground.present, cells.y, cells.x) > 0.5), 4.0)
     depth, owner = shapes.stamp(size, cells)
 
+    # Erythrocytes in vessels, nucleoli in the larger nuclei, and mucin towards the lumen of some glandular cells.
     y, x = scatter(rng, size, 8)
     blood = (pick(ground.vessel_depth, y, x) < -2) & (pick(noise(rng, size, 16), y, x) > -0.3)
     erythrocytes, _ = shapes.stamp(size, grow(rng, shapes.ERYTHROCYTE, y[blood], x[blood], x[blood]))
 
-    lit = cells.select(np.isin(cells.kind, (shapes.EPITHELIUM, shapes.CENTROBLAST)))
-    along = 0.45 * lit.length * rng.uniform(-1, 1, len(lit.y)).astype(np.float32)
-    y, x = lit.y + along * np.sin(lit.angle), lit.x + along * np.cos(lit.angle)
-    nucleoli, _ = shapes.stamp(size, grow(rng, shapes.NUCLEOLUS, y, x, lit.angle))
+    large = cells.select(np.isin(cells.kind, (shapes.EPITHELIUM, shapes.CENTROBLAST)))
+    along = 0.45 * large.length * rng.uniform(-1, 1, len(large.y)).astype(np.float32)
+    y, x = large.y + along * np.sin(large.angle), large.x + along * np.cos(large.angle)
+    nucleoli, _ = shapes.stamp(size, grow(rng, shapes.NUCLEOLUS, y, x, large.angle))
 
-    full = lit.select((lit.kind == shapes.EPITHELIUM) & (rng.random(len(lit.y)) < habit.goblets))
+    full = large.select((large.kind == shapes.EPITHELIUM) & (rng.random(len(large.y)) < habit.goblets))
     y, x = full.y - 10 * np.sin(full.angle), full.x - 10 * np.cos(full.angle)
     apical = (pick(ground.epithelium, y, x) > 0.5) & (pick(ground.gland_band, y, x) < FAR)
     goblets, _ = shapes.stamp(size, grow(rng, shapes.GOBLET, y[apical], x[apical], full.angle[apical]))

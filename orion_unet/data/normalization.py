@@ -111,12 +111,11 @@ def fit_normalization(
     transform: str,
     progress: Progress = no_progress,
 ) -> Normalization:
-    """Quantiles of the training cores, from whole rows of pixels drawn with a fixed seed.
+    """Quantiles of the training cores, from rows of pixels drawn with a fixed seed.
 
-    Whole rows, because a row is what a memory map reads in one piece in either axis order. Memory is bounded by
-    the sample whatever the size of the data set. With method ``core`` every core, held out or not, is also
-    measured by itself: that uses nothing of a core but its own pixels. Raises InputError with method ``none``
-    where a stored range does not fit [0, 1].
+    Rows, because a row is what a memory map reads in one piece in either axis order. Memory is bounded by the
+    sample whatever the size of the data set. With method ``core`` every core, held out or not, is also measured
+    by itself: that uses nothing of a core but its own pixels.
     """
     names = table.kept_names
     kept = np.array(table.kept_channels)
@@ -125,20 +124,18 @@ def fit_normalization(
         return Normalization(names, np.zeros(len(names)), np.ones(len(names)), white, method, transform)
 
     budget = min(SAMPLED_PIXELS, SAMPLED_VALUES // len(names))
-    rows = [_row_budget(table, core, budget / len(train)) for core in train.tolist()]
-    widths = table.orion["width"][train].tolist()
-    ends = np.cumsum([count * width for count, width in zip(rows, widths, strict=True)]).tolist()
+    counts = [_sample_size(table, core, budget // len(train)) for core in train.tolist()]
+    ends = np.cumsum(counts).tolist()
     sample = np.empty((len(names), ends[-1]), np.float32)
     measured = range(len(table)) if method == "core" else ()
     step = progress(len(train) + len(measured), "measuring normalisation")
 
     def read(job: int) -> None:
-        end, count = ends[job], rows[job]
-        sample[:, end - count * widths[job] : end] = _sample_rows(table, scales, int(train[job]), count, kept)
+        sample[:, ends[job] - counts[job] : ends[job]] = _sample(table, scales, int(train[job]), counts[job], kept)
         step()
 
     def measure(core: int) -> np.ndarray:
-        own = _sample_rows(table, scales, core, _row_budget(table, core, SAMPLED_PIXELS_PER_CORE), kept)
+        own = _sample(table, scales, core, _sample_size(table, core, SAMPLED_PIXELS_PER_CORE), kept)
         bounds = np.stack([_bounds(channel) for channel in own], axis=1)
         step()
         return bounds
@@ -151,19 +148,21 @@ def fit_normalization(
     return Normalization(names, lower, upper, white, method, transform, per_core, ends[-1], len(train))
 
 
-def _row_budget(table: PairTable, core: int, pixels: float) -> int:
+def _sample_size(table: PairTable, core: int, pixels: int) -> int:
     row = table.orion[core]
-    return int(np.clip(np.ceil(pixels / int(row["width"])), 1, int(row["height"])))
+    return min(max(1, pixels), int(row["height"]) * int(row["width"]))
 
 
-def _sample_rows(table: PairTable, scales: Scales, core: int, count: int, kept: np.ndarray) -> np.ndarray:
-    """Intensities (C, count * W) float32 of ``count`` rows of a core, one drawn from each of as many strata."""
+def _sample(table: PairTable, scales: Scales, core: int, pixels: int, kept: np.ndarray) -> np.ndarray:
+    """Intensities (C, pixels) float32, evenly spaced over rows of a core, one drawn from each of as many strata."""
     stored, row = table.open(core, "orion"), table.orion[core]
+    count = -(-pixels // int(row["width"]))
     edges = np.linspace(0, int(row["height"]), count + 1)
     drawn = counter_rng(SAMPLE_SEED, NORMALIZATION, core).random(count)
     rows = np.minimum((edges[:-1] + drawn * np.diff(edges)).astype(int), int(row["height"]) - 1)
     values = stored[rows].reshape(-1, stored.shape[2]).T if row["layout"] == "hwc" else stored[:, rows]
-    values = values.reshape(values.shape[0], -1)[kept]
+    values = values.reshape(values.shape[0], -1)
+    values = values[np.ix_(kept, np.arange(pixels) * values.shape[1] // pixels)]
     return values.astype(np.float32) / np.float32(scales.orion[stored.dtype.newbyteorder("=").name])
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from orion_unet.config import DataOptions
 from orion_unet.data.channels import channel_names, excluded_channels
 from orion_unet.errors import InputError
+from orion_unet.run_log import open_regular
 
 HE_SUFFIX = "_HE.npy"
 ORION_SUFFIX = "_ORION.npy"
@@ -104,8 +105,7 @@ def find_pairs(options: DataOptions) -> PairTable:
     he, orion = np.zeros(len(paired), RECORD), np.zeros(len(paired), RECORD)
     for index, name in enumerate(paired):
         problems += _check_pair(folder, name, he[index : index + 1], orion[index : index + 1], options)
-    if not problems:
-        problems += _unequal_channels(paired, orion["channels"])
+    problems += _unequal_channels(paired, orion["channels"])
     if problems:
         raise InputError.listing(
             f"--pairs_dir {folder}: these files cannot be used:",
@@ -165,6 +165,8 @@ def _check_pair(folder: Path, name: str, he: np.ndarray, orion: np.ndarray, opti
         for row, layout, shape in ((he, he_layout, he_shape), (orion, orion_layout, orion_shape)):
             row["layout"], row["height"], row["width"] = layout, height, width
             row["channels"] = shape[2] if layout == "hwc" else shape[0]
+        if not orion["channels"][0]:
+            yield f"{name}{ORION_SUFFIX}: has shape {orion_shape}, no channel at all"
         if min(height, width) < options.patch_size:
             yield f"{name}: is {height} x {width} pixels, smaller than --patch_size {options.patch_size}"
 
@@ -185,15 +187,19 @@ class _Unusable(Exception):
 def _header(path: Path, row: np.ndarray) -> np.ndarray:
     """Map a file without unpickling anything and note how it is stored."""
     try:
+        open_regular(path).close()
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise _Unusable(f"{path.name}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, EOFError, SyntaxError, MemoryError, OverflowError, TypeError, KeyError) as error:
+    except Exception as error:
+        # NumPy evaluates the header as a Python literal: what a broken one raises can be nearly anything.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "pickle" in reason.lower() or "object" in reason.lower():
             reason = "it is pickled or no .npy at all; pickled data is never loaded, save it as a plain numeric array"
         elif "mmap length" in reason or "No data" in reason or "EOF" in reason:
             reason = "it is truncated: shorter than its header says"
+        else:
+            reason = f"it is no sound .npy file ({reason})"
         raise _Unusable(f"{path.name}: {reason}") from None
     if not isinstance(array, np.memmap):
         array.close()
@@ -217,7 +223,9 @@ def _he_sizes(shape: Sequence[int]) -> list[tuple[str, tuple[int, int]]]:
 
 
 def _unequal_channels(names: Sequence[str], channels: np.ndarray) -> Iterator[str]:
-    usual, _ = Counter(channels.tolist()).most_common(1)[0]
+    # A pair that could not be read counts 0 channels, and has been reported.
+    known = Counter(count for count in channels.tolist() if count)
+    usual = known.most_common(1)[0][0] if known else 0
     for name, count in zip(names, channels.tolist(), strict=True):
-        if count != usual:
+        if count not in (0, usual):
             yield f"{name}{ORION_SUFFIX}: has {count} channels where the others have {usual}"

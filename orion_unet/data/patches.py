@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +81,10 @@ class PatchReader:
         self.formats = {modality: stored_format(table, scales, modality) for modality in ("he", "orion")}
         self._maps: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memory map is a copy of its whole file.
+        return {**self.__dict__, "_maps": OrderedDict()}
+
     def _map(self, modality: str, core: int) -> np.ndarray:
         key = (modality, core)
         found = self._maps.get(key)
@@ -126,10 +130,11 @@ class PatchReader:
             whites = getattr(self.scales, modality)
             for row, place in enumerate(places):
                 patch = self.crop(modality, place.core, place.y, place.x)
-                if patch.dtype.newbyteorder("=") == self.formats[modality].dtype:
+                white = whites[patch.dtype.newbyteorder("=").name]
+                if white == self.formats[modality].white:
                     target[row] = patch
                 else:
-                    np.divide(patch, np.float32(whites[patch.dtype.newbyteorder("=").name]), out=target[row])
+                    np.divide(patch, np.float32(white), out=target[row])
         return RawBatch(
             stored["he"],
             stored["orion"],

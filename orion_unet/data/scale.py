@@ -59,8 +59,10 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
     whites: dict[str, dict[str, float]] = {}
     for modality in ("he", "orion"):
         whites[modality] = dict(WHITE)
-        of_modality = {core: found for (kind, core), found in ranges.items() if kind == modality}
-        if of_modality and not problems:
+        of_modality = {
+            core: found for (kind, core), found in ranges.items() if kind == modality and np.isfinite(found).all()
+        }
+        if of_modality:
             negative_ok = modality == "orion" and not bounded_targets
             white = _declared_white(max(high for _, high in of_modality.values()), modality)
             whites[modality] |= {"float16": white, "float32": white}

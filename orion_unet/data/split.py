@@ -90,6 +90,8 @@ def _groups(table: PairTable, given: str | None) -> list[str]:
     problems = []
     for row in rows:
         core, group = (row["core"] or "").strip(), (row["group"] or "").strip()
+        if not core and not group:
+            continue
         if mapping.setdefault(core, group) != group:
             problems.append(f"{core}: stands in two groups, {mapping[core]} and {group}")
         elif not group:
@@ -105,7 +107,7 @@ def _from_file(path: Path, table: PairTable, groups: list[str]) -> tuple[Split, 
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--split_file {path}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"--split_file {path}: is not the split.json of a run") from None
     return _from_document(document, f"--split_file {path}", table, groups)
 

@@ -96,8 +96,8 @@ def validation_noise(val: np.ndarray) -> float:
     """Standard deviation of V about its trend, in units of the loss; nan with fewer than 8 epochs.
 
     The trend is a parabola (from 14 epochs on a cubic) through the logarithm of the last 24 epochs, the first
-    fifth of the run (at least two epochs) left out. The epoch that lies farthest from it is left out too, so that a single blip is no
-    noise, and noise that has died away in the last 8 epochs no longer counts. Second differences, the plainer
+    fifth of the run (at least two epochs) left out. The epoch that lies farthest from it is left out too, so that a
+    single blip is no noise, and noise that has died away in the last 8 epochs no longer counts. Second differences, the plainer
     estimate, need twice the epochs for the same certainty, and without the logarithm the bend of an early curve
     counts as noise.
     """
@@ -116,6 +116,17 @@ def validation_noise(val: np.ndarray) -> float:
     spread = math.sqrt(max(rest, 0.0) / (count - degree - 2))
     spread = min(spread, 2.5 * math.sqrt(float(squares[-8:].mean())))
     return min(spread * _level(val), LARGEST) if relative else spread
+
+
+def noise_and_limit(train: np.ndarray, val: np.ndarray, limits: Thresholds) -> tuple[float, float]:
+    """Noise of V and where it becomes a warning, both in units of the loss; nan where it cannot be told."""
+    noise, level = validation_noise(val), _level(val)
+    if not (math.isfinite(noise) and math.isfinite(level)):
+        return math.nan, math.nan
+    relative = max(limits.max_noise_of_loss * abs(level), limits.max_noise_of_gain * _gain(val))
+    # What few epochs tell is less certain: eight ask for half as much again, thirty for a twentieth.
+    relative *= 1 + 1 / (len(_noise_window(val)) - 4)
+    return noise, min(limits.max_noise * loss_scale(train), relative)
 
 
 def _noise_window(val: np.ndarray) -> np.ndarray:
@@ -137,7 +148,7 @@ def _level(values: np.ndarray, window: int = WINDOW) -> float:
     return float(np.median(recent)) if len(recent) else math.nan
 
 
-def _scale(train: np.ndarray) -> float:
+def loss_scale(train: np.ndarray) -> float:
     """How many times the recipe's order the loss was at its start, at least 1."""
     finite = train[np.isfinite(train)]
     return max(1.0, abs(float(finite[0]))) if len(finite) else 1.0
@@ -165,18 +176,17 @@ def _diverged(epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Th
     if len(val) < 3:
         return None
     best = np.minimum.accumulate(val)
-    high = val > limits.divergence_factor * np.maximum(best, 0)
-    running = np.flatnonzero(high[-WINDOW:][1:] & high[-WINDOW:][:-1]) if len(val) >= 2 else []
+    high = (best > 0) & (val > limits.divergence_factor * best)
+    running = np.flatnonzero(high[-WINDOW:][1:] & high[-WINDOW:][:-1])
     if not len(running):
         return None
     at = len(val) - len(high[-WINDOW:]) + int(running[-1]) + 1
-    factor = float(val[at] / best[at]) if best[at] > 0 else None
-    times = f"{factor:.1f} times its best" if factor is not None else "far above its best"
+    factor = float(val[at] / best[at])
     return Finding(
         "diverged",
         WARNING,
         f"validation loss {val[at - 1]:.4g} and {val[at]:.4g} in epochs {int(epochs[at - 1])} and "
-        f"{int(epochs[at])}, {times} ({best[at]:.4g})",
+        f"{int(epochs[at])}, {factor:.3g} times its best ({best[at]:.4g})",
         factor,
         limits.divergence_factor,
         advice.DIVERGED,
@@ -186,15 +196,10 @@ def _diverged(epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Th
 def _unstable(
     epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Thresholds, options: Mapping[str, Any]
 ) -> Finding | None:
-    noise, level, gain = validation_noise(val), _level(val), _gain(val)
-    if not (math.isfinite(noise) and math.isfinite(level)):
-        return None
-    relative = max(limits.max_noise_of_loss * abs(level), limits.max_noise_of_gain * gain)
-    # What few epochs tell is less certain: eight ask for half as much again, twenty for a tenth.
-    relative *= 1 + 1 / (len(_noise_window(val)) - 4)
-    threshold = min(limits.max_noise * _scale(train), relative)
+    noise, threshold = noise_and_limit(train, val, limits)
     if not noise > threshold:
         return None
+    level, gain = _level(val), _gain(val)
     recent = val[-WINDOW:][np.isfinite(val[-WINDOW:])]
     return Finding(
         "unstable_validation",
@@ -220,7 +225,7 @@ def _overfitting(
     level, smooth = _level(val), _median3(val)
     # Over five epochs and over three: neither one lucky epoch nor one bad one decides.
     gap = min(level - _level(train), _level(val, 3) - _level(train, 3))
-    threshold = limits.max_gap * _scale(train)
+    threshold = limits.max_gap * loss_scale(train)
     message = f"validation loss {level:.4g} lies {gap:.3g} above the training loss"
     if gap > threshold:
         what = f"{message} in epochs {_span(epochs)}"
@@ -264,12 +269,12 @@ def _slow(
     before = float(recent.mean()) + gained / 2
     scale = max(abs(before), 1e-12)
     total = (float(train[0]) - float(train.min())) / max(abs(float(train[0])), 1e-12)
-    threshold = limits.min_improvement * _scale(train)
+    threshold = limits.min_improvement * loss_scale(train)
     if gained >= threshold or gained / scale >= limits.min_relative_improvement:
         return None
     change = (
-        f"training loss fell by {gained:.2g} to {before - gained:.4g} in epochs {int(epochs[-WINDOW - 1])} to "
-        f"{int(epochs[-1])} ({gained / scale:.1%}), and by {total:.0%} since epoch {int(epochs[0])}"
+        f"training loss improved by {max(gained, 0.0):.2g} ({max(gained / scale, 0.0):.1%}) in epochs "
+        f"{int(epochs[-WINDOW - 1])} to {int(epochs[-1])}, by {total:.0%} since epoch {int(epochs[0])}"
     )
     if total >= limits.min_total_improvement:
         return Finding("plateau", NOTICE, f"converged or waiting for a smaller step: {change}", gained, threshold)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from orion_unet.monitor.diagnostics import NOISE_WINDOW, validation_noise
+from orion_unet.monitor.diagnostics import loss_scale, noise_and_limit
 from orion_unet.monitor.report import Report
 from orion_unet.monitor.sanitize import clean, short_number
-from orion_unet.run_reader import TERMS
+from orion_unet.run_reader import LARGEST, TERMS
 
 # Okabe and Ito (2008), told apart by people with any kind of colour vision; with line styles besides.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -37,10 +37,13 @@ def run_figure(report: Report) -> Any:
     """Draw a run; returns a matplotlib Figure with an Agg canvas."""
     figure = _figure()
     grid = figure.add_gridspec(
-        3, 3, width_ratios=(1, 1, 0.95), left=0.055, right=0.985, top=0.9, bottom=0.07, wspace=0.26, hspace=0.42
+        3, 3, width_ratios=(1, 1, 0.95), left=0.065, right=0.98, top=0.875, bottom=0.065, wspace=0.24, hspace=0.45
     )
     title = f"{clean(Path(report.run).name or report.run, 60)}   {report.life.state}, {_progress(report)}"
-    figure.text(0.055, 0.955, title, fontsize=15, fontweight="bold", parse_math=False)
+    figure.text(0.02, 0.955, title, fontsize=15, fontweight="bold", parse_math=False)
+    if report.warnings:
+        codes = ", ".join(finding.code for finding in report.warnings)
+        figure.text(0.02, 0.925, f"warnings: {codes}", fontsize=11, color=VERMILION)
     if not len(report.epochs):
         figure.text(0.5, 0.5, "no epoch has finished yet", ha="center", fontsize=16, color=GREY)
         return figure
@@ -57,7 +60,7 @@ def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Any:
     """Draw several runs over each other: validation and training loss, Pearson and learning rate."""
     figure = _figure()
     grid = figure.add_gridspec(2, 2, left=0.055, right=0.985, top=0.88, bottom=0.07, wspace=0.16, hspace=0.32)
-    figure.text(0.055, 0.955, f"{len(reports)} runs compared", fontsize=15, fontweight="bold")
+    figure.text(0.02, 0.955, f"{len(reports)} runs compared", fontsize=15, fontweight="bold")
     panels = (
         ("Validation loss", "val_loss", "loss"),
         ("Training loss", "train_loss", "loss"),
@@ -72,7 +75,9 @@ def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Any:
             _curve(axes, report.epochs, values, names[run], **look)
             if column == "val_loss" and report.best is not None:
                 axes.plot(report.epochs[report.best], values[report.best], "o", color=look["color"], markersize=8)
-        _finish(axes, title, label, np.concatenate([r.reader.column(column) for r in reports]), legend=index == 0)
+        longest = max(reports, key=lambda report: report.epochs[-1] if len(report.epochs) else 0)
+        values = np.concatenate([report.reader.column(column) for report in reports])
+        _finish(axes, longest, title, label, values, log=True if column == "lr" else None, legend=index == 0)
     return figure
 
 
@@ -111,9 +116,7 @@ def _draw_loss(axes: Any, report: Report) -> None:
     _curve(axes, epochs, val, "validation", color=VERMILION)
     if report.best is not None:
         at = report.best
-        axes.plot(
-            epochs[at], val[at], "*", color=BLACK, markersize=14, label=f"best, epoch {epochs[at]}", linestyle=""
-        )
+        axes.plot(epochs[at], val[at], "*", color=BLACK, markersize=14, label=f"best, epoch {epochs[at]}", linestyle="")
     broken = epochs[np.isinf(report.train) | np.isinf(report.val)]
     if len(broken):
         low, _ = axes.get_ylim()
@@ -122,34 +125,43 @@ def _draw_loss(axes: Any, report: Report) -> None:
     _marks(axes, epochs[1:][np.diff(attempt) > 0], "restart", color=GREY, linestyle="-.")
     drop = np.flatnonzero(rate[1:] < 0.7 * rate[:-1]) + 1
     _marks(axes, epochs[drop], "learning rate lowered", color=GREEN, linestyle=":")
-    _finish(axes, "Training and validation loss", "loss", np.concatenate([train, val]))
+    _finish(axes, report, "Training and validation loss", "loss", np.concatenate([train, val]))
 
 
 def _draw_noise(axes: Any, report: Report) -> None:
-    ends = np.unique(np.linspace(1, len(report.val), min(len(report.val), 400)).astype(int))
-    start = 2 * NOISE_WINDOW
-    noise = np.array([validation_noise(report.val[:end] if end <= 10 * start else report.val[end - 2 * start : end]) for end in ends])
-    noise = np.where(np.abs(noise) < 1e29, noise, np.nan)
-    _curve(axes, report.epochs[ends - 1], noise, "noise about the trend", color=VERMILION)
-    _threshold(axes, report, report.thresholds.max_noise, noise)
+    count = len(report.val)
+    ends = np.unique(np.linspace(1, count, min(count, MAX_POINTS // 4)).astype(int))
+    told = [noise_and_limit(report.train[:end], report.val[:end], report.thresholds) for end in ends]
+    noise, limit = np.where(np.abs(told) < LARGEST / 10, told, np.nan).T
+    epochs = report.epochs[ends - 1]
+    _curve(axes, epochs, noise, "noise about the trend", color=VERMILION)
+    _curve(axes, epochs, limit, "warning above", color=BLACK, linestyle=":", marker="")
     if not np.isfinite(noise).any():
-        _remark(axes, "from epoch 8 on")
-    _finish(axes, "Stability: noise of the validation loss", "± loss", noise, log=False)
+        _remark(axes, "told from epoch 8 on")
+    _finish(axes, report, "Stability: noise of the validation loss", "± loss", noise, log=False)
+    _, top = axes.get_ylim()
+    axes.set_ylim(0, top if np.isfinite(noise).any() else 1)
 
 
 def _draw_gap(axes: Any, report: Report) -> None:
     gap = _finite(report.val) - _finite(report.train)
     _curve(axes, report.epochs, gap, "validation - training", color=PURPLE)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    _threshold(axes, report, report.thresholds.max_gap, gap)
-    _finish(axes, "Gap: validation minus training loss", "loss", gap, log=False)
+    limit = report.thresholds.max_gap * loss_scale(report.train)
+    finite = np.abs(gap[np.isfinite(gap)])
+    # A line far above the data would flatten them.
+    if len(finite) and finite.max() > limit / 8:
+        axes.axhline(limit, color=BLACK, linewidth=1.2, linestyle=":", label=f"warning above {limit:.3g}")
+    else:
+        axes.plot([], [], color=BLACK, linestyle=":", label=f"warning above {limit:.3g}, off the scale")
+    _finish(axes, report, "Gap: validation minus training loss", "loss", gap, log=False)
 
 
 def _draw_rate(axes: Any, report: Report) -> None:
     rate = report.reader.column("lr")
     positive = np.where(rate > 0, rate, np.nan)
     _curve(axes, report.epochs, positive, "", color=GREEN, drawstyle="steps-post")
-    _finish(axes, "Learning rate", "learning rate", positive, log=True, legend=False)
+    _finish(axes, report, "Learning rate", "learning rate", positive, log=True, legend=False)
     axes.set_xlabel("epoch")
 
 
@@ -162,7 +174,7 @@ def _draw_terms(axes: Any, report: Report) -> None:
             everything.append(values)
     if not everything:
         _remark(axes, "no terms in the log")
-    _finish(axes, "Validation loss terms, unweighted", "term", np.concatenate(everything or [np.zeros(1)]), columns=5)
+    _finish(axes, report, "Validation loss terms, unweighted", "loss term", np.concatenate(everything or [np.zeros(1)]))
     axes.set_xlabel("epoch")
 
 
@@ -183,7 +195,8 @@ def _draw_markers(figure: Any, axes: Any, report: Report) -> None:
     left_out = len(order) - MAX_MARKERS
     if left_out > 0:
         order = np.concatenate([order[: MAX_MARKERS // 2], order[-MAX_MARKERS // 2 :]])
-        axes.set_title(f"Validation Pearson, best and worst markers ({left_out} between left out)", fontsize=11, loc="left")
+        title = f"Validation Pearson, best and worst markers\n({left_out} between them left out)"
+        axes.set_title(title, fontsize=11, loc="left")
     shown = values[order]
     lowest = 0.0 if not (shown < 0).any() else -1.0
     axes.set_facecolor("#dddddd")
@@ -207,12 +220,12 @@ def _draw_markers(figure: Any, axes: Any, report: Report) -> None:
         axes.axhline(MAX_MARKERS // 2 - 0.5, color="white", linewidth=2)
     room = axes.get_position()
     widest = max(len(label) for label in labels)
-    shift = min(0.0062 * widest * size / 9 + 0.008, 0.6 * room.width)
+    shift = min(0.0048 * widest * size / 9 + 0.005, 0.6 * room.width)
     axes.set_position(Bbox.from_extents(room.x0 - 0.02 + shift, room.y0 + 0.055, room.x1, room.y1))
     axes.xaxis.labelpad = 2
     bar = figure.add_axes((room.x0 - 0.02 + shift, room.y0 - 0.005, room.x1 - room.x0 + 0.02 - shift, 0.012))
     colours = figure.colorbar(image, cax=bar, orientation="horizontal")
-    colours.set_label("Pearson r (grey: none, the marker is constant)", fontsize=9, labelpad=1)
+    colours.set_label("Pearson r; grey: none", fontsize=9, labelpad=1)
     bar.tick_params(labelsize=8)
 
 
@@ -228,20 +241,9 @@ def _curve(axes: Any, epochs: np.ndarray, values: np.ndarray, label: str, **look
         values = np.where(np.isfinite(values), values, np.nan)
     alone = np.isfinite(values).sum() <= 40
     (line,) = axes.plot(
-        epochs, values, linewidth=1.6, marker="o" if alone else None, markersize=4 if count > 1 else 8, **look
+        epochs, values, **{"linewidth": 1.6, "marker": "o" if alone else "", "markersize": 4 if count > 1 else 8} | look
     )
     line.set_label(f"{clean(label, 50)}" if label else "_none")
-
-
-def _threshold(axes: Any, report: Report, limit: float, values: np.ndarray) -> None:
-    """The threshold, where the data come anywhere near it: a line far above would flatten the curve."""
-    first = report.train[np.isfinite(report.train)]
-    limit *= max(1.0, abs(float(first[0]))) if len(first) else 1.0
-    finite = values[np.isfinite(values)]
-    if len(finite) and np.abs(finite).max() > limit / 8:
-        axes.axhline(limit, color=BLACK, linewidth=1.2, linestyle=":", label=f"warning above {limit:.3g}")
-    else:
-        axes.plot([], [], color=BLACK, linestyle=":", label=f"warning above {limit:.3g}, off the scale")
 
 
 def _marks(axes: Any, epochs: np.ndarray, label: str, **look: Any) -> None:
@@ -256,12 +258,12 @@ def _remark(axes: Any, text: str) -> None:
 
 def _finish(
     axes: Any,
+    report: Report,
     title: str,
     label: str,
     values: np.ndarray,
     log: bool | None = None,
     legend: bool = True,
-    columns: int = 5,
 ) -> None:
     """Title, units, scale and grid; the legend above the data, where it covers none."""
     axes.set_title(title, fontsize=11, loc="left", pad=20 if legend else 6)
@@ -274,15 +276,14 @@ def _finish(
         log = len(positive) == len(finite) > 0 and bool(positive.max() > 20 * positive.min())
     if log and len(positive):
         axes.set_yscale("log")
-        if positive.max() / positive.min() < 1.2:
-            axes.set_ylim(positive.min() / 2, positive.max() * 2)
-    _whole_epochs(axes)
+        _plain_log_ticks(axes, positive)
+    _epoch_axis(axes, report)
     handles, _ = axes.get_legend_handles_labels()
     if legend and handles:
         box = axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 0.985),
-            ncols=columns,
+            ncols=6,
             fontsize=9,
             frameon=False,
             borderaxespad=0,
@@ -293,15 +294,38 @@ def _finish(
             text.set_parse_math(False)
 
 
+def _plain_log_ticks(axes: Any, values: np.ndarray) -> None:
+    """Few ticks written as plain numbers: matplotlib's powers go through its formula parser, a third of the time."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = float(values.min()), float(values.max())
+    if high / low < 1.2:
+        low, high = low / 2, high * 2
+        axes.set_ylim(low, high)
+    powers = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    powers = powers[:: max(1, len(powers) // 6)]
+    ticks = 10.0**powers
+    if len(powers) <= 4:
+        ticks = np.sort(np.concatenate([ticks, 2 * ticks, 5 * ticks]))
+    distinct = np.unique(values)
+    axes.yaxis.set_major_locator(FixedLocator(distinct if len(distinct) <= 4 else ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _epoch_axis(axes: Any, report: Report) -> None:
+    """The same span of epochs in every panel, ticks at whole epochs."""
+    if len(report.epochs):
+        first, last = int(report.epochs[0]), int(report.epochs[-1])
+        room = 0.5 + 0.01 * (last - first)
+        axes.set_xlim(first - room, last + room)
+    _whole_epochs(axes)
+
+
 def _whole_epochs(axes: Any) -> None:
-    """Ticks at whole epochs, at least one epoch of room on each side of a lone one."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    left, right = axes.get_xlim()
-    if right - left < 1.5:
-        middle = (left + right) / 2
-        axes.set_xlim(middle - 0.8, middle + 0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

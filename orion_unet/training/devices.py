@@ -47,8 +47,9 @@ def describe_devices(device: torch.device, ranks: int) -> str:
     """The devices of a run in words."""
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
-    processes = f", {ranks} ranks" if ranks > 1 else ""
-    return f"CPU ({torch.get_num_threads()} threads{' each' if ranks > 1 else ''}{processes})"
+    threads = torch.get_num_threads()
+    counted = f"{threads} thread{'s' if threads != 1 else ''}"
+    return f"CPU ({counted})" if ranks == 1 else f"{ranks} CPU ranks ({counted} each)"
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from contextlib import nullcontext
@@ -135,12 +136,14 @@ class Run:
     def _parallel(self, model: nn.Module) -> nn.Module:
         if world_size() == 1:
             return model
+        # The running statistics are averaged once an epoch, before they are used; torch 2.13 renamed the option.
+        accepted = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            # The running statistics are averaged once an epoch, before they are used.
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **cast(dict[str, Any], {name: False}),
         )
 
     def _panel(self) -> SanityPanel | None:
