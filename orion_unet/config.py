@@ -109,6 +109,11 @@ class ModelOptions:
     depth: int = option(4, "number of down-sampling levels", minimum=1, maximum=7)
     norm: str = option("batch", "normalisation layer", choices=("batch", "group", "instance"))
     dropout: float = option(0.0, "probability of dropping a feature map in the bottleneck", minimum=0, below=1)
+    output_start: str = option(
+        "mean",
+        "what the untrained network predicts: about the mean of each marker in the training cores, or about a half",
+        choices=("mean", "half"),
+    )
     use_boundary_guidance: bool = option(
         False, "give the network the Sobel gradient of the H&E as a fourth input channel"
     )

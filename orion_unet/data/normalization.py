@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ class Normalization:
     """How stored intensities become targets in [0, 1], and back.
 
     ``lower`` and ``upper`` (C,) are intensities (stored / ``white``) that become 0 and 1; an empty channel has
-    ``lower == upper`` and becomes 0 everywhere. ``method`` is dataset, core or none; with ``core``,
+    ``lower == upper`` and becomes 0 everywhere. ``target_mean`` (C,) is the mean of the training targets in
+    [0, 1]. ``method`` is dataset, core or none; with ``core``,
     ``per_core[name]`` holds the bounds (2, C) of each core, and ``lower`` and ``upper`` those of the data set,
     which serve where a core was never measured. ``transform`` is linear or log1p.
     """
@@ -39,6 +41,7 @@ class Normalization:
     names: tuple[str, ...]
     lower: np.ndarray
     upper: np.ndarray
+    target_mean: np.ndarray
     white: float
     method: str = "dataset"
     transform: str = "linear"
@@ -65,8 +68,14 @@ class Normalization:
     def document(self) -> dict[str, Any]:
         """Content of normalization.json, plain Python values."""
         channels = [
-            {"name": name, "lower": float(low), "upper": float(high), "empty": not high > low}
-            for name, low, high in zip(self.names, self.lower, self.upper, strict=True)
+            {
+                "name": name,
+                "lower": float(low),
+                "upper": float(high),
+                "empty": not high > low,
+                "target_mean": float(mean),
+            }
+            for name, low, high, mean in zip(self.names, self.lower, self.upper, self.target_mean, strict=True)
         ]
         return {
             "schema": SCHEMA,
@@ -92,6 +101,7 @@ class Normalization:
                 names=tuple(str(channel["name"]) for channel in channels),
                 lower=np.array([channel["lower"] for channel in channels], np.float64),
                 upper=np.array([channel["upper"] for channel in channels], np.float64),
+                target_mean=np.array([channel["target_mean"] for channel in channels], np.float64),
                 white=float(document["white"]),
                 method=str(document["method"]),
                 transform=str(document["transform"]),
@@ -120,9 +130,6 @@ def fit_normalization(
     names = table.kept_names
     kept = np.array(table.kept_channels)
     white = max(scales.orion[np.dtype(text).name] for text in set(table.orion["dtype"].tolist()))
-    if method == "none":
-        return Normalization(names, np.zeros(len(names)), np.ones(len(names)), white, method, transform)
-
     budget = min(SAMPLED_PIXELS, SAMPLED_VALUES // len(names))
     counts = [_sample_size(table, core, budget // len(train)) for core in train.tolist()]
     ends = np.cumsum(counts).tolist()
@@ -142,10 +149,14 @@ def fit_normalization(
 
     with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
         list(pool.map(read, range(len(train))))
-        lower, upper = np.array(list(pool.map(_bounds, sample))).T
+        if method == "none":
+            lower, upper = np.zeros(len(names)), np.ones(len(names))
+        else:
+            lower, upper = np.array(list(pool.map(_bounds, sample))).T
+        mean = np.array(list(pool.map(partial(_target_mean, transform=transform), sample, lower, upper)))
         found = list(pool.map(measure, measured))
     per_core = {str(table.names[core]): bounds for core, bounds in zip(measured, found, strict=True)}
-    return Normalization(names, lower, upper, white, method, transform, per_core, ends[-1], len(train))
+    return Normalization(names, lower, upper, mean, white, method, transform, per_core, ends[-1], len(train))
 
 
 def _sample_size(table: PairTable, core: int, pixels: int) -> int:
@@ -164,6 +175,15 @@ def _sample(table: PairTable, scales: Scales, core: int, pixels: int, kept: np.n
     values = values.reshape(values.shape[0], -1)
     values = values[np.ix_(kept, np.arange(pixels) * values.shape[1] // pixels)]
     return values.astype(np.float32) / np.float32(scales.orion[stored.dtype.newbyteorder("=").name])
+
+
+def _target_mean(values: np.ndarray, low: float, high: float, transform: str) -> float:
+    if not high > low:
+        return 0.0
+    target = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1)
+    if transform == "log1p":
+        target = np.log1p(target * LOG_CURVATURE) / np.log1p(LOG_CURVATURE)
+    return float(target.mean(dtype=np.float64))
 
 
 def _bounds(values: np.ndarray) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from orion_unet.config import ModelOptions
 from orion_unet.models.blocks import ConvBlock, UpBlock, sobel_magnitude
+
+
+# A start nearer to 0 or 1 than this would leave the sigmoid almost no slope to learn by.
+SMALLEST_START = 0.01
 
 
 class SpatialUNet(nn.Module):
@@ -80,6 +84,16 @@ class SpatialUNet(nn.Module):
         logits = self.head(x)[..., :height, :width]
         # In float32 under autocast too: the losses and metrics need values between neighbouring bfloat16 numbers.
         return torch.sigmoid(logits.float())
+
+    @torch.no_grad()
+    def start_at(self, means: Tensor) -> None:
+        """Let the untrained network predict about ``means`` (out_channels,) in [0, 1], by the bias of its head.
+
+        Most markers are dark almost everywhere: from a sigmoid's own start at a half, the first hundreds of steps
+        would go into darkening every pixel alike.
+        """
+        bias = cast(Tensor, self.head.bias)
+        bias.copy_(torch.logit(means.to(bias), eps=SMALLEST_START))
 
     def _padded(self, he: Tensor) -> Tensor:
         """Pad right and bottom to a multiple of 2**depth."""

@@ -97,9 +97,9 @@ def validation_noise(val: np.ndarray) -> float:
 
     The trend is a parabola (from 14 epochs on a cubic) through the logarithm of the last 24 epochs, the first
     fifth of the run (at least two epochs) left out. The epoch that lies farthest from it is left out too, so that a
-    single blip is no noise, and noise that has died away in the last 8 epochs no longer counts. Second differences, the plainer
-    estimate, need twice the epochs for the same certainty, and without the logarithm the bend of an early curve
-    counts as noise.
+    single blip is no noise, and noise that has died away in the last 8 epochs no longer counts. Second
+    differences, the plainer estimate, need twice the epochs for the same certainty, and without the logarithm the
+    bend of an early curve counts as noise.
     """
     window = _noise_window(val)
     count = len(window)
@@ -222,32 +222,39 @@ def _overfitting(
     epochs, train, val = epochs[both], train[both], val[both]
     if len(val) < WINDOW or epochs[-1] < WINDOW:
         return None
-    level, smooth = _level(val), _median3(val)
-    # Over five epochs and over three: neither one lucky epoch nor one bad one decides.
-    gap = min(level - _level(train), _level(val, 3) - _level(train, 3))
+    # The first two epochs say little: V is often poor, and L an average over the steepest part of the descent.
+    first = max(2, len(val) - WINDOW)
+    level, gap = _centre(val[first:]), _centre((val - train)[first:])
     threshold = limits.max_gap * loss_scale(train)
-    message = f"validation loss {level:.4g} lies {gap:.3g} above the training loss"
     if gap > threshold:
-        what = f"{message} in epochs {_span(epochs)}"
-        return Finding("overfitting", WARNING, what, gap, threshold, advice.overfitting(options))
-    if level <= 0 or gap <= limits.max_relative_gap * level:
-        return None
+        message = (
+            f"validation loss {level:.4g} lies {gap:.3g} above the training loss in epochs {_span(epochs[first:])}"
+        )
+        return Finding("overfitting", WARNING, message, gap, threshold, advice.overfitting(options))
+    smooth = _median3(val)
     gaps = smooth - _median3(train)
-    best = int(smooth.argmin())
+    now, gap, best = float(smooth[-1]), float(gaps[-1]), int(smooth.argmin())
+    if now <= 0 or gap <= limits.max_relative_gap * now:
+        return None
     # V has risen, and the gap widened, by more than the noise of a median of three epochs.
     noise = validation_noise(val)
-    margin = max(0.04 * level, min(2 * noise, 0.12 * level) if math.isfinite(noise) else 0.0)
-    if len(smooth) - best < 3 or smooth[-1] - smooth[best] < margin or gaps[-1] - gaps[best] < margin:
+    margin = max(0.04 * now, min(2 * noise, 0.12 * now) if math.isfinite(noise) else 0.0)
+    if len(smooth) - best < 3 or now - smooth[best] < margin or gap - gaps[best] < margin:
         return None
     return Finding(
         "overfitting",
         WARNING,
-        f"{message} in epochs {_span(epochs)}, {gap / level:.0%} of it, and rises: around epoch "
-        f"{int(epochs[best + 1])} it was {smooth[best]:.4g}, {gaps[best]:.3g} above",
+        f"validation loss {now:.4g} lies {gap:.3g} above the training loss, {gap / now:.0%} of it, and rises: "
+        f"around epoch {int(epochs[best + 1])} it was {smooth[best]:.4g}, {gaps[best]:.3g} above",
         gap,
-        limits.max_relative_gap * level,
+        limits.max_relative_gap * now,
         advice.overfitting(options),
     )
+
+
+def _centre(values: np.ndarray) -> float:
+    """The mean without the highest and the lowest: one epoch cannot decide, and jumps to and fro cancel out."""
+    return float(np.sort(values)[1:-1].mean())
 
 
 def _median3(values: np.ndarray) -> np.ndarray:

@@ -86,7 +86,7 @@ class Report:
     @property
     def gap(self) -> float:
         """Validation minus training loss, the median of the last five epochs; nan where not measured."""
-        recent = (self.val - self.train)[-5:] if np.isfinite(self.val[-5:]).all() else np.full(1, np.nan)
+        recent = finite_difference(self.val[-5:], self.train[-5:])
         recent = recent[np.isfinite(recent)]
         return float(np.median(recent)) if len(recent) else math.nan
 
@@ -191,6 +191,12 @@ class Run:
                 raise InputError(
                     f"{self.run_dir} is not a run folder (no {CONFIG_FILE}, {STATUS_FILE} or {METRICS_FILE})"
                 )
+
+
+def finite_difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """left - right, nan where either is not finite."""
+    both = np.isfinite(left) & np.isfinite(right)
+    return np.where(both, np.where(both, left, 0) - np.where(both, right, 0), np.nan)
 
 
 def _foreign(path: Path, schema: Any) -> InputError:

@@ -49,6 +49,8 @@ def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, s
     optimisation = config.optimisation
     torch.manual_seed(optimisation.seed)
     model = SpatialUNet.from_options(config.model, len(prepared.table.kept_channels))
+    if config.model.output_start == "mean":
+        model.start_at(torch.from_numpy(prepared.normalization.target_mean))
     model = model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
     statistics = RunningStatistics(model)
     return TrainState(

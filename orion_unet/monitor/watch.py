@@ -1,0 +1,305 @@
+"""What the monitor command does: report once, watch until the end, or compare; and what it writes meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orion_unet.errors import InputError
+from orion_unet.monitor.diagnostics import Thresholds
+from orion_unet.monitor.liveness import MONITOR_FILE
+from orion_unet.monitor.report import ENDED, Report, Run
+from orion_unet.monitor.sanitize import clean
+from orion_unet.run_log import strict, write_atomic
+
+FIGURE_FILE = "training_progress.png"
+EXIT_OK, EXIT_WARNINGS = 0, 4
+REDRAW_PAUSE = 20
+"""A figure is redrawn at the earliest after so many times what the last one took: a login node is shared."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the monitor."""
+
+    run_dir: Path
+    interval_s: float = 10.0
+    as_json: bool = False
+    html: Path | None = None
+    figure: Path | None = None
+    show: bool = False
+    fail_on: str | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+    @property
+    def figure_path(self) -> Path:
+        """Where the figure goes."""
+        return self.figure or self.run_dir / FIGURE_FILE
+
+
+class Outputs:
+    """The files the monitor writes: monitor.json, the figure and, when asked for, the page."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.problem = ""
+        self.png = b""
+        self._drawn: Any = None
+        self._not_before = 0.0
+
+    def write(self, report: Report, refresh_s: float | None = None) -> None:
+        """Write what has changed. A folder that cannot be written is a note of the report, no failure."""
+        self.write_pictures(report, refresh_s)
+        self.write_document(report)
+
+    def write_document(self, report: Report) -> None:
+        """Replace monitor.json."""
+        if self.problem:
+            report.notes.append(self.problem)
+        self._write(self.request.run_dir / MONITOR_FILE, (to_json(report.document(), 2) + "\n").encode(), report)
+
+    def write_pictures(self, report: Report, refresh_s: float | None = None) -> None:
+        """Redraw the figure, if there is news and the last one is not too fresh, and the page around it."""
+        self._draw(report, forced=report.life.state in ENDED)
+        if self.request.html is not None:
+            from orion_unet.monitor.page import page
+
+            alive = refresh_s if report.life.state not in ENDED else None
+            write_page(self.request.html, page(report, self.png, alive))
+
+    def _draw(self, report: Report, forced: bool) -> None:
+        state = (report.life.state, len(report.epochs), report.train[-3:].tolist(), report.val[-3:].tolist())
+        now = time.monotonic()
+        if state == self._drawn or (now < self._not_before and not forced):
+            return
+        from orion_unet.monitor.plots import png, run_figure
+
+        self.png = png(run_figure(report))
+        self._drawn = state
+        self._not_before = time.monotonic() + REDRAW_PAUSE * (time.monotonic() - now)
+        self._write(self.request.figure_path, self.png, report)
+
+    def _write(self, path: Path, content: bytes, report: Report) -> None:
+        try:
+            write_atomic(path, content, durable=False)
+        except OSError as error:
+            if not self.problem:
+                self.problem = f"cannot write {path}: {error.strerror or error}"
+                report.notes.append(self.problem)
+
+
+def report_once(request: Request) -> int:
+    """Print one report; returns the exit code."""
+    report = Run(request.run_dir, request.thresholds).poll()
+    outputs = Outputs(request)
+    outputs.write_document(report)
+    if request.as_json:
+        print(to_json(report.document(), 2), flush=True)
+    else:
+        print_report(report)
+    # A person reads while the figure, most of the work, is drawn.
+    outputs.write_pictures(report)
+    if not outputs.problem and not request.as_json:
+        print(f"figure: {clean(str(request.figure_path), 300)}")
+    elif outputs.problem:
+        print(outputs.problem, file=sys.stderr)
+    if request.show:
+        show(outputs.png)
+    return exit_code(report, request.fail_on)
+
+
+def watch(request: Request) -> int:
+    """Follow the run until it ends or Ctrl-C, which is a way to leave and no failure; returns the exit code."""
+    follow = _Follower(request)
+    with _terminate_cleanly():
+        try:
+            if request.as_json or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+                follow.in_lines()
+            else:
+                follow.on_screen()
+        except KeyboardInterrupt:
+            pass
+    if follow.report is None:
+        return EXIT_OK
+    if not request.as_json:
+        print_report(follow.report, "" if follow.outputs.problem else f"figure: {request.figure_path}")
+    return exit_code(follow.report, request.fail_on)
+
+
+class _Follower:
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.run = Run(request.run_dir, request.thresholds)
+        self.outputs = Outputs(request)
+        self.report: Report | None = None
+        self.waiting_for = ""
+
+    def poll(self) -> Report | None:
+        """The report, or None while there is nothing to report on; ``waiting_for`` then says what for."""
+        try:
+            report = self.run.poll()
+        except InputError as error:
+            self.waiting_for = clean(str(error), 300)
+            return None
+        self.outputs.write(report, self.request.interval_s)
+        self.report = report
+        return report
+
+    def in_lines(self) -> None:
+        """For a pipe: a plain line, or a JSON document a line, whenever something has changed."""
+        from orion_unet.monitor.terminal import one_line
+
+        told: Any = None
+        while True:
+            report = self.poll()
+            if report is None:
+                change, line = self.waiting_for, f"waiting for {clean(str(self.request.run_dir))}: {self.waiting_for}"
+                document = {"run": str(self.request.run_dir), "state": "waiting", "reason": self.waiting_for}
+            else:
+                line, document = one_line(report), report.document()
+                change = line
+            if change != told:
+                told = change
+                print(to_json(document) if self.request.as_json else _printable(line), flush=True)
+            if report is not None and report.life.state in ENDED:
+                return
+            time.sleep(self.request.interval_s)
+
+    def on_screen(self) -> None:
+        """A live view on the terminal's other screen, redrawn when the window changes."""
+        from rich.live import Live
+        from rich.text import Text
+
+        from orion_unet.monitor.terminal import make_console, view
+
+        console = make_console(sys.stdout)
+        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+            while True:
+                report = self.poll()
+                due = time.monotonic() + self.request.interval_s
+                size = None
+                while time.monotonic() < due:
+                    if console.size != size:
+                        size = console.size
+                        if report is None:
+                            text = (
+                                f"waiting for {clean(str(self.request.run_dir))}\n{self.waiting_for}\n\nCtrl-C to leave"
+                            )
+                            live.update(Text(text), refresh=True)
+                        else:
+                            footer = f"every {self.request.interval_s:g} s · Ctrl-C to leave"
+                            live.update(view(report, console, size.height - 1, footer), refresh=True)
+                    if report is not None and report.life.state in ENDED:
+                        return
+                    time.sleep(min(0.2, self.request.interval_s))
+
+
+def compare(request: Request, others: list[Path]) -> int:
+    """Print several runs side by side and draw them over each other; returns the exit code."""
+    from orion_unet.monitor.compare import comparison, comparison_document, run_names
+    from orion_unet.monitor.plots import comparison_figure, png
+
+    reports = [Run(path, request.thresholds).poll() for path in (request.run_dir, *others)]
+    drawn = png(comparison_figure(reports, run_names(reports)))
+    columns, rows = comparison(reports)
+    try:
+        write_atomic(request.figure_path, drawn, durable=False)
+        figure = f"figure: {request.figure_path}"
+    except OSError as error:
+        figure = f"cannot write {request.figure_path}: {error.strerror or error}"
+    if request.html is not None:
+        from orion_unet.monitor.page import comparison_page
+
+        write_page(request.html, comparison_page(columns, rows, drawn))
+    if request.as_json:
+        print(to_json(comparison_document(reports), indent=2))
+    else:
+        from orion_unet.monitor.terminal import comparison_table, make_console
+
+        _tolerate_encoding()
+        console = make_console(sys.stdout)
+        console.print(comparison_table(columns, rows))
+        console.print("* lowest validation loss", figure, sep="\n")
+    if request.show:
+        show(drawn)
+    return max(exit_code(report, request.fail_on) for report in reports)
+
+
+def exit_code(report: Report, fail_on: str | None) -> int:
+    """4 where the report holds what ``fail_on`` names, else 0."""
+    fatal = report.warnings if fail_on == "warning" else [*report.findings, *report.config_findings]
+    return EXIT_WARNINGS if fail_on and fatal else EXIT_OK
+
+
+def print_report(report: Report, footer: str = "") -> None:
+    """The whole report on standard output, however long."""
+    from orion_unet.monitor.terminal import make_console, view
+
+    _tolerate_encoding()
+    console = make_console(sys.stdout)
+    console.print(view(report, console, footer=clean(footer, 300)))
+    sys.stdout.flush()
+
+
+def to_json(document: Mapping[str, Any], indent: int | None = None) -> str:
+    """Strict JSON in ASCII: what cannot be encoded or moves a cursor is escaped."""
+    return json.dumps(strict(document), indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
+
+
+def write_page(path: Path, text: str) -> None:
+    """Replace the page; raises InputError where that cannot be done."""
+    try:
+        write_atomic(path, text.encode("utf-8", "backslashreplace"), durable=False)
+    except OSError as error:
+        raise InputError(f"--html {path}: cannot be written ({error.strerror or error})") from None
+
+
+def show(png_bytes: bytes) -> None:
+    """Open a window with the figure and wait until it is closed; without a display, say so."""
+    import io
+
+    from matplotlib import pyplot
+
+    if pyplot.get_backend().lower() == "agg":
+        print("--show: no display here, or no window toolkit for matplotlib", file=sys.stderr)
+        return
+    image = pyplot.imread(io.BytesIO(png_bytes))
+    figure = pyplot.figure(figsize=(image.shape[1] / 100, image.shape[0] / 100))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.imshow(image)
+    pyplot.show()
+
+
+def _printable(line: str) -> str:
+    _tolerate_encoding()
+    return line
+
+
+def _tolerate_encoding() -> None:
+    """A terminal or pipe without some character gets a question mark for it, not a traceback."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+@contextmanager
+def _terminate_cleanly() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the terminal gets its screen and cursor back."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    earlier = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

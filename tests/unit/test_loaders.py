@@ -1,0 +1,171 @@
+"""Loaders: the same samples whatever the workers, ranks or restarts; every validation patch exactly once."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orion_unet.data.device_batches import DeviceBatches
+from orion_unet.data.loaders import (
+    TrainingBatches,
+    TrainingOrder,
+    ValidationBatches,
+    ValidationOrder,
+    automatic_workers,
+    build_loader,
+)
+from orion_unet.data.normalization import fit_normalization
+from orion_unet.data.patches import validation_patches
+from orion_unet.data.transforms import BatchTransform
+
+CORES = np.array([0, 2, 3])
+
+
+def training(opened, batch_size=4, rank=0, world_size=1, workers=0, seed=11, augment=True):
+    dataset = TrainingBatches(opened.reader, CORES, patches_per_image=8, seed=seed, augment=augment)
+    order = TrainingOrder(len(dataset), batch_size, rank, world_size, seed)
+    return order, build_loader(dataset, order, workers, pin_memory=False)
+
+
+def epoch_of(order, loader, epoch, start_step=0):
+    order.set_epoch(epoch, start_step)
+    return [[tensor.clone() for tensor in batch] for batch in loader]
+
+
+def assert_same(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        for left, right in zip(a, b, strict=True):
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left.numpy(), right.numpy())
+
+
+def differs(first, second):
+    return any(not np.array_equal(a[0].numpy(), b[0].numpy()) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def opened(write_pairs, open_pairs):
+    return open_pairs(write_pairs())
+
+
+def mixed_folder(write_pairs):
+    folder = write_pairs()
+    for core, dtype in ((1, np.uint8), (2, np.float32)):
+        for kind, white in (("HE", 255), ("ORION", 65535)):
+            path = folder / f"core_{core:02d}_{kind}.npy"
+            factor = 255 / white if dtype is np.uint8 else 1 / white
+            np.save(path, np.ascontiguousarray((np.load(path) * factor).astype(dtype).transpose(2, 0, 1)))
+    return folder
+
+
+@pytest.mark.parametrize("folder", ["uint16", "float16", "mixed"])
+def test_samples_are_the_same_with_0_1_and_3_workers_in_every_epoch(write_pairs, open_pairs, folder):
+    path = mixed_folder(write_pairs) if folder == "mixed" else write_pairs(he_dtype=folder, orion_dtype=folder)
+    opened = open_pairs(path)
+    runs = []
+    for workers in (0, 1, 3):
+        order, loader = training(opened, workers=workers)
+        runs.append([epoch_of(order, loader, epoch) for epoch in (1, 2)])
+    for epoch in (0, 1):
+        assert_same(runs[0][epoch], runs[1][epoch])
+        assert_same(runs[0][epoch], runs[2][epoch])
+    assert len(runs[0][0]) == 6
+    assert differs(runs[0][0], runs[0][1])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ranks_of_a_step_together_are_the_batch_of_one_rank(opened, world_size):
+    whole = epoch_of(*training(opened, batch_size=4 * world_size), epoch=3)
+    parts = [epoch_of(*training(opened, 4, rank, world_size), epoch=3) for rank in range(world_size)]
+    joined = [[torch.cat(fields) for fields in zip(*step, strict=True)] for step in zip(*parts, strict=True)]
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_taken_up_at_a_step_gives_its_tail_and_the_next_one_is_whole(opened, workers):
+    whole, following = (epoch_of(*training(opened), epoch) for epoch in (5, 6))
+    order, loader = training(opened, workers=workers)
+    order.set_epoch(5, 4)
+    assert len(loader) == 2
+    assert_same(epoch_of(order, loader, 5, start_step=4), whole[4:])
+    assert_same(epoch_of(order, loader, 6), following)
+    assert epoch_of(order, loader, 5, start_step=6) == []
+
+
+def test_another_seed_gives_other_samples(opened):
+    assert differs(epoch_of(*training(opened, seed=11), 1), epoch_of(*training(opened, seed=12), 1))
+
+
+def test_every_core_gives_its_share_of_samples(opened):
+    cores = torch.cat([batch[2] for batch in epoch_of(*training(opened), 1)])
+    assert torch.bincount(cores).tolist() == [8, 0, 8, 8]
+
+
+@given(
+    samples=st.integers(1, 200),
+    batch_size=st.integers(1, 20),
+    world_size=st.integers(1, 6),
+    epoch=st.integers(0, 1000),
+)
+def test_training_ranks_share_an_epoch_without_overlap(samples, batch_size, world_size, epoch):
+    drawn = []
+    for rank in range(world_size):
+        order = TrainingOrder(samples, batch_size, rank, world_size, seed=1)
+        order.set_epoch(epoch)
+        requests = list(order)
+        assert len(requests) == len(order) == order.steps == samples // (batch_size * world_size)
+        assert all(len(request.indices) == batch_size and request.epoch == epoch for request in requests)
+        drawn += [index for request in requests for index in request.indices.tolist()]
+    assert len(set(drawn)) == len(drawn)
+    assert set(drawn) <= set(range(samples))
+
+
+@given(samples=st.integers(0, 120), batch_size=st.integers(1, 20), world_size=st.integers(1, 140))
+def test_validation_gives_every_patch_exactly_once_also_to_more_ranks_than_patches(samples, batch_size, world_size):
+    seen = []
+    for rank in range(world_size):
+        order = ValidationOrder(samples, batch_size, rank, world_size)
+        requests = list(order)
+        assert len(requests) == len(order)
+        assert all(0 < len(request.indices) <= batch_size for request in requests)
+        seen += [index for request in requests for index in request.indices.tolist()]
+    assert sorted(seen) == list(range(samples))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_patches_are_the_same_in_every_pass_and_not_augmented(opened, workers):
+    places = validation_patches(opened.reader, np.array([1]), opened.options, seed=0)
+    order = ValidationOrder(len(places), 3, rank=0, world_size=1)
+    loader = build_loader(ValidationBatches(opened.reader, places), order, workers, pin_memory=False)
+    first, second = ([[tensor.clone() for tensor in batch] for batch in loader] for _ in range(2))
+    assert_same(first, second)
+    assert [len(batch[0]) for batch in first] == [3, 3, 2]
+    np.testing.assert_array_equal(torch.cat([batch[3] for batch in first]).numpy(), places[:, 1:])
+    assert not any(batch[4].any() or batch[5].any() for batch in first)
+
+
+def test_device_batches_are_transformed_and_the_wait_is_measured(opened):
+    normalization = fit_normalization(opened.table, opened.scales, CORES, "dataset", "linear")
+    transform = BatchTransform(opened.table, opened.reader.formats, normalization, False, torch.device("cpu"))
+    order, loader = training(opened, augment=False)
+    order.set_epoch(1)
+    batches = DeviceBatches(loader, transform, augment=False)
+    prepared = list(batches)
+    assert len(prepared) == 6
+    for batch, raw in zip(prepared, epoch_of(order, loader, 1), strict=True):
+        np.testing.assert_allclose(batch.he.numpy(), raw[0].numpy().transpose(0, 3, 1, 2) / np.float32(255), rtol=1e-6)
+        assert batch.target.shape == (4, 3, 16, 16)
+        assert batch.core.tolist() == raw[2].tolist()
+    assert 0 < batches.wait_s < 10
+
+
+def test_workers_share_the_cores_of_the_machine(monkeypatch):
+    monkeypatch.setattr("orion_unet.data.loaders.usable_cores", lambda: 16)
+    assert automatic_workers(1, on_gpu=True) == 8
+    assert automatic_workers(4, on_gpu=True) == 3
+    assert automatic_workers(16, on_gpu=True) == 1
+    assert automatic_workers(1, on_gpu=False) == 1
+    monkeypatch.setattr("orion_unet.data.loaders.usable_cores", lambda: 1)
+    assert automatic_workers(1, on_gpu=False) == 0
