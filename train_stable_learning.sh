@@ -10,7 +10,8 @@
 set -euo pipefail
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
-. scripts/environment.sh
+# The empty word: a sourced file without arguments of its own would be given this one's.
+. scripts/environment.sh ''
 root=$PWD
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 cd "$called_from"
@@ -22,11 +23,12 @@ recipe=(
   --use_amp --use_boundary_guidance --noise_removal
   --output_dir runs_sep6v1/orion_stable_learning
 )
-# The demo: small images and a small network, so that the whole of it takes minutes on a CPU. So few steps want a
+# The demo: small patches and a small network, so that the whole of it takes minutes on a CPU. So few steps want a
 # higher learning rate than the recipe's.
 demo=(
   --pairs_dir demo_pairs --output_dir runs/demo
-  --patch_size 128 --base_features 12 --depth 3 --epochs 12 --batch_size 8 --learning_rate 2e-3
+  --patch_size 128 --patches_per_image 16 --base_features 12 --depth 3 --epochs 15 --batch_size 8
+  --learning_rate 2e-3 --scheduler cosine --warmup_epochs 1
 )
 
 options=()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from orion_unet.errors import InputError
+from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import CHECKPOINT_DIR, fsync_folder
 
 SCHEMA = 1
@@ -30,7 +30,7 @@ RESUME_KEYS = {
 }
 
 
-class SaveError(Exception):
+class SaveError(RunError):
     """A checkpoint could not be written; the one before it stands."""
 
 

@@ -195,9 +195,12 @@ class RuntimeOptions:
 class OutputOptions:
     """output: where and what is written"""
 
-    output_dir: str = option("runs/orion_spatial", "the run folder", metavar="DIR", fixed=False)
+    output_dir: str = option("runs/orion_spatial", "the run folder", metavar="DIR", inherited=False, fixed=False)
     sanity_check_freq: int = option(
         2, "draw a panel of predictions every so many epochs; 0 = off", unit="epochs", minimum=0, fixed=False
+    )
+    save_every_minutes: float = option(
+        0.0, "also save the state within an epoch, so often; 0 = off", unit="minutes", minimum=0, fixed=False
     )
     tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboard package)", fixed=False)
     overwrite: bool = option(False, "replace the run that output_dir holds", inherited=False, fixed=False)

@@ -1,10 +1,10 @@
-"""The one exception that ends a command with exit code 2."""
+"""The exceptions that end a command with a plain message instead of a traceback."""
 
 from collections.abc import Iterable
 
 
 class InputError(Exception):
-    """Bad option or bad input: its text is all a person is shown (no traceback, exit code 2)."""
+    """Bad option or bad input: its text is all a person is shown (exit code 2)."""
 
     @classmethod
     def listing(cls, headline: str, problems: Iterable[str], advice: str = "", limit: int = 20) -> "InputError":
@@ -14,3 +14,7 @@ class InputError(Exception):
         if len(problems) > limit:
             shown.append(f"  - and {len(problems) - limit} more")
         return cls("\n".join([headline, *shown, *([advice] if advice else [])]))
+
+
+class RunError(Exception):
+    """The surroundings failed a run that was right (disk, memory, another rank): its text says what to do (exit 1)."""

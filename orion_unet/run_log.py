@@ -155,7 +155,9 @@ class Heartbeat:
         urgent = any(self._fields.get(key) != changes[key] for key in ("state", "epoch") if key in changes)
         self._fields.update(changes)
         if urgent:
-            self._write()
+            # A status that cannot be written must not end the training that it tells of.
+            with suppress(OSError):
+                self._write()
 
     def _write(self) -> None:
         with self._lock:

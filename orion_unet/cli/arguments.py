@@ -11,7 +11,7 @@ from dataclasses import Field, fields
 from typing import Any, NoReturn
 
 from orion_unet.config import GROUPS, TrainConfig, load_options
-from orion_unet.errors import InputError
+from orion_unet.errors import InputError, RunError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_DIVERGED = 0, 1, 2, 3
 
@@ -122,7 +122,9 @@ def parse_train_config(argv: list[str], prog: str | None = None) -> TrainConfig:
 
 
 def run_command(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Run a command and close on its failure: InputError is one message and 2, anything else a traceback and 1.
+    """Run a command and close on its failure: InputError is one message and 2, RunError one message and 1.
+
+    Anything else is a traceback and 1.
 
     Under a launcher of several ranks only rank 0 speaks of bad input, since all ranks meet the same one.
     """
@@ -132,6 +134,9 @@ def run_command(command: Callable[[list[str]], int], argv: list[str] | None = No
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -35,8 +35,10 @@ def launch(argv: list[str]) -> int:
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         if first.exitcode < 0:
-            print(f"error: rank {first.local_rank} was ended by signal {-first.exitcode}", file=sys.stderr)
-            return 128 - first.exitcode
+            name = signal.Signals(-first.exitcode).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            print(f"error: rank {first.local_rank} of this machine was ended by {name}{hint}", file=sys.stderr)
+            return EXIT_FAILURE
         return first.exitcode
     except SignalException as error:
         return 130 if error.sigval == signal.SIGINT else 143

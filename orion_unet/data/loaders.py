@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -133,6 +135,8 @@ def build_loader(
     dataset: TrainingBatches | ValidationBatches, order: Sampler[BatchRequest], workers: int, pin_memory: bool
 ) -> DataLoader[RawBatch]:
     """Loader whose items are whole batches, assembled in the worker, in the sampler's order."""
+    if workers > 0:
+        atexit.register(_end_workers)
     return DataLoader(
         dataset,
         sampler=order,
@@ -150,3 +154,10 @@ def _leave_signals_to_the_rank(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _end_workers() -> None:
+    # A loader that a traceback keeps alive leaves its workers to multiprocessing, which at the end of the process
+    # asks them with the SIGTERM they do not hear, and waits for ever.
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -47,7 +47,7 @@ def comparison(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:
             ],
         ],
         ["Pearson there", *[short_number(_at_best(report, "pearson"), 3) for report in reports]],
-        ["noise of validation loss", *[_signed(report.noise) for report in reports]],
+        ["noise of validation loss", *[short_number(report.noise, 2) for report in reports]],
         ["gap, validation - training", *[short_number(report.gap, 3) for report in reports]],
         ["time per epoch", *[duration(report.epoch_s) for report in reports]],
         ["warnings", *[", ".join(finding.code for finding in report.warnings) or "none" for report in reports]],
@@ -72,10 +72,6 @@ def _at_best(report: Report, column: str) -> float:
 
 def _epochs(report: Report) -> str:
     return f"{len(report.epochs)}" + (f" of {report.planned}" if report.planned else "")
-
-
-def _signed(value: float) -> str:
-    return f"±{short_number(value, 2)}" if value == value else "-"
 
 
 def _text(value: Any) -> str:

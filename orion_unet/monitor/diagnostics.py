@@ -108,13 +108,12 @@ def validation_noise(val: np.ndarray) -> float:
     relative = bool(window.min() > 0)
     values = np.log(window) if relative else window
     degree = 3 if count >= 14 else 2
-    projection, leverage = _polynomial(count, degree)
-    residual = values - projection @ values
-    squares = residual * residual
+    squares, leverage = _squared_residuals(values, degree)
     # The sum of squares of a fit without one point follows from the fit with it (deleted residuals).
     rest = float((squares.sum() - squares / (1 - leverage)).min())
     spread = math.sqrt(max(rest, 0.0) / (count - degree - 2))
-    spread = min(spread, 2.5 * math.sqrt(float(squares[-8:].mean())))
+    recent, _ = _squared_residuals(values[-8:], 2)
+    spread = min(spread, 3 * math.sqrt(float(recent.sum()) / (len(recent) - 3)))
     return min(spread * _level(val), LARGEST) if relative else spread
 
 
@@ -132,6 +131,13 @@ def noise_and_limit(train: np.ndarray, val: np.ndarray, limits: Thresholds) -> t
 def _noise_window(val: np.ndarray) -> np.ndarray:
     window = val[max(2, len(val) // 5) :][-NOISE_WINDOW:]
     return window[np.isfinite(window)]
+
+
+def _squared_residuals(values: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances (n,) from the fitted polynomial, and the leverage (n,) of each point."""
+    projection, leverage = _polynomial(len(values), degree)
+    residual = values - projection @ values
+    return residual * residual, leverage
 
 
 @lru_cache(maxsize=2 * NOISE_WINDOW)
@@ -199,16 +205,15 @@ def _unstable(
     noise, threshold = noise_and_limit(train, val, limits)
     if not noise > threshold:
         return None
-    level, gain = _level(val), _gain(val)
+    level, gain = abs(_level(val)), _gain(val)
     recent = val[-WINDOW:][np.isfinite(val[-WINDOW:])]
+    of_gain = f"{noise / gain:.0%} of what it has gained" if gain > noise else "as much as it has gained"
+    share = f"{noise / level:.0%} of it, {of_gain}" if level > 0 else of_gain
     return Finding(
         "unstable_validation",
         WARNING,
-        f"validation loss jumps by ±{noise:.2g} about its trend (±{noise / abs(level):.0%} of it"
-        f"{f', ±{noise / gain:.0%} of what it has gained' if gain > noise else ', which is all it has gained'}); "
-        f"{recent.min():.4g} to {recent.max():.4g} in epochs {_span(epochs)}"
-        if level
-        else f"validation loss jumps by ±{noise:.2g} about its trend in epochs {_span(epochs)}",
+        f"validation loss jumps about its trend by {noise:.2g} (standard deviation; {share}), from "
+        f"{recent.min():.4g} to {recent.max():.4g} in epochs {_span(epochs)}",
         noise,
         threshold,
         advice.unstable(options),

@@ -37,13 +37,13 @@ def run_figure(report: Report) -> Any:
     """Draw a run; returns a matplotlib Figure with an Agg canvas."""
     figure = _figure()
     grid = figure.add_gridspec(
-        3, 3, width_ratios=(1, 1, 0.95), left=0.065, right=0.98, top=0.875, bottom=0.065, wspace=0.24, hspace=0.45
+        3, 3, width_ratios=(1, 1, 0.95), left=0.065, right=0.98, top=0.868, bottom=0.065, wspace=0.24, hspace=0.45
     )
     title = f"{clean(Path(report.run).name or report.run, 60)}   {report.life.state}, {_progress(report)}"
     figure.text(0.02, 0.955, title, fontsize=15, fontweight="bold", parse_math=False)
     if report.warnings:
         codes = ", ".join(finding.code for finding in report.warnings)
-        figure.text(0.02, 0.925, f"warnings: {codes}", fontsize=11, color=VERMILION)
+        figure.text(0.02, 0.93, f"warnings: {codes}", fontsize=11, color=VERMILION)
     if not len(report.epochs):
         figure.text(0.5, 0.5, "no epoch has finished yet", ha="center", fontsize=16, color=GREY)
         return figure
@@ -59,7 +59,7 @@ def run_figure(report: Report) -> Any:
 def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Any:
     """Draw several runs over each other: validation and training loss, Pearson and learning rate."""
     figure = _figure()
-    grid = figure.add_gridspec(2, 2, left=0.055, right=0.985, top=0.88, bottom=0.07, wspace=0.16, hspace=0.32)
+    grid = figure.add_gridspec(2, 2, left=0.055, right=0.985, top=0.88, bottom=0.07, wspace=0.19, hspace=0.32)
     figure.text(0.02, 0.955, f"{len(reports)} runs compared", fontsize=15, fontweight="bold")
     panels = (
         ("Validation loss", "val_loss", "loss"),
@@ -78,6 +78,7 @@ def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Any:
         longest = max(reports, key=lambda report: report.epochs[-1] if len(report.epochs) else 0)
         values = np.concatenate([report.reader.column(column) for report in reports])
         _finish(axes, longest, title, label, values, log=True if column == "lr" else None, legend=index == 0)
+        axes.set_xlabel("epoch")
     return figure
 
 
@@ -138,7 +139,7 @@ def _draw_noise(axes: Any, report: Report) -> None:
     _curve(axes, epochs, limit, "warning above", color=BLACK, linestyle=":", marker="")
     if not np.isfinite(noise).any():
         _remark(axes, "told from epoch 8 on")
-    _finish(axes, report, "Stability: noise of the validation loss", "± loss", noise, log=False)
+    _finish(axes, report, "Stability: noise of the validation loss", "sd of the loss", noise, log=False)
     _, top = axes.get_ylim()
     axes.set_ylim(0, top if np.isfinite(noise).any() else 1)
 

@@ -154,10 +154,10 @@ def _header(report: Report, width: int, blocks: str) -> list[RenderableType]:
     step = ""
     if state in ("training", "validating") and _whole(report.status.get("steps_per_epoch")):
         step = f"step {_whole(report.status.get('step')) or 0}/{_whole(report.status.get('steps_per_epoch'))}"
-    each = f"{duration(report.epoch_s)} an epoch" if report.epoch_s is not None else ""
+    each = f"{duration(report.epoch_s)}/epoch" if report.epoch_s is not None else ""
     left = f"{duration(report.left_s)} left" if report.left_s else ""
     parts = (_progress(report), step, each, left, _best(report))
-    lines.append(Text(" · ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis"))
+    lines.append(Text(" | ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis"))
     if len(report.epochs):
         lines += _sparklines(report, width, blocks)
     return lines

@@ -52,7 +52,7 @@ class Outputs:
         self.request = request
         self.problem = ""
         self.png = b""
-        self._drawn: Any = None
+        self._drawn = ""
         self._not_before = 0.0
 
     def write(self, report: Report, refresh_s: float | None = None) -> None:
@@ -76,7 +76,8 @@ class Outputs:
             write_page(self.request.html, page(report, self.png, alive))
 
     def _draw(self, report: Report, forced: bool) -> None:
-        state = (report.life.state, len(report.epochs), report.train[-3:].tolist(), report.val[-3:].tolist())
+        # As text, in which nan equals nan.
+        state = f"{report.life.state} {len(report.epochs)} {report.train[-3:]} {report.val[-3:]}"
         now = time.monotonic()
         if state == self._drawn or (now < self._not_before and not forced):
             return
@@ -195,7 +196,7 @@ class _Follower:
                             )
                             live.update(Text(text), refresh=True)
                         else:
-                            footer = f"every {self.request.interval_s:g} s · Ctrl-C to leave"
+                            footer = f"every {self.request.interval_s:g} s | Ctrl-C to leave"
                             live.update(view(report, console, size.height - 1, footer), refresh=True)
                     if report is not None and report.life.state in ENDED:
                         return

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,15 +18,7 @@ from orion_unet.losses import TERMS, CompositeLoss
 from orion_unet.metrics import MarkerSums
 from orion_unet.training.ema import ModelEma
 from orion_unet.training.statistics import RunningStatistics
-
-# So many steps later a GPU's numbers are read: by then they are there, and the host need not wait for them. A fixed
-# number, because every rank must act on them at the same step.
-READ_LAG = 2
-DIVERGED_AFTER = 10
-
-
-class Diverged(Exception):
-    """Training cannot go on: too many steps in a row without a finite loss and gradient, or such a validation."""
+from orion_unet.training.steps import READ_LAG, StepNote, StepReport, StepWatch, TrainSums
 
 
 @dataclass(frozen=True)
@@ -42,51 +33,6 @@ class Precision:
         return nullcontext() if self.dtype is None else torch.autocast(device.type, self.dtype)
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What is known of a finished step, on the host. ``bad`` names what was not finite on this rank or another."""
-
-    step: int
-    loss: float
-    bad: bool
-    culprits: tuple[str, ...]
-    cores: tuple[int, ...]
-
-
-@dataclass
-class TrainSums:
-    """Sums of an epoch under way; plain enough to be saved and continued.
-
-    ``values`` float64: loss, every term of the loss, number of batches with a finite loss, sum of gradient norms,
-    number of optimiser steps taken, number skipped.
-    """
-
-    names: tuple[str, ...]
-    values: Tensor
-    bad_in_a_row: int = 0
-
-    @classmethod
-    def start(cls, loss: CompositeLoss, device: torch.device) -> TrainSums:
-        """Empty sums for the terms that the loss trains on."""
-        names = tuple(name for name in TERMS if loss.weights[name] > 0)
-        return cls(names, torch.zeros(len(names) + 5, dtype=torch.float64, device=device))
-
-    def reduced(self) -> dict[str, Any]:
-        """Means over steps and ranks, with a single reduction: loss, terms (None where not computed), grad_norm,
-        skipped_steps."""
-        values = all_reduce_sum(self.values.clone()).tolist()
-        count, norm_sum, taken, skipped = values[-4:]
-        means = [value / count if count else None for value in values[:-4]]
-        terms: dict[str, float | None] = dict.fromkeys(TERMS)
-        terms.update(zip(self.names, means[1:], strict=True))
-        return {
-            "loss": means[0],
-            "terms": terms,
-            "grad_norm": norm_sum / taken if taken else None,
-            "skipped_steps": round(skipped / world_size()),
-        }
-
-
 @dataclass
 class TrainEpoch:
     """Outcome of ``train_one_epoch``: ``next_step`` is the number of steps when the epoch is complete."""
@@ -96,34 +42,6 @@ class TrainEpoch:
     interrupted: bool
     duration_s: float
     samples: int
-
-
-@dataclass
-class LateValues:
-    """Small device tensors that are read on the host a fixed number of steps later (on a CPU, at once)."""
-
-    lag: int
-    waiting: deque[tuple[Tensor, Any, Any]] = field(default_factory=deque)
-
-    def push(self, values: Tensor, note: Any) -> list[tuple[list[float], Any]]:
-        """Add the values of this step; returns those that are due, with their notes."""
-        event = None
-        if values.device.type == "cuda":
-            values = values.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.waiting.append((values, event, note))
-        return self.due(self.lag)
-
-    def due(self, left: int = 0) -> list[tuple[list[float], Any]]:
-        """All values but the last ``left``."""
-        ready = []
-        while len(self.waiting) > left:
-            values, event, note = self.waiting.popleft()
-            if event is not None:
-                event.synchronize()
-            ready.append((values.tolist(), note))
-        return ready
 
 
 def train_one_epoch(
@@ -140,6 +58,8 @@ def train_one_epoch(
     begin_step: Callable[[int], None] = lambda step: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     stop_requested: Callable[[], bool] = lambda: False,
+    save_requested: Callable[[], bool] = lambda: False,
+    save: Callable[[int, TrainSums], None] = lambda next_step, sums: None,
     accumulate_steps: int = 1,
     grad_clip: float = 0.0,
     precision: Precision = Precision(),
@@ -149,19 +69,20 @@ def train_one_epoch(
 
     ``model`` may be wrapped in DistributedDataParallel. ``begin_step`` is called before each optimiser step with
     the index of its first batch (to set the learning rate), ``on_step`` with each finished step, late on a GPU.
-    ``stop_requested`` may turn true on any rank: then all ranks stop after the same optimiser step.
+    ``stop_requested`` and ``save_requested`` may turn true on any rank: then all ranks stop, or call ``save`` with
+    the number of finished steps and their sums, after the same optimiser step.
 
     A step whose loss or gradient is not finite on any rank changes neither weights nor running statistics nor
     averages on all ranks; DIVERGED_AFTER of them in a row raise Diverged.
     """
     model.train()
     sums = sums or TrainSums.start(loss, device)
-    late = LateValues(READ_LAG if device.type == "cuda" else 0)
+    watch = StepWatch(sums, READ_LAG if device.type == "cuda" else 0, on_step)
     boundary_wanted = loss.weights["boundary"] > 0
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     started = time.perf_counter()
     samples = 0
-    next_step, interrupted = start_step, False
+    next_step = start_step
     bad_norm = torch.zeros((), device=device)
 
     for step, batch in enumerate(batches, start_step):
@@ -171,9 +92,9 @@ def train_one_epoch(
         if step == window_start:
             begin_step(step)
             optimizer.zero_grad(set_to_none=True)
+            statistics.keep()
 
-        control = _shared_control(batch.boundary, boundary_wanted, stop_requested(), device)
-        statistics.keep()
+        control = _shared_control(batch.boundary, boundary_wanted, stop_requested(), save_requested(), device)
         accumulating = isinstance(model, DistributedDataParallel) and not last_of_window
         with _without_reduction(model) if accumulating else nullcontext():
             with precision.autocast(device):
@@ -183,8 +104,6 @@ def train_one_epoch(
             # A loss that is not finite makes the whole gradient NaN: the sum over ranks carries it to every rank.
             marked = value * torch.where(finite, 1.0, torch.nan) / window
             (precision.scaler.scale(marked) if precision.scaler else marked).backward()
-        # After the backward pass, which still looks at them.
-        statistics.restore_where(~finite)
 
         numbers = torch.stack([value.detach(), *terms.values()]).double()
         counted = torch.where(finite, numbers, 0.0)
@@ -192,29 +111,36 @@ def train_one_epoch(
         sums.values[len(numbers)] += finite
         if last_of_window:
             bad_norm, norm = _optimizer_step(optimizer, parameters, grad_clip, precision)
+            # The gradient is that of all ranks and batches of the step, and so is the verdict on it.
+            statistics.restore_where(bad_norm > 0)
             if ema is not None:
                 ema.update(_bare(model), skip=bad_norm)
             sums.values[-3:] += torch.stack([torch.where(bad_norm > 0, 0.0, norm), 1 - bad_norm, bad_norm]).double()
         samples += len(batch.he)
         bad_here = bad_norm if last_of_window else torch.zeros_like(bad_norm)
-        packed = torch.cat([numbers, torch.stack([bad_here.double(), control[1].double()])])
+        packed = torch.cat([numbers, bad_here.double()[None], control[1:]])
         next_step = step + 1
-        for values, note in late.push(packed, (step, tuple(batch.core.tolist()))):
-            interrupted |= _report(values, note, sums, on_step)
-        if interrupted and last_of_window:
+        watch.push(packed, StepNote(step, tuple(batch.core.tolist()), last_of_window))
+        if watch.wishes.stop and last_of_window:
             break
-    for values, note in late.due():
-        interrupted |= _report(values, note, sums, on_step)
-    return TrainEpoch(sums, next_step, interrupted, time.perf_counter() - started, samples)
+        if watch.wishes.save and last_of_window:
+            watch.flush()
+            save(next_step, sums)
+            watch.wishes.save = False
+    watch.flush()
+    return TrainEpoch(sums, next_step, watch.wishes.stop, time.perf_counter() - started, samples)
 
 
-def _shared_control(boundary: Tensor, wanted: bool, stop: bool, device: torch.device) -> Tensor:
-    """Mean number of boundary pixels over ranks, and on how many ranks a stop was asked for: (2,) on the device."""
-    control = torch.zeros(2, dtype=torch.float64, device=device)
+def _shared_control(boundary: Tensor, wanted: bool, stop: bool, save: bool, device: torch.device) -> Tensor:
+    """Mean number of boundary pixels over ranks, and on how many ranks a stop and a save were asked for: (3,) on the
+    device."""
+    control = torch.zeros(3, dtype=torch.float64, device=device)
     if wanted:
         control[0] = boundary.sum()
     if stop:
         control[1] = 1.0
+    if save:
+        control[2] = 1.0
     if world_size() > 1:
         all_reduce_sum(control)
         control[0] /= world_size()
@@ -239,21 +165,6 @@ def _optimizer_step(
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         optimizer.step()
     return bad, norm
-
-
-def _report(
-    values: list[float], note: tuple[int, tuple[int, ...]], sums: TrainSums, on_step: Callable[[StepReport], None]
-) -> bool:
-    """Tell of a finished step; True where a stop was asked for. Raises Diverged."""
-    bad, stop = values[-2] > 0, values[-1] > 0
-    step, cores = note
-    finite = [abs(value) < float("inf") for value in values[: len(sums.names) + 1]]
-    culprits = tuple(name for name, ok in zip(sums.names, finite[1:], strict=True) if not ok)
-    sums.bad_in_a_row = sums.bad_in_a_row + 1 if bad else 0
-    on_step(StepReport(step, values[0], bad, culprits or (() if finite[0] else ("loss",)), cores))
-    if sums.bad_in_a_row >= DIVERGED_AFTER:
-        raise Diverged(f"{DIVERGED_AFTER} steps in a row without a finite loss and gradient")
-    return stop
 
 
 def _without_reduction(model: nn.Module) -> AbstractContextManager[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import orion_unet
 from orion_unet.checkpoint import BEST, LAST, PREVIOUS
 from orion_unet.config import TrainConfig
-from orion_unet.errors import InputError
+from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import (
     CHECKPOINT_DIR,
     CONFIG_FILE,
@@ -29,6 +30,7 @@ from orion_unet.run_log import (
     utc_now,
     write_json,
 )
+from orion_unet.training.failures import NOTE_PATTERN
 from orion_unet.training.prepare import Prepared
 
 # What marks a folder as holding a run, and all that a run or its monitor writes there.
@@ -67,15 +69,37 @@ def holds_run(run_dir: Path) -> bool:
     return any(path.exists() for path in (*(run_dir / mark for mark in MARKS), *checkpoints))
 
 
-def claim(run_dir: Path, overwrite: bool) -> None:
-    """Make the folder; with ``overwrite`` remove what the earlier run wrote, and nothing else."""
-    (run_dir / CHECKPOINT_DIR).mkdir(parents=True, exist_ok=True)
+def make(run_dir: Path) -> None:
+    """Make the folder. Raises RunError where it cannot be."""
+    try:
+        (run_dir / CHECKPOINT_DIR).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--output_dir {run_dir}: cannot be made ({error.strerror})") from None
+
+
+def clear(run_dir: Path, overwrite: bool) -> None:
+    """Remove what killed saves have left; with ``overwrite`` also what the earlier run wrote, and nothing else."""
+    for left in (*run_dir.glob(".*.tmp"), *run_dir.glob(NOTE_PATTERN), *(run_dir / CHECKPOINT_DIR).glob(".*.tmp")):
+        left.unlink(missing_ok=True)
     if overwrite:
         stale = [run_dir / name for name in WRITTEN]
         stale += [run_dir / CHECKPOINT_DIR / name for name in (LAST, PREVIOUS, BEST)]
         stale += [path for pattern in WRITTEN_PATTERNS for path in run_dir.glob(pattern)]
         for path in stale:
             path.unlink(missing_ok=True)
+
+
+def check_space(run_dir: Path, parameters: int, averaged: bool) -> None:
+    """Raises RunError where the checkpoints of a model of so many parameters would not fit on the disk."""
+    # float32 weights, two moments and perhaps the averages, in the last, the one before and the one being written;
+    # and the best model, old and new.
+    needed = 4 * parameters * (3 * (4 if averaged else 3) + 2)
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise RunError(
+            f"--output_dir {run_dir}: the checkpoints need about {needed} bytes and {free} are free; make room or give "
+            "another folder"
+        )
 
 
 def write_start(run_dir: Path, config: TrainConfig, prepared: Prepared, facts: dict[str, Any]) -> None:

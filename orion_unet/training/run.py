@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orion_unet import checkpoint
+from orion_unet.checkpoint import BEST, LAST, checkpoint_path
 from orion_unet.config import TrainConfig
 from orion_unet.distributed import (
     any_rank,
@@ -26,14 +27,17 @@ from orion_unet.distributed import (
     rank,
     world_size,
 )
+from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
 from orion_unet.models.unet import parameter_count
-from orion_unet.run_log import Heartbeat, MetricsWriter, utc_now
-from orion_unet.training import folder
+from orion_unet.run_log import Heartbeat, MetricsWriter
+from orion_unet.training import folder, report
 from orion_unet.training.console import Console
-from orion_unet.training.devices import choose_device, describe_devices, memory_bytes, set_determinism
-from orion_unet.training.engine import Diverged, StepReport, TrainEpoch, Validation, evaluate, train_one_epoch
+from orion_unet.training.devices import choose_device, set_determinism
+from orion_unet.training.engine import TrainEpoch, Validation, evaluate, train_one_epoch
+from orion_unet.training.failures import note_failure, noted_failures, plain_failure
 from orion_unet.training.interrupts import Interrupts
+from orion_unet.training.lock import RunLock
 from orion_unet.training.prepare import Feeds, Prepared, build_feeds, prepare_data
 from orion_unet.training.sanity import SanityPanel
 from orion_unet.training.state import (
@@ -43,42 +47,58 @@ from orion_unet.training.state import (
     capture,
     capture_model,
     check_resumable,
-    global_batch,
+    rank_states,
     restore,
 )
+from orion_unet.training.steps import Diverged, StepReport, TrainSums
 from orion_unet.training.tensorboard import EventWriter
 
 FINISHED, DIVERGED = 0, 3
 DIVERGENCE_ADVICE = (
     "Try a lower --learning_rate (5e-5 or 2e-5), --warmup_epochs 1, --grad_clip 0.5, --no_use_amp, "
-    "--variance_form target; best.pt still holds the best epoch."
+    "--variance_form target"
 )
 
 
 def run(config: TrainConfig) -> int:
     """Train as the options say; returns the exit code (0 finished, 3 diverged, 130 or 143 interrupted).
 
-    Raises InputError for bad options or data, before anything of an earlier run is touched.
+    Raises InputError for bad options or data, before anything of an earlier run is touched, and RunError where
+    disk, memory or another rank fail.
     """
     device = choose_device(config.runtime)
     set_determinism(config.runtime.deterministic)
+    run_dir = Path(config.output.output_dir)
     with process_group(device):
         console = Console()
         earlier = from_main_process(lambda: _earlier_run(config, console))
         prepared = from_main_process(lambda: prepare_data(config, world_size(), earlier, console.progress))
-        if is_main_process():
-            folder.claim(Path(config.output.output_dir), config.output.overwrite)
-        return Run(config, device, prepared, earlier, console).train()
+        from_main_process(lambda: folder.make(run_dir))
+        lock = RunLock(run_dir)
+        from_main_process(lock.acquire)
+        try:
+            if is_main_process():
+                folder.clear(run_dir, config.output.overwrite)
+            return Run(config, device, prepared, earlier, console).train()
+        except Exception as error:
+            if not is_main_process():
+                note_failure(run_dir, error)
+            plain = plain_failure(error, config.optimisation.batch_size)
+            if plain is None:
+                raise
+            raise plain from error
+        finally:
+            if is_main_process():
+                lock.release()
 
 
 def _earlier_run(config: TrainConfig, console: Console) -> dict[str, Any] | None:
     """The checkpoint to continue from; None for a run that begins. Raises InputError."""
     EventWriter.check_available(config.output.tensorboard)
-    resume = config.runtime.resume
+    resume, run_dir = config.runtime.resume, Path(config.output.output_dir)
     if resume is None:
         folder.check_free(config)
         return None
-    run_dir = Path(config.output.output_dir)
     if resume == "auto":
         earlier, warning = checkpoint.load_last(run_dir)
         if warning:
@@ -86,6 +106,9 @@ def _earlier_run(config: TrainConfig, console: Console) -> dict[str, Any] | None
         source = str(run_dir)
     else:
         earlier, source = checkpoint.load(Path(resume), to_resume=True), resume
+        if Path(resume).resolve().parent != checkpoint_path(run_dir, LAST).resolve().parent:
+            # Continued in a folder of its own; another run's folder is refused as ever.
+            folder.check_free(config)
     if earlier is not None:
         check_resumable(config, earlier, source)
     return earlier
@@ -114,6 +137,7 @@ class Run:
         self.config = config
         self.device = device
         self.prepared = prepared
+        self.earlier = earlier
         self.console = console
         self.run_dir = Path(config.output.output_dir)
         self.names = prepared.table.kept_names
@@ -122,7 +146,6 @@ class Run:
         self.accumulate = config.optimisation.accumulate_steps
         self.loss: CompositeLoss = build_loss(config, prepared, device)
         self.state: TrainState = build_state(config, prepared, device, math.ceil(self.steps / self.accumulate))
-        self.resumed = earlier is not None
         if earlier is not None:
             restore(self.state, earlier, self.loss, device)
         self.forward: nn.Module = self.state.model
@@ -132,6 +155,9 @@ class Run:
         self.metrics = MetricsWriter(self.run_dir)
         self.events = EventWriter(self.run_dir, config.output.tensorboard and is_main_process())
         self.panel = self._panel()
+        self.heartbeat: Heartbeat | None = Heartbeat(self.run_dir) if is_main_process() else None
+        self.interrupts = Interrupts()
+        self.last_saved = time.monotonic()
 
     def _parallel(self, model: nn.Module) -> nn.Module:
         if world_size() == 1:
@@ -154,57 +180,61 @@ class Run:
 
     def train(self) -> int:
         """Run to the end; returns the exit code."""
-        options = self.config.optimisation
+        epochs = self.config.optimisation.epochs
         if is_main_process():
+            folder.check_space(self.run_dir, parameter_count(self.state.model), self.state.ema is not None)
             self.console.log_to(self.run_dir)
-            folder.write_start(self.run_dir, self.config, self.prepared, self._facts())
-            self._greet()
-        self.heartbeat = Heartbeat(self.run_dir) if is_main_process() else None
-        with self.heartbeat or nullcontext(), Interrupts() as self.interrupts:
+            folder.write_start(self.run_dir, self.config, self.prepared, report.facts(self))
+            self.console.say(report.greeting(self))
+        with self.heartbeat or nullcontext(), self.interrupts:
             try:
                 if self.state.early_stopping.should_stop:
                     raise _Stop("early_stopped", self._early_stop_message(), FINISHED)
-                for epoch in range(self.state.epoch + 1, options.epochs + 1):
+                for epoch in range(self.state.epoch + 1, epochs + 1):
                     self._epoch(epoch)
-                raise _Stop("finished", f"finished after {options.epochs} epochs", FINISHED)
+                raise _Stop("finished", f"finished after {epochs} epochs", FINISHED)
             except Diverged as error:
                 return self._end(_Stop("diverged", f"diverged: {error}. {DIVERGENCE_ADVICE}", DIVERGED))
             except _Stop as stop:
                 return self._end(stop)
+            except Exception as error:
+                self._fail(error)
+                raise
             finally:
                 self.console.end_bar()
                 self.events.close()
 
     def _epoch(self, epoch: int) -> None:
-        """Everything of an epoch, in order: train, validate, judge, save, write, draw, decide."""
+        """Everything of an epoch, in order: train, validate, judge, write, save, draw, decide."""
         started = time.perf_counter()
+        rate = self.rate(epoch, self.steps - 1)
         trained = self._train_epoch(epoch)
-        self.state.statistics.average_over_ranks()
+        self.state.average_statistics()
         validation = self._validate(epoch)
         best = self.state.early_stopping.update(validation.loss, epoch)
-        rate = self._rate(epoch, self.steps - 1)
-        self.state.epoch, self.state.step, self.state.sums = epoch, 0, None
         reduced = self.state.schedule.end_epoch(validation.loss)
-        if not math.isfinite(validation.loss):
-            raise Diverged(f"the validation loss of epoch {epoch} is not finite")
-        record = self._record(epoch, rate, trained, validation, best, started)
+        self.state.epoch, self.state.step, self.state.sums = epoch, 0, None
+        record = report.epoch_record(self, epoch, rate, trained, validation, best, started)
         if is_main_process():
             if best:
-                content = capture_model(self.state, self.config, self.prepared, self.state.validated)
-                checkpoint.save(checkpoint.checkpoint_path(self.run_dir, checkpoint.BEST), content)
-            self._save_last()
+                model = capture_model(self.state, self.config, self.prepared, self.state.validated)
+                checkpoint.save(checkpoint_path(self.run_dir, BEST), model)
+            # The line before the state: a kill between them repeats the epoch, and the later attempt is the true one.
             self.metrics.append(record)
+            if math.isfinite(validation.loss):
+                self._save_last(None)
             self.events.write(record)
             self.console.epoch_line(record, self.config.optimisation.epochs)
             if reduced:
-                self.console.say(
-                    f"validation loss is no better: learning rate lowered to {self._rate(epoch + 1, 0):.2e}"
-                )
+                lowered = self.rate(epoch + 1, 0)
+                self.console.say(f"validation loss is no better: learning rate lowered to {lowered:.2e}")
             if self.panel and epoch % self.config.output.sanity_check_freq == 0:
                 self.panel.draw(self.state.validated, self.run_dir, epoch)
+        if not math.isfinite(validation.loss):
+            raise Diverged(f"the validation loss of epoch {epoch} is not finite")
         if self.state.early_stopping.should_stop:
             raise _Stop("early_stopped", self._early_stop_message(), FINISHED)
-        if any_rank(self.interrupts.requested()):
+        if epoch < self.config.optimisation.epochs and any_rank(self.interrupts.requested()):
             self._interrupted()
 
     def _train_epoch(self, epoch: int) -> TrainEpoch:
@@ -212,7 +242,7 @@ class Run:
         self.feeds.order.set_epoch(epoch, self.state.step)
         self._beat(state="training", epoch=epoch, step=self.state.step)
         patches = options.batch_size * world_size()
-        self.console.start_bar(f"epoch {epoch}/{options.epochs}", self.steps * patches, done=self.state.step * patches)
+        self.console.start_bar(f"epoch {epoch}/{options.epochs}", self.steps * patches, self.state.step * patches)
         trained = train_one_epoch(
             self.parallel,
             self.feeds.train,
@@ -226,6 +256,8 @@ class Run:
             begin_step=lambda step: self._begin_step(epoch, step),
             on_step=lambda report: self._on_step(epoch, report),
             stop_requested=self.interrupts.requested,
+            save_requested=self._save_is_due,
+            save=self._save_within_epoch,
             accumulate_steps=self.accumulate,
             grad_clip=options.grad_clip,
             precision=self.state.precision,
@@ -233,47 +265,45 @@ class Run:
         )
         self.console.end_bar()
         if trained.interrupted and trained.next_step < self.steps:
-            self.state.step, self.state.sums = trained.next_step, trained.sums
-            if is_main_process():
-                self._save_last()
+            self._save_within_epoch(trained.next_step, trained.sums)
             self._interrupted()
         return trained
 
     def _begin_step(self, epoch: int, step: int) -> None:
         for group in self.state.optimizer.param_groups:
-            group["lr"] = self._rate(epoch, step)
+            group["lr"] = self.rate(epoch, step)
         if self.config.model.dropout > 0:
             # Dropout, too, is a function of where the run is, not of how it got there.
             torch.manual_seed(hash((self.config.optimisation.seed, epoch, step, rank())))
 
-    def _rate(self, epoch: int, step: int) -> float:
+    def rate(self, epoch: int, step: int) -> float:
+        """Learning rate of a batch: epochs from 1, steps from 0."""
         return self.state.schedule.at(epoch - 1, step // self.accumulate)
 
-    def _on_step(self, epoch: int, report: StepReport) -> None:
+    def _on_step(self, epoch: int, done: StepReport) -> None:
         patches = self.config.optimisation.batch_size * world_size()
-        self._beat(step=report.step + 1)
-        self.console.advance(patches, loss=f"{report.loss:.4f}", lr=f"{self._rate(epoch, report.step):.1e}")
-        if report.bad:
-            self._report_bad(epoch, report)
+        self._beat(step=done.step + 1)
+        self.console.advance(patches, loss=f"{done.loss:.4f}", lr=f"{self.rate(epoch, done.step):.1e}")
+        if done.bad:
+            self._tell_bad(epoch, done)
 
-    def _report_bad(self, epoch: int, report: StepReport) -> None:
+    def _tell_bad(self, epoch: int, done: StepReport) -> None:
         """Name what was not finite and where; every rank comes here for the same step."""
         names = self.prepared.table.names
-        found = gather((report.culprits, sorted({str(names[core]) for core in report.cores})))
+        found = gather((done.culprits, sorted({str(names[core]) for core in done.cores})))
         guilty = [(terms, cores) for terms, cores in found if terms] or found
         terms = sorted({term for some, _ in guilty for term in some}) or ["gradient"]
         cores = sorted({core for _, some in guilty for core in some})
         self.console.say(
-            f"epoch {epoch} step {report.step + 1}: not finite: {', '.join(terms)}; step skipped; cores in the batch: "
+            f"epoch {epoch} step {done.step + 1}: not finite: {', '.join(terms)}; step skipped; cores in the batch: "
             f"{', '.join(cores)}"
         )
 
     def _validate(self, epoch: int) -> Validation:
         self._beat(state="validating", epoch=epoch)
         self.console.start_bar("validating", len(self.prepared.validation))
-        model = self.forward if self.state.ema is None else self.state.ema.model
         found = evaluate(
-            model,
+            self.forward if self.state.ema is None else self.state.ema.model,
             self.feeds.val,
             self.loss,
             self.device,
@@ -285,37 +315,21 @@ class Run:
         # Decisions follow from this; one rank's rounding must not part them.
         return broadcast(found)
 
-    def _record(
-        self, epoch: int, rate: float, trained: TrainEpoch, validation: Validation, best: bool, started: float
-    ) -> dict[str, Any]:
-        """The epoch's line of metrics.jsonl."""
-        sums = trained.sums.reduced()
-        return {
-            "epoch": epoch,
-            "attempt": self.state.attempt,
-            "time": utc_now(),
-            "duration_s": time.perf_counter() - started,
-            "lr": rate,
-            "train": {"loss": sums["loss"], "terms": sums["terms"]},
-            "val": {
-                "loss": validation.loss,
-                "terms": validation.terms,
-                "metrics": validation.metrics,
-                "per_channel": validation.per_channel,
-                "patches": validation.patches,
-            },
-            "grad_norm": sums["grad_norm"],
-            "samples_per_s": trained.samples * world_size() / trained.duration_s,
-            "val_samples_per_s": validation.patches / validation.duration_s,
-            "data_wait_fraction": min(1.0, self.feeds.train.wait_s / trained.duration_s),
-            "max_memory_bytes": memory_bytes(self.device),
-            "skipped_steps": sums["skipped_steps"],
-            "best": best,
-        }
+    def _save_is_due(self) -> bool:
+        minutes = self.config.output.save_every_minutes
+        return is_main_process() and minutes > 0 and time.monotonic() - self.last_saved > 60 * minutes
 
-    def _save_last(self) -> None:
-        path = checkpoint.checkpoint_path(self.run_dir, checkpoint.LAST)
-        checkpoint.save(path, capture(self.state, self.config, self.prepared), keep_previous=True)
+    def _save_within_epoch(self, step: int, sums: TrainSums) -> None:
+        """Save at a step, so that nothing of the epoch is lost; every rank comes here for the same step."""
+        self.state.step, self.state.sums = step, sums
+        ranks = rank_states(self.state)
+        if is_main_process():
+            self._save_last(ranks)
+
+    def _save_last(self, ranks: list[dict[str, Any]] | None) -> None:
+        content = capture(self.state, self.config, self.prepared, ranks)
+        checkpoint.save(checkpoint_path(self.run_dir, LAST), content, keep_previous=True)
+        self.last_saved = time.monotonic()
 
     def _interrupted(self) -> None:
         """End after a request to stop, on every rank; the state has been saved."""
@@ -328,8 +342,7 @@ class Run:
         )
 
     def _early_stop_message(self) -> str:
-        stopping = self.state.early_stopping
-        return f"stopped early: no better validation loss for {stopping.bad_epochs} epochs"
+        return f"stopped early: no better validation loss for {self.state.early_stopping.bad_epochs} epochs"
 
     def _end(self, stop: _Stop) -> int:
         self.console.end_bar()
@@ -337,52 +350,19 @@ class Run:
         self.console.say(stop.message)
         stopping = self.state.early_stopping
         if stopping.best is not None:
-            best = checkpoint.checkpoint_path(self.run_dir, checkpoint.BEST)
+            best = checkpoint_path(self.run_dir, BEST)
             self.console.say(f"best epoch {stopping.best_epoch}: val loss {stopping.best:.5f}, model in {best}")
         if stop.exit_code == FINISHED:
             self.console.say(f"next: python monitor_training.py --output_dir {self.run_dir}")
         return stop.exit_code
 
+    def _fail(self, error: Exception) -> None:
+        """Leave the cause in status.json; a rank that was lost may have left its own."""
+        if is_main_process() and not isinstance(error, InputError):
+            plain = plain_failure(error, self.config.optimisation.batch_size)
+            causes = [str(plain) if plain else f"{type(error).__name__}: {error}", *noted_failures(self.run_dir)]
+            self._beat(state="failed", message="; ".join(causes))
+
     def _beat(self, **fields: Any) -> None:
         if self.heartbeat is not None:
             self.heartbeat.update(epochs=self.config.optimisation.epochs, steps_per_epoch=self.steps, **fields)
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "device": describe_devices(self.device, world_size()),
-            "world_size": world_size(),
-            "global_batch": global_batch(self.config) * self.accumulate,
-            "parameters": parameter_count(self.state.model),
-            "attempt": self.state.attempt,
-        }
-
-    def _greet(self) -> None:
-        """What a person wants to know before the first epoch."""
-        split, options = self.prepared.split, self.config.optimisation
-        facts = self._facts()
-        precision = self.state.precision.dtype
-        amp = f", AMP {str(precision).removeprefix('torch.')}" if precision else ""
-        samples = self.steps * global_batch(self.config)
-        lines = [
-            f"devices         {facts['device']}{amp}",
-            f"batch           {options.batch_size} per rank, global batch {facts['global_batch']}"
-            + (f" ({self.accumulate} batches accumulated)" if self.accumulate > 1 else ""),
-            f"data            {len(split.train)} training and {len(split.val)} validation cores, "
-            f"{len(self.names)} markers, loader processes per rank: {self.feeds.workers}",
-            f"patches         {samples} training per epoch ({self.steps} steps), {len(self.prepared.validation)} "
-            f"validation, {self.config.data.patch_size} x {self.config.data.patch_size} pixels",
-            f"model           {facts['parameters']:,} parameters",
-            f"run folder      {self.run_dir}",
-            f"monitor with    python monitor_training.py --output_dir {self.run_dir} --watch",
-        ]
-        lines += [f"warning: {warning}" for warning in self.prepared.warnings]
-        if self.config.runtime.use_amp and self.device.type == "cpu":
-            lines.append("note: mixed precision needs a GPU; training in float32")
-        if self.resumed:
-            best = self.state.early_stopping.best
-            lines.append(
-                f"resumed         at epoch {self.state.epoch + 1} step {self.state.step}, learning rate "
-                f"{self._rate(self.state.epoch + 1, self.state.step):.2e}, best validation loss "
-                f"{'none yet' if best is None else f'{best:.5f}'}, attempt {self.state.attempt}"
-            )
-        self.console.say("\n".join(lines))

@@ -10,15 +10,16 @@ from torch import nn
 
 from orion_unet.config import TrainConfig
 from orion_unet.data.transforms import memory_format
-from orion_unet.distributed import world_size
+from orion_unet.distributed import gather, rank, world_size
 from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
 from orion_unet.models.unet import SpatialUNet
 from orion_unet.training.ema import ModelEma
-from orion_unet.training.engine import Precision, TrainSums
+from orion_unet.training.engine import Precision
 from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, build_optimizer
 from orion_unet.training.prepare import Prepared
 from orion_unet.training.statistics import RunningStatistics
+from orion_unet.training.steps import TrainSums
 
 
 @dataclass
@@ -29,6 +30,7 @@ class TrainState:
     model: SpatialUNet
     statistics: RunningStatistics
     ema: ModelEma | None
+    ema_statistics: RunningStatistics | None
     optimizer: torch.optim.Optimizer
     schedule: LearningRateSchedule
     early_stopping: EarlyStopping
@@ -43,6 +45,12 @@ class TrainState:
         """The model that is validated and kept as best: the averaged one where there is one."""
         return self.model if self.ema is None else self.ema.model
 
+    def average_statistics(self) -> None:
+        """Make the running statistics one on all ranks, before they are used."""
+        self.statistics.average_over_ranks()
+        if self.ema_statistics is not None:
+            self.ema_statistics.average_over_ranks()
+
 
 def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, steps: int) -> TrainState:
     """A run before its first step, the same on every rank for the same seed."""
@@ -53,10 +61,12 @@ def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, s
         model.start_at(torch.from_numpy(prepared.normalization.target_mean))
     model = model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
     statistics = RunningStatistics(model)
+    ema = ModelEma(model, optimisation.ema_decay) if optimisation.ema_decay > 0 else None
     return TrainState(
         model,
         statistics,
-        ModelEma(model, optimisation.ema_decay) if optimisation.ema_decay > 0 else None,
+        ema,
+        RunningStatistics(ema.model) if ema is not None else None,
         build_optimizer(model, optimisation, device),
         LearningRateSchedule(optimisation, steps),
         EarlyStopping(optimisation.early_stopping_patience),
@@ -90,8 +100,10 @@ def global_batch(config: TrainConfig) -> int:
     return config.optimisation.batch_size * world_size()
 
 
-def capture(state: TrainState, config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
-    """Content of last.pt, from which ``restore`` continues."""
+def capture(
+    state: TrainState, config: TrainConfig, prepared: Prepared, ranks: list[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """Content of last.pt, from which ``restore`` continues; ``ranks`` from ``rank_states`` within an epoch."""
     return {
         **capture_model(state, config, prepared, state.model),
         "ema": state.ema.state_dict() if state.ema else None,
@@ -103,10 +115,38 @@ def capture(state: TrainState, config: TrainConfig, prepared: Prepared) -> dict[
         "attempt": state.attempt,
         "step": state.step,
         "global_batch": global_batch(config),
-        "sums": None
-        if state.sums is None
-        else {"values": state.sums.values.cpu(), "bad_in_a_row": state.sums.bad_in_a_row},
+        "ranks": ranks,
     }
+
+
+def rank_states(state: TrainState) -> list[dict[str, Any]] | None:
+    """Within an epoch, what differs between ranks: gathered on every rank, so every rank must call it."""
+    if state.sums is None:
+        return None
+    own = {
+        "sums": state.sums.values.cpu(),
+        "bad_in_a_row": state.sums.bad_in_a_row,
+        "statistics": state.statistics.flat.cpu(),
+        "ema_statistics": None if state.ema_statistics is None else state.ema_statistics.flat.cpu(),
+    }
+    return gather(own)
+
+
+def _restore_rank(state: TrainState, ranks: list[dict[str, Any]], loss: CompositeLoss, device: torch.device) -> None:
+    """Continue an epoch under way: each rank as it was; on another number of ranks, what they were together."""
+    state.sums = TrainSums.start(loss, device)
+    state.sums.bad_in_a_row = ranks[0]["bad_in_a_row"]
+    if len(ranks) == world_size():
+        own = ranks[rank()]
+        state.sums.values.copy_(own["sums"])
+        statistics, averaged = own["statistics"], own["ema_statistics"]
+    else:
+        state.sums.values.copy_(sum(each["sums"] for each in ranks) / world_size())
+        statistics = torch.stack([each["statistics"] for each in ranks]).mean(0)
+        averaged = None if state.ema is None else torch.stack([each["ema_statistics"] for each in ranks]).mean(0)
+    state.statistics.flat.copy_(statistics)
+    if state.ema_statistics is not None:
+        state.ema_statistics.flat.copy_(averaged)
 
 
 def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, model: nn.Module) -> dict[str, Any]:
@@ -146,10 +186,8 @@ def restore(state: TrainState, earlier: dict[str, Any], loss: CompositeLoss, dev
         state.early_stopping.load_state_dict(earlier["early_stopping"])
         if state.precision.scaler and earlier["scaler"]:
             state.precision.scaler.load_state_dict(earlier["scaler"])
-        if earlier["sums"] is not None:
-            state.sums = TrainSums.start(loss, device)
-            state.sums.values.copy_(earlier["sums"]["values"])
-            state.sums.bad_in_a_row = earlier["sums"]["bad_in_a_row"]
+        if earlier["ranks"] is not None:
+            _restore_rank(state, earlier["ranks"], loss, device)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"--resume: the checkpoint does not fit this model ({error})") from None
     state.epoch, state.step, state.attempt = earlier["epoch"], earlier["step"], earlier["attempt"] + 1
