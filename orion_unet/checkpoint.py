@@ -57,12 +57,20 @@ def save(path: Path, content: dict[str, Any], keep_previous: bool = False) -> No
         temporary.replace(path)
         fsync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        needed = temporary.stat().st_size if temporary.exists() else 0
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise SaveError(
             f"{path}: cannot be written ({error}); {_space(path.parent)}, {needed} bytes written"
         ) from error
+
+
+def _size(value: Any) -> int:
+    """Bytes of all tensors in nested plain containers: nearly all of a checkpoint."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
 
 
 def _space(folder: Path) -> str:

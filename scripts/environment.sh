@@ -1,6 +1,6 @@
 # Finds or makes the Python environment; sourced by the launcher and the tests, from the project's root.
 #
-#   . scripts/environment.sh [extra]      extra: test (adds the test and lint tools)
+#   . scripts/environment.sh EXTRA        EXTRA: test (adds the test and lint tools), or '' (for training alone)
 #
 # Sets PYTHON. The active environment is used when it already holds what pyproject.toml asks for (conda, containers,
 # clusters); else .venv is made with pip, once, from the pinned versions of constraints.txt.

@@ -29,7 +29,9 @@ def launch(argv: list[str]) -> int:
     # torchrun would give each rank a single thread; CPU ranks share the machine's cores instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, ranks))))
     # The rank that fails says why; the launcher's own log of it would bury that.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run_elastic(arguments)
     except ChildFailedError as error:

@@ -36,6 +36,13 @@ class DeviceBatches:
             started = time.perf_counter()
         self.wait_s += time.perf_counter() - started
 
+    def close(self) -> None:
+        """End the loader's processes now, not when the interpreter gets round to it: they ignore its signals."""
+        iterator = getattr(self.loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self.loader._iterator = None
+
     def _prepare(self, raw: RawBatch) -> Batch:
         if self._stream is None:
             return self.transform(raw, self.augment)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from orion_unet.config import TrainConfig
 from orion_unet.distributed import rank, world_size
 from orion_unet.errors import RunError
 
@@ -16,13 +18,13 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "timed out")
 
 
-def plain_failure(error: BaseException, batch_size: int) -> RunError | None:
+def plain_failure(error: BaseException, config: TrainConfig) -> RunError | None:
     """The plain form of a failure; None where only the traceback tells what went wrong."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return RunError(
-            f"out of GPU memory: lower --batch_size ({batch_size} now; --accumulate_steps keeps the global batch), "
-            "--patch_size or --base_features, or add --use_amp"
+            f"out of GPU memory: lower --batch_size ({config.optimisation.batch_size} now; --accumulate_steps keeps the "
+            "global batch), --patch_size or --base_features, or add --use_amp"
         )
     if isinstance(error, RuntimeError) and ("Bus error" in text or "shared memory" in text):
         return RunError(
@@ -30,7 +32,12 @@ def plain_failure(error: BaseException, batch_size: int) -> RunError | None:
             "--num_workers (0 needs none), or enlarge it (docker run --shm-size 8g)"
         )
     if isinstance(error, OSError) and error.errno in DISK:
-        return RunError(f"{error.filename or 'the run folder'}: cannot be written ({error.strerror})")
+        run_dir = config.output.output_dir
+        return RunError(
+            f"{error.filename or run_dir}: cannot be written ({error.strerror}); "
+            f"{shutil.disk_usage(run_dir).free} bytes are free. The last checkpoint stands: make room, then go on with "
+            "--resume auto"
+        )
     if world_size() > 1 and isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
         return RunError("lost another rank: it failed or was killed; its own message says why")
     return None

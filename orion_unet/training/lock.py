@@ -38,8 +38,9 @@ class RunLock:
         raise InputError(f"{self.path}: cannot be taken, other processes are after it too; try again")
 
     def release(self) -> None:
-        """Give the lock back."""
-        self.path.unlink(missing_ok=True)
+        """Give the lock back; on a disk that has failed it stays, and is taken over by the next run."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
     def _clear_if_dead(self) -> None:
         try:

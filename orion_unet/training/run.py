@@ -83,7 +83,7 @@ def run(config: TrainConfig) -> int:
         except Exception as error:
             if not is_main_process():
                 note_failure(run_dir, error)
-            plain = plain_failure(error, config.optimisation.batch_size)
+            plain = plain_failure(error, config)
             if plain is None:
                 raise
             raise plain from error
@@ -146,12 +146,13 @@ class Run:
         self.accumulate = config.optimisation.accumulate_steps
         self.loss: CompositeLoss = build_loss(config, prepared, device)
         self.state: TrainState = build_state(config, prepared, device, math.ceil(self.steps / self.accumulate))
-        if earlier is not None:
-            restore(self.state, earlier, self.loss, device)
         self.forward: nn.Module = self.state.model
         if config.runtime.compile:
             self.forward = cast(nn.Module, torch.compile(self.state.model))
         self.parallel = self._parallel(self.forward)
+        if earlier is not None:
+            # Not before: DistributedDataParallel gives every rank the running statistics of rank 0.
+            restore(self.state, earlier, self.loss, device)
         self.metrics = MetricsWriter(self.run_dir)
         self.events = EventWriter(self.run_dir, config.output.tensorboard and is_main_process())
         self.panel = self._panel()
@@ -202,6 +203,8 @@ class Run:
                 raise
             finally:
                 self.console.end_bar()
+                self.feeds.train.close()
+                self.feeds.val.close()
                 self.events.close()
 
     def _epoch(self, epoch: int) -> None:
@@ -359,7 +362,7 @@ class Run:
     def _fail(self, error: Exception) -> None:
         """Leave the cause in status.json; a rank that was lost may have left its own."""
         if is_main_process() and not isinstance(error, InputError):
-            plain = plain_failure(error, self.config.optimisation.batch_size)
+            plain = plain_failure(error, self.config)
             causes = [str(plain) if plain else f"{type(error).__name__}: {error}", *noted_failures(self.run_dir)]
             self._beat(state="failed", message="; ".join(causes))
 

@@ -50,8 +50,8 @@ class SanityPanel:
     def draw(self, model: nn.Module, run_dir: Path, epoch: int) -> Path:
         """Predict, draw and save the panel of an epoch; returns its path. The model is left in evaluation mode."""
         model.eval()
-        prediction = model(self.he)[:, self.markers].float().cpu()
-        target = self.target[:, self.markers].float().cpu()
+        prediction = model(self.he)[:, self.markers].float().cpu().numpy()
+        target = self.target[:, self.markers].float().cpu().numpy()
         he = self.he.permute(0, 2, 3, 1).clamp(0, 1).cpu().numpy()
         columns, rows = len(self.markers), 2 * len(he)
         width, height = INCHES * (1 + columns) + 0.75, INCHES * rows + TITLES
