@@ -53,15 +53,28 @@ def save(path: Path, content: dict[str, Any], keep_previous: bool = False) -> No
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
-            path.replace(path.with_name(PREVIOUS))
+            _keep(path, path.with_name(PREVIOUS))
         temporary.replace(path)
         fsync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise SaveError(
-            f"{path}: cannot be written ({error}); {_space(path.parent)}, {needed} bytes written"
+            f"{path}: cannot be written ({error}); {_space(path.parent)}, about {_size(content)} bytes needed"
         ) from error
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file a second name, so that there is no moment without it; rename it where there are no links."""
+    linked = path.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, linked)
+        linked.replace(previous)
+    except OSError:
+        path.replace(previous)
+    finally:
+        # A rename between two names of one file does nothing, and leaves both.
+        linked.unlink(missing_ok=True)
 
 
 def _size(value: Any) -> int:

@@ -7,7 +7,7 @@ class InputError(Exception):
     """Bad option or bad input: its text is all a person is shown (exit code 2)."""
 
     @classmethod
-    def listing(cls, headline: str, problems: Iterable[str], advice: str = "", limit: int = 20) -> "InputError":
+    def listing(cls, headline: str, problems: Iterable[str], advice: str = "", limit: int = 200) -> "InputError":
         """One message for all the problems of a folder or a command line, one a line, at most ``limit`` shown."""
         problems = list(problems)
         shown = [f"  - {problem}" for problem in problems[:limit]]

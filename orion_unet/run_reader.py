@@ -36,7 +36,8 @@ MAX_CHANNELS = 20_000
 MAX_NAME_CHARS = 200
 MAX_CHANNEL_ROWS = 512
 LARGEST = 1e30
-"""A magnitude from which a number counts as not finite: no loss means it, and it overflows what is drawn."""
+"""A magnitude from which a number counts as not finite, and its inverse as 0: no loss means it, and what is
+reckoned with it would overflow."""
 
 _CHUNK_BYTES = 1 << 20
 _CHANNELS_KEY = b'"per_channel":'
@@ -244,7 +245,9 @@ def number(value: Any, null: float = math.nan) -> float:
     """A JSON value as a float: ``null`` where it is null or not finite, nan where it is no number at all."""
     if type(value) is float or type(value) is int:
         # An integer may have more digits than a float can hold; the comparison works for it all the same.
-        return float(value) if -LARGEST < value < LARGEST else null
+        if not -LARGEST < value < LARGEST:
+            return null
+        return float(value) if abs(value) > 1 / LARGEST else 0.0
     return null if value is None else math.nan
 
 

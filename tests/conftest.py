@@ -31,7 +31,8 @@ def store_array(path, levels, dtype, layout="hwc", order="C"):
 def draw_he(rng, height, width, tissue_rows):
     """Dark, saturated noise with blank glass under the first ``tissue_rows`` rows."""
     levels = rng.integers(40, 180, (height, width, 3))
-    levels[tissue_rows:] = GLASS
+    if tissue_rows is not None:
+        levels[tissue_rows:] = GLASS
     return levels
 
 

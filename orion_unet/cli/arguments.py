@@ -126,12 +126,12 @@ def run_command(command: Callable[[list[str]], int], argv: list[str] | None = No
 
     Anything else is a traceback and 1.
 
-    Under a launcher of several ranks only rank 0 speaks of bad input, since all ranks meet the same one.
+    Under a launcher only the first rank of each machine speaks of bad input: its ranks meet the same one.
     """
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
     except RunError as error:

@@ -12,6 +12,8 @@ from orion_unet.config import TrainConfig
 def main(argv: list[str], prog: str | None = None) -> int:
     """Parse the options and train; with several GPUs and no launcher, start a rank for each."""
     config = parse_train_config(argv, prog)
+    # Threads that spin while they wait take the cores from the loader, and from whatever else the machine does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "RANK" not in os.environ:
         ranks = _wanted_ranks(config)
         if ranks > 1:

@@ -92,14 +92,14 @@ def find_pairs(options: DataOptions) -> PairTable:
     unpaired = sorted(f"{name}{HE_SUFFIX}" for name in he_names - orion_names)
     unpaired += sorted(f"{name}{ORION_SUFFIX}" for name in orion_names - he_names)
     if not paired:
-        seen = f"; unpaired: {', '.join(unpaired[:10])}" if unpaired else ""
+        seen = f"; unpaired: {', '.join(unpaired)}" if unpaired else ""
         raise InputError(
             f"--pairs_dir {folder}: holds no pair NAME{HE_SUFFIX} with NAME{ORION_SUFFIX}{seen}. "
             "Give the folder of the pairs; `python -m orion_unet make-demo DIR` makes one to try."
         )
     warnings = []
     if unpaired:
-        warnings.append(f"{len(unpaired)} files without a partner are left out: {', '.join(unpaired[:10])}")
+        warnings.append(f"{len(unpaired)} files without a partner are left out: {', '.join(unpaired)}")
 
     problems: list[str] = []
     he, orion = np.zeros(len(paired), RECORD), np.zeros(len(paired), RECORD)

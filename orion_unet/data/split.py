@@ -132,6 +132,6 @@ def _from_document(document: Any, source: str, table: PairTable, groups: list[st
     if problems:
         raise InputError.listing(f"{source} cannot be used:", problems)
     left_out = sorted(set(position) - set(sides["train"]) - set(sides["val"]))
-    warnings = [f"{len(left_out)} cores not in {source} are left out: {', '.join(left_out[:10])}"] if left_out else []
+    warnings = [f"{len(left_out)} cores not in {source} are left out: {', '.join(left_out)}"] if left_out else []
     train, val = (np.unique([position[core] for core in sides[side]]) for side in ("train", "val"))
     return Split(train, val, tuple(groups)), warnings

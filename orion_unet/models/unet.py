@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from orion_unet.config import ModelOptions
 from orion_unet.models.blocks import ConvBlock, UpBlock, sobel_magnitude
 
-
 # A start nearer to 0 or 1 than this would leave the sigmoid almost no slope to learn by.
 SMALLEST_START = 0.01
 

@@ -33,7 +33,8 @@ def draw_markers(figure: Any, axes: Any, report: Report) -> None:
         title = f"Validation Pearson, best and worst markers\n({left_out} between them left out)"
         axes.set_title(title, fontsize=11, loc="left")
     shown = values[order]
-    lowest = 0.0 if not (shown < 0).any() else -1.0
+    # From 0 or, where a marker lies lower, from the next fifth under it.
+    lowest = min(0.0, float(np.floor(5 * np.nanmin(shown)) / 5)) if np.isfinite(shown).any() else 0.0
     axes.set_facecolor("#dddddd")
     # One column an epoch, as wide as the epochs it stands for where a long log is thinned.
     step = float(np.median(np.diff(epochs))) if len(epochs) > 1 else 1.0

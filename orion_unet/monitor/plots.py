@@ -151,7 +151,7 @@ def _draw_gap(axes: Any, report: Report) -> None:
     limit = report.thresholds.max_gap * loss_scale(report.train)
     finite = np.abs(gap[np.isfinite(gap)])
     # A line far above the data would flatten them.
-    if len(finite) and finite.max() > limit / 8:
+    if len(finite) and finite.max() > limit / 4:
         axes.axhline(limit, color=BLACK, linewidth=1.2, linestyle=":", label=f"warning above {limit:.3g}")
     else:
         axes.plot([], [], color=BLACK, linestyle=":", label=f"warning above {limit:.3g}, off the scale")

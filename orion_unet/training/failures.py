@@ -23,8 +23,8 @@ def plain_failure(error: BaseException, config: TrainConfig) -> RunError | None:
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return RunError(
-            f"out of GPU memory: lower --batch_size ({config.optimisation.batch_size} now; --accumulate_steps keeps the "
-            "global batch), --patch_size or --base_features, or add --use_amp"
+            f"out of GPU memory: lower --batch_size ({config.optimisation.batch_size} now; --accumulate_steps keeps "
+            "the global batch), --patch_size or --base_features, or add --use_amp"
         )
     if isinstance(error, RuntimeError) and ("Bus error" in text or "shared memory" in text):
         return RunError(

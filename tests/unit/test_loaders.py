@@ -1,5 +1,11 @@
 """Loaders: the same samples whatever the workers, ranks or restarts; every validation patch exactly once."""
 
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +24,9 @@ from orion_unet.data.loaders import (
 from orion_unet.data.normalization import fit_normalization
 from orion_unet.data.patches import validation_patches
 from orion_unet.data.transforms import BatchTransform
+
+# The tests ask for more workers than small machines have cores.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 CORES = np.array([0, 2, 3])
 
@@ -169,3 +178,41 @@ def test_workers_share_the_cores_of_the_machine(monkeypatch):
     assert automatic_workers(1, on_gpu=False) == 1
     monkeypatch.setattr("orion_unet.data.loaders.usable_cores", lambda: 1)
     assert automatic_workers(1, on_gpu=False) == 0
+
+
+def test_workers_leave_the_signals_of_the_terminal_and_the_cluster_to_their_rank(opened):
+    order, loader = training(opened, workers=2)
+    expected = epoch_of(*training(opened), 1)
+    order.set_epoch(1)
+    found = []
+    for batch in loader:
+        # With the second batch both workers have begun their work.
+        if len(found) == 1:
+            for worker in loader._iterator._workers:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                    os.kill(worker.pid, number)
+        found.append([tensor.clone() for tensor in batch])
+    assert_same(found, expected)
+
+
+def test_a_process_that_fails_in_an_epoch_ends_though_its_workers_hear_no_signal(write_pairs):
+    script = f"""
+        import numpy as np
+        from orion_unet.config import DataOptions
+        from orion_unet.data.loaders import TrainingBatches, TrainingOrder, build_loader
+        from orion_unet.data.pairs import find_pairs
+        from orion_unet.data.patches import PatchReader
+        from orion_unet.data.scale import measure_scales
+
+        table = find_pairs(DataOptions(pairs_dir={str(write_pairs())!r}, patch_size=16))
+        reader = PatchReader(table, measure_scales(table, False), 16)
+        dataset = TrainingBatches(reader, np.arange(4), 8, seed=0, augment=True)
+        loader = build_loader(dataset, TrainingOrder(32, 4, 0, 1, seed=0), 2, pin_memory=False)
+        for kept in loader:
+            raise RuntimeError("the network failed")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "the network failed" in done.stderr

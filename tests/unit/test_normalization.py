@@ -69,7 +69,7 @@ def test_the_inverse_of_the_target_is_what_was_stored(write_pairs, open_pairs, m
         stored = raw.orion[0].numpy().astype(np.float64).transpose(2, 0, 1)
         low, high = (bound[:, None, None] * 65535 for bound in found.bounds(f"core_{core:02d}"))
         np.testing.assert_allclose(back, np.clip(stored, low, high), rtol=1e-4, atol=1)
-        assert 0 <= target.min()
+        assert target.min() >= 0
         assert target.max() <= 1
 
 
@@ -143,6 +143,18 @@ def test_a_part_of_the_pixels_gives_nearly_the_bounds_of_all(write_pairs, open_p
     assert found.sampled_pixels == 30_000
     np.testing.assert_allclose(found.lower * 65535, np.quantile(ramp, 0.01), atol=60_000 / 100)
     np.testing.assert_allclose(found.upper * 65535, np.quantile(ramp, 0.999), atol=60_000 / 100)
+
+
+def test_a_part_of_a_row_is_drawn_from_all_of_its_length(write_pairs, open_pairs, monkeypatch):
+    folder = write_pairs(size=(16, 2000), channels=1)
+    ramp = np.linspace(0, 60_000, 2000).astype(np.uint16)
+    for core in range(4):
+        write_orion(folder, core, np.broadcast_to(ramp[:, None], (16, 2000, 1)))
+    monkeypatch.setattr(normalization, "SAMPLED_PIXELS", 3 * 200)
+    found = fit(open_pairs(folder))
+    assert found.sampled_pixels == 600
+    np.testing.assert_allclose(found.upper * 65535, np.quantile(ramp, 0.999), rtol=0.01)
+    np.testing.assert_allclose(found.lower * 65535, np.quantile(ramp, 0.01), atol=600)
 
 
 def test_with_method_core_each_core_is_measured_by_itself(write_pairs, open_pairs):

@@ -41,8 +41,7 @@ def reference(write_pairs, open_pairs):
     folder = write_pairs("reference", cores=2)
     arrays = [np.load(folder / f"core_01_{kind}.npy").astype(np.float64) for kind in ("HE", "ORION")]
     return [
-        (values / white)[9:25, 21:37].transpose(2, 0, 1)
-        for values, white in zip(arrays, (255, 65535), strict=True)
+        (values / white)[9:25, 21:37].transpose(2, 0, 1) for values, white in zip(arrays, (255, 65535), strict=True)
     ]
 
 
@@ -232,7 +231,7 @@ def test_pickled_data_is_refused_and_never_executed(write_pairs, tmp_path, kind,
 
 
 @pytest.mark.parametrize("kind", ["HE", "ORION"])
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("nowhere", path)])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
 def test_what_is_no_file_is_refused_without_waiting(write_pairs, kind, make):
     folder = write_pairs(cores=2)
     path = folder / f"core_01_{kind}.npy"
@@ -251,6 +250,7 @@ def test_one_message_names_every_bad_file_and_no_good_one(write_pairs):
     (folder / f"{bad[-1]}_ORION.npy").write_bytes(npy(np.zeros((48, 40, 2), np.uint8)))
     message = refusal(folder)
     assert [f"core_{core:02d}" for core in range(12) if f"core_{core:02d}" in message] == bad
+    assert all(message.count(core) == 1 for core in bad)
     assert f"{bad[-1]}_ORION.npy: has 2 channels where the others have 3" in message
 
 

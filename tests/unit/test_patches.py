@@ -30,9 +30,7 @@ def test_the_grid_covers_every_row_and_stays_inside(length, patch, stride):
 
 @pytest.mark.parametrize(("size", "patch", "stride"), [((47, 61), 16, None), ((33, 40), 32, 7), ((16, 16), 16, None)])
 def test_the_validation_grid_covers_every_pixel_of_every_core(write_pairs, open_pairs, size, patch, stride):
-    opened = open_pairs(
-        write_pairs(size=size, cores=2), patch_size=patch, grid_stride=stride, patches_per_image_val=0
-    )
+    opened = open_pairs(write_pairs(size=size, cores=2), patch_size=patch, grid_stride=stride, patches_per_image_val=0)
     rows = validation_patches(opened.reader, np.array([0, 1]), opened.options, seed=0)
     for core in (0, 1):
         seen = np.zeros(size, int)
@@ -60,9 +58,7 @@ def test_validation_patches_show_tissue_first_and_are_the_same_in_every_call(wri
 
 
 def test_blank_patches_fill_up_where_tissue_does_not_suffice(write_pairs, open_pairs):
-    opened = open_pairs(
-        write_pairs(size=(128, 128), cores=1, tissue_rows=32), patch_size=32, patches_per_image_val=7
-    )
+    opened = open_pairs(write_pairs(size=(128, 128), cores=1, tissue_rows=32), patch_size=32, patches_per_image_val=7)
     rows = validation_patches(opened.reader, np.array([0]), opened.options, seed=0)
     assert len(np.unique(rows, axis=0)) == 7
     assert (rows[:, 1] == 0).sum() == 4

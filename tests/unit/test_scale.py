@@ -1,5 +1,7 @@
 """What a stored number means: decided by the whole folder, never by a patch; every bad file named."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -120,6 +122,18 @@ def test_no_pixel_is_missed_at_the_edge_of_a_chunk(write_pairs, open_pairs, monk
     array.reshape(-1, order=order)[position] = 200
     np.save(path, array)
     assert open_pairs(folder).scales.he["float32"] == 255
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_file_is_read_in_bounded_memory_in_either_order(write_pairs, open_pairs, monkeypatch, order):
+    table = open_pairs(write_pairs(cores=2, size=(500, 400), he_dtype="float32", order=order)).table
+    monkeypatch.setattr(scale, "CHUNK_BYTES", 1 << 14)
+    tracemalloc.start()
+    scale.measure_scales(table, bounded_targets=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # One of the two files holds 2.4 MB.
+    assert peak < 500_000
 
 
 def test_integer_folders_are_not_read(write_pairs, open_pairs, monkeypatch):

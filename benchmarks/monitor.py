@@ -1,0 +1,184 @@
+"""How fast is the monitor, and how much memory does it take, at 30, 1,000 and 100,000 epochs?
+
+Each size is measured in a process of its own, pinned to one core where the system allows it:
+
+- first text: from starting ``python monitor_training.py`` until its report stands on standard output;
+- whole command: until it has written the figure, too, and ended;
+- poll: reading one new epoch, judging the run, composing the terminal view and writing monitor.json;
+- poll, nothing new: the same without a new epoch; figure: drawing it, which --watch does not do at every poll.
+
+    python benchmarks/monitor.py [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SIZES = (30, 1_000, 100_000)
+MARKERS = 20
+
+
+def write_run(folder: Path, epochs: int) -> None:
+    """A finished run with 20 markers, four metrics each: about 3.4 kB an epoch."""
+    folder.mkdir(parents=True)
+    rng = random.Random(0)
+    with open(folder / "metrics.jsonl", "w") as file:
+        for epoch in range(1, epochs + 1):
+            file.write(json.dumps(record(rng, epoch)) + "\n")
+    options = {"epochs": epochs, "learning_rate": 1e-4}
+    (folder / "config.json").write_text(json.dumps({"schema": 1, "options": options, "global_batch": 12}))
+    status = {"schema": 1, "state": "finished", "epoch": epochs, "epochs": epochs}
+    (folder / "status.json").write_text(json.dumps(status))
+
+
+def record(rng: random.Random, epoch: int) -> dict[str, object]:
+    """One line of the log."""
+    loss = 0.1 + 0.4 / (1 + epoch / 5) + rng.gauss(0, 0.002)
+    terms = {name: loss * rng.random() for name in ("mse", "l1", "boundary", "focal", "variance")}
+    metrics = ("pearson", "mae", "psnr_db", "ssim")
+    return {
+        "schema": 1,
+        "epoch": epoch,
+        "attempt": 1,
+        "time": "2026-01-31T10:00:00Z",
+        "duration_s": 41.2 + rng.random(),
+        "lr": 1e-4,
+        "train": {"loss": loss, "terms": terms},
+        "val": {
+            "loss": loss * 1.05 + rng.gauss(0, 0.002),
+            "terms": terms,
+            "metrics": {name: rng.random() for name in metrics} | {"pearson_markers": MARKERS},
+            "per_channel": {f"marker_{n:02d}": {name: rng.random() for name in metrics} for n in range(MARKERS)},
+        },
+        "grad_norm": rng.random(),
+        "samples_per_s": 210.0,
+        "data_wait_fraction": 0.02,
+        "max_memory_bytes": 1234567,
+        "skipped_steps": 0,
+        "best": False,
+    }
+
+
+def start_up(folder: Path) -> tuple[float, float, float]:
+    """Seconds until the report is on standard output, until the command has ended, and of processor time in all."""
+    begin, used = time.perf_counter(), processor_s()
+    command = [sys.executable, str(ROOT / "monitor_training.py"), "--output_dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = 0.0
+        for line in process.stdout:
+            if not line.startswith("figure:"):
+                first = time.perf_counter() - begin
+        process.wait()
+    return first, time.perf_counter() - begin, processor_s() - used
+
+
+def load() -> str:
+    """What others did to the machine, from its load."""
+    if not hasattr(os, "getloadavg"):
+        return "of unknown load"
+    busy = os.getloadavg()[0]
+    return f"{'quiet' if busy < 1.3 else 'shared with other work'} (load {busy:.1f})"
+
+
+def processor_s() -> float:
+    """Processor time of the processes started so far and ended, which a busy machine stretches less."""
+    told = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return told.ru_utime + told.ru_stime
+
+
+def inside(folder: Path) -> dict[str, float]:
+    """Times of a monitor that keeps watching, and its peak memory, in this process."""
+    from orion_unet.monitor.diagnostics import Thresholds
+    from orion_unet.monitor.plots import png, run_figure
+    from orion_unet.monitor.report import Run
+    from orion_unet.monitor.terminal import make_console, view
+    from orion_unet.monitor.watch import Outputs, Request
+
+    console = make_console(io.StringIO(), width=140)
+    run = Run(folder, Thresholds())
+    outputs = Outputs(Request(folder))
+
+    def poll() -> float:
+        begin = time.perf_counter()
+        report = run.poll()
+        console.print(view(report, console, height=39))
+        outputs.write_document(report)
+        return time.perf_counter() - begin
+
+    first = poll()
+    idle = [poll() for _ in range(10)]
+    rng, polls = random.Random(1), []
+    for _ in range(10):
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record(rng, len(run.reader) + 1)) + "\n")
+        polls.append(poll())
+    begin = time.perf_counter()
+    png(run_figure(run.poll()))
+    return {
+        "first": first,
+        "idle": statistics.median(idle),
+        "poll": statistics.median(polls),
+        "worst": max(polls),
+        "figure": time.perf_counter() - begin,
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if options.inside:
+        print(json.dumps(inside(options.inside)))
+        return
+    lines = [
+        "# Speed of the monitor",
+        "",
+        f"1 of {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}; medians of 5 starts",
+        f"The machine was {load()} meanwhile.",
+        "",
+        "| epochs | log [MB] | first text [s] | whole command, with figure [s] | its processor time [s]"
+        " | poll, one new epoch [ms] | worst of 10 [ms] | poll, nothing new [ms] | figure [ms] | peak memory [MB] |",
+        "|" + " --- |" * 10,
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        for epochs in SIZES:
+            folder = Path(scratch) / str(epochs)
+            write_run(folder, epochs)
+            starts = [start_up(folder) for _ in range(5)]
+            size = (folder / "metrics.jsonl").stat().st_size / 1e6
+            told = subprocess.run(
+                [sys.executable, __file__, "--inside", str(folder)], capture_output=True, text=True, check=True
+            )
+            t = json.loads(told.stdout)
+            first, whole, used = (statistics.median(values) for values in zip(*starts, strict=True))
+            lines.append(
+                f"| {epochs:,} | {size:.1f} | {first:.2f} | {whole:.2f} | {used:.2f} | {1e3 * t['poll']:.1f}"
+                f" | {1e3 * t['worst']:.1f} | {1e3 * t['idle']:.1f} | {1e3 * t['figure']:.0f} | {t['memory']:.0f} |"
+            )
+    print("\n".join(lines))
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

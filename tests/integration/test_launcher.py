@@ -1,0 +1,342 @@
+"""train_stable_learning.sh and scripts/environment.sh, end to end and with an interpreter that only takes notes."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from tiny_runs import ROOT, TINY, command_line, free_port, read_metrics, read_status
+
+from orion_unet.cli.arguments import parse_train_config
+from orion_unet.config import OutputOptions, TrainConfig
+from orion_unet.data.demo import make_demo
+
+LAUNCHER = ROOT / "train_stable_learning.sh"
+RECIPE = {
+    "epochs": 30,
+    "learning_rate": 1e-4,
+    "batch_size": 12,
+    "val_split": 0.2,
+    "mse_weight": 0.8,
+    "l1_weight": 0.3,
+    "boundary_weight": 0.1,
+    "focal_weight": 0.0,
+    "variance_weight": 0.1,
+    "scheduler": "plateau",
+    "lr_factor": 0.5,
+    "lr_patience": 5,
+    "early_stopping_patience": 10,
+    "use_amp": True,
+    "use_boundary_guidance": True,
+    "noise_removal": True,
+    "output_dir": "runs_sep6v1/orion_stable_learning",
+}
+SMALL = {name: value for name, value in TINY.items() if name not in ("learning_rate", "batch_size", "epochs")}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Four generated cores of 64 pixels."""
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    make_demo(folder, 4, 64, 0)
+    return folder
+
+
+@pytest.fixture
+def launch(call):
+    """The launcher in the environment of these tests."""
+    return lambda *words, **env: call(LAUNCHER, *words, **{"PYTHON": sys.executable, **env})
+
+
+def test_the_recipe_trains_end_to_end_and_the_last_option_wins(launch, demo, tmp_path):
+    given = {**SMALL, "patches_per_image": 6, "epochs": 2, "weight_decay": 0.01}
+    words = ["--epochs", 9, "--output_dir", "elsewhere", *command_line({**given, "pairs_dir": demo})]
+    ended = launch(*words, "--output_dir", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+    expected = {**RECIPE, **given, "pairs_dir": str(demo), "output_dir": str(tmp_path / "run")}
+    assert {name: options[name] for name in expected} == expected
+    assert [record["epoch"] for record in read_metrics(tmp_path / "run")] == [1, 2]
+    assert read_status(tmp_path / "run")["state"] == "finished"
+    assert not (tmp_path / "elsewhere").exists()
+    # What goes into a file or a pipe: no bar, one line an epoch, the same in the log.
+    assert "\r" not in ended.out + ended.err
+    assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("epoch ")] == ["1/2", "2/2"]
+    assert ended.err == ""
+    log = (tmp_path / "run" / "train.log").read_text().splitlines()
+    assert [line.partition(" ")[2] for line in log] == ended.out.splitlines()
+    for word in ("devices", "global batch 12", "patches", "parameters", "run folder", "monitor_training.py"):
+        assert word in ended.out
+
+
+def test_two_ranks_from_another_folder_with_relative_paths(launch, demo, tmp_path):
+    options = {**SMALL, "epochs": 1, "batch_size": 3, "pairs_dir": demo.name, "output_dir": "here/run"}
+    (demo.parent / "here").mkdir(exist_ok=True)
+    ended = launch(*command_line(options), "--overwrite", cwd=demo.parent, NPROC_PER_NODE=2)
+    assert ended.code == 0, ended.err
+    config = json.loads((demo.parent / "here" / "run" / "config.json").read_text())
+    assert (config["world_size"], config["global_batch"]) == (2, 6)
+    assert "\r" not in ended.out + ended.err
+    assert ended.out.count("epoch 1/1") == 1
+
+
+def test_two_machines_train_together(start, demo, tmp_path):
+    options = {**SMALL, "epochs": 1, "batch_size": 3, "pairs_dir": demo, "output_dir": tmp_path / "run"}
+    shared = {"PYTHON": sys.executable, "NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    begun = [start(LAUNCHER, *command_line(options), NODE_RANK=rank, **shared) for rank in (0, 1)]
+    first, second = (command.end() for command in begun)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["world_size"], config["global_batch"]) == (2, 6)
+    assert len(read_metrics(tmp_path / "run")) == 1
+    assert "epoch 1/1" in first.out
+    assert second.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "culprit"),
+    [
+        (["--no_such_option", "3"], "--no_such_option"),
+        (["--epochs", "many"], "--epochs"),
+        (["--pairs_dir", "absent"], "absent"),
+        (["--mse_weight", "-1", "--depth", "0"], "--depth"),
+    ],
+)
+def test_bad_input_is_one_message_and_2(words, culprit, launch):
+    ended = launch(*words)
+    assert ended.code == 2
+    assert culprit in ended.err
+    assert ended.err.count("error:") == 1
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+
+
+NOTING = """#!/usr/bin/env bash
+# Stands for Python: knows every requirement, counts GPUS, and notes what it is asked to run.
+case $1 in
+  scripts/check_requirements.py) exit 0 ;;
+  -c) echo "${GPUS:-0}"; exit 0 ;;
+esac
+for word in "$@"; do printf '%s\\n' "$word"; done >>"$NOTES"
+echo --- >>"$NOTES"
+"""
+
+
+@pytest.fixture
+def noted(call, tmp_path):
+    """What the launcher asks its interpreter to run: one list of words a command."""
+    python = tmp_path / "noting" / "python"
+    python.parent.mkdir()
+    python.write_text(NOTING)
+    python.chmod(0o755)
+    smi = python.with_name("nvidia-smi")
+    smi.write_text("#!/bin/sh\n")
+    smi.chmod(0o755)
+    notes = tmp_path / "notes"
+
+    def run(*words, **env):
+        notes.unlink(missing_ok=True)
+        path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+        ended = call(LAUNCHER, *words, **{"PYTHON": python, "NOTES": notes, "PATH": path, **env})
+        assert ended.code == 0, ended.err
+        return [command.splitlines() for command in notes.read_text().split("---\n")[:-1]]
+
+    return run
+
+
+def resolved(words):
+    """The options that the trainer would get from such a command."""
+    at = words.index(str(ROOT / "train_spatial_orion_unet.py"))
+    return parse_train_config(words[at + 1 :])
+
+
+def test_the_recipe_is_the_stable_one_and_all_else_is_default(noted):
+    (command,) = noted()
+    assert command[0] == str(ROOT / "train_spatial_orion_unet.py")
+    assert resolved(command) == TrainConfig.from_options(RECIPE)
+
+
+def test_options_behind_the_recipe_win(noted):
+    (command,) = noted("--epochs", "5", "--no_use_amp", "--boundary_weight=0.4", "--channel_names", "A B,C")
+    changed = {"epochs": 5, "use_amp": False, "boundary_weight": 0.4, "channel_names": "A B,C"}
+    assert resolved(command) == TrainConfig.from_options({**RECIPE, **changed})
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "ranks"),
+    [
+        ([], {"GPUS": 4}, "4"),
+        (["--gpus", "2"], {"GPUS": 4}, "2"),
+        (["--gpus=3"], {"GPUS": 4}, "3"),
+        (["--gpus", "auto"], {"GPUS": 2}, "2"),
+        (["--gpus", "3", "--gpus", "2"], {}, "2"),
+        ([], {"NPROC_PER_NODE": 3}, "3"),
+        (["--gpus", "2"], {"NPROC_PER_NODE": 2, "GPUS": 8}, "2"),
+    ],
+)
+def test_a_rank_is_started_for_every_gpu(words, env, ranks, noted):
+    (command,) = noted(*words, **env)
+    launcher = ["-m", "orion_unet.cli.launch", "--standalone", "--nproc_per_node", ranks]
+    assert command[:6] == [*launcher, str(ROOT / "train_spatial_orion_unet.py")]
+
+
+@pytest.mark.parametrize(("words", "env"), [([], {}), (["--gpus", "0"], {"GPUS": 4}), ([], {"GPUS": 1})])
+def test_a_single_rank_needs_no_launcher(words, env, noted):
+    (command,) = noted(*words, **env)
+    assert command[0] == str(ROOT / "train_spatial_orion_unet.py")
+
+
+def test_several_machines_are_told_to_the_launcher(noted):
+    env = {"NNODES": 3, "NODE_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 4711, "NPROC_PER_NODE": 4}
+    (command,) = noted(**env)
+    before = command[: command.index(str(ROOT / "train_spatial_orion_unet.py"))]
+    assert before == [
+        "-m", "orion_unet.cli.launch", "--nnodes", "3", "--node_rank", "1",
+        "--master_addr", "10.0.0.1", "--master_port", "4711", "--nproc_per_node", "4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("env", "missing"), [({"NODE_RANK": 0}, "MASTER_ADDR"), ({"MASTER_ADDR": "10.0.0.1"}, "NODE_RANK")]
+)
+def test_a_machine_that_does_not_know_its_place_is_told_what_to_set(env, missing, launch):
+    ended = launch(NNODES=2, **env)
+    assert ended.code != 0
+    assert missing in ended.err
+    assert "set it to" in ended.err
+
+
+def test_the_demo_makes_its_data_and_trains_a_small_model_on_them(noted):
+    make, train = noted("--demo", "--epochs", "3")
+    assert make == ["-m", "orion_unet", "make-demo", "demo_pairs"]
+    config = resolved(train)
+    assert (config.data.pairs_dir, config.output.output_dir) == ("demo_pairs", "runs/demo")
+    assert config.optimisation.epochs == 3
+    assert config.output.overwrite
+    assert config.model.base_features < 32
+
+
+@pytest.mark.parametrize("words", [["--output_dir", "mine"], ["--output_dir=mine"], ["--resume", "auto"]])
+def test_the_demo_never_replaces_a_folder_that_was_named(words, noted):
+    _, train = noted("--demo", *words)
+    assert not resolved(train).output.overwrite
+
+
+def test_nothing_but_the_demo_overwrites(noted):
+    assert next(f.default for f in fields(OutputOptions) if f.name == "overwrite") is False
+    (command,) = noted("--pairs_dir", "cores")
+    assert not resolved(command).output.overwrite
+
+
+# From here on the environment itself, in a copy of the scripts so that no .venv is ever made in the repository.
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The files that find or make an environment, in a folder of their own."""
+    folder = tmp_path / "copy"
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    for name in ("pyproject.toml", "constraints.txt", LAUNCHER.name):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+SOURCE = '. scripts/environment.sh "$1" && echo "$PYTHON"'
+
+
+def test_the_active_environment_is_used_where_it_suffices(call, copied):
+    for extra in ("", "", "test"):
+        ended = call("bash", "-c", SOURCE, "bash", extra, cwd=copied, PYTHON=sys.executable)
+        assert (ended.code, ended.out.strip(), ended.err) == (0, sys.executable, "")
+    assert not (copied / ".venv").exists()
+
+
+def test_the_launcher_looks_at_its_own_options_and_not_at_those_of_the_environment(call, copied):
+    # A sourced file sees the words of the one that sources it, unless it is given its own.
+    ended = call(copied / LAUNCHER.name, "--epochs", "x", cwd=copied, PYTHON=sys.executable)
+    assert "making the Python environment" not in ended.err
+    assert not (copied / ".venv").exists()
+
+
+LACKING = """#!/usr/bin/env bash
+# Stands for a Python without the requirements, and for the one in the .venv it makes.
+case "$*" in
+  scripts/check_requirements.py*) exit 1 ;;
+  "-c import sys, venv"*) exit "${TOO_OLD:-0}" ;;
+  "-m venv "*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  "-m pip"*) echo "pip $PIP_CONSTRAINT $*" >>"$NOTES"; exit "${PIP_FAILS:-0}" ;;
+esac
+"""
+NAMES = ("python3", "python", "python3.11", "python3.12", "python3.13", "python3.14")
+
+
+@pytest.fixture
+def bare(call, copied, tmp_path):
+    """Source environment.sh where no Python holds the requirements; the notes say what pip was asked for."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in NAMES:
+        (folder / name).write_text(LACKING)
+        (folder / name).chmod(0o755)
+    notes = tmp_path / "notes"
+    notes.touch()
+
+    def source(extra="", **env):
+        path = os.pathsep.join([str(folder), os.environ["PATH"]])
+        ended = call("bash", "-c", SOURCE, "bash", extra, **{"cwd": copied, "PATH": path, "NOTES": notes, **env})
+        return ended, notes.read_text().splitlines()
+
+    return source
+
+
+def test_an_environment_is_made_once_from_the_pinned_versions(bare, copied):
+    ended, asked = bare("test")
+    assert ended.code == 0, ended.err
+    assert ended.out.strip() == str(copied / ".venv" / "bin" / "python")
+    assert "making the Python environment .venv" in ended.err
+    assert len(asked) == 1
+    assert asked[0].startswith(f"pip {copied / 'constraints.txt'} ")
+    assert asked[0].endswith("--editable .[test]")
+    again, asked = bare("test")
+    assert (again.code, again.err, len(asked)) == (0, "", 1)
+    assert again.out == ended.out
+
+
+def test_a_changed_requirement_makes_the_environment_anew(bare, copied):
+    bare()
+    with open(copied / "constraints.txt", "a") as file:
+        file.write("# changed\n")
+    ended, asked = bare()
+    assert (ended.code, len(asked)) == (0, 2)
+
+
+def test_an_environment_that_could_not_be_made_is_tried_again(bare):
+    ended, _ = bare(PIP_FAILS=1)
+    assert ended.code == 1
+    assert "error: the environment could not be made" in ended.err
+    ended, asked = bare()
+    assert (ended.code, len(asked)) == (0, 2)
+
+
+def test_a_machine_without_a_fit_python_is_told_so(bare, copied):
+    ended, asked = bare(TOO_OLD=1)
+    assert ended.code == 2
+    assert "Python 3.11 or newer" in ended.err
+    assert asked == []
+    assert not (copied / ".venv").exists()
+
+
+def test_requirements_are_compared_by_number(copied, call):
+    script = copied / "scripts" / "check_requirements.py"
+    assert call(sys.executable, script, "test", cwd=copied).code == 0
+    project = copied / "pyproject.toml"
+    text = project.read_text()
+    project.write_text(text.replace("numpy>=1.26", "numpy>=999.1").replace("tqdm>=4.66", "no-such-package>=1"))
+    assert project.read_text() != text
+    ended = call(sys.executable, script, cwd=copied)
+    assert ended.code == 1
+    assert ended.err.strip() == "missing: numpy>=999.1, no-such-package>=1"
+    assert Path(script).exists()

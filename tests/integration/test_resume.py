@@ -1,0 +1,404 @@
+"""Interrupted, killed and damaged runs go on as if nothing had happened, bit for bit."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from tiny_runs import (
+    LAUNCH,
+    differing,
+    environments,
+    losses,
+    read_metrics,
+    read_status,
+    trainer,
+    wait_for,
+    weights,
+)
+
+from orion_unet import checkpoint
+from orion_unet.errors import InputError
+from orion_unet.run_log import MetricsWriter
+from orion_unet.training.run import Run
+
+# Everything whose state a restart could lose: dropout, averages, accumulation, warm-up, plateau, early stopping.
+STATEFUL = {
+    "epochs": 3,
+    "dropout": 0.3,
+    "ema_decay": 0.9,
+    "accumulate_steps": 2,
+    "warmup_epochs": 1.5,
+    "scheduler": "plateau",
+    "lr_patience": 0,
+    "lr_factor": 0.5,
+    "learning_rate": 0.05,
+    "early_stopping_patience": 9,
+}
+PARTS = (("last.pt", "model"), ("last.pt", "ema"), ("best.pt", "model"))
+
+
+@pytest.fixture(scope="module")
+def straight_results():
+    """What the uninterrupted runs of this module came to; the data are the same in every test."""
+    return {}
+
+
+@pytest.fixture
+def straight(train, straight_results):
+    """Results of the run that nothing interrupts."""
+
+    def result(**options):
+        key = tuple(options.items())
+        if key not in straight_results:
+            made = train("straight", **{**STATEFUL, **options})
+            assert made.code == 0
+            straight_results[key] = outcome(made.dir)
+        return straight_results[key]
+
+    return result
+
+
+def outcome(run_dir):
+    """All that must be equal: every logged loss, rate and gradient norm, and every stored tensor."""
+    return losses(run_dir), {part: weights(run_dir, *part) for part in PARTS}
+
+
+def assert_equal_outcome(found, expected):
+    assert found[0] == expected[0]
+    assert {part: differing(found[1][part], expected[1][part]) for part in PARTS} == {part: [] for part in PARTS}
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Send this process a signal after a step of an epoch; returns what undoes it."""
+
+    def arrange(number, epoch, step):
+        original = Run._on_step
+
+        def on_step(self, at, report):
+            original(self, at, report)
+            if (at, report.step) == (epoch, step):
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Run, "_on_step", on_step)
+        return lambda: monkeypatch.setattr(Run, "_on_step", original)
+
+    return arrange
+
+
+def test_the_straight_run_exercises_the_plateau(straight):
+    # Without a lowered rate the tests below would not show that it survives.
+    *_, before, last = (values[2] for values in straight()[0].values())
+    assert last == pytest.approx(before / 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "epoch", "step", "stops_at"),
+    [
+        (signal.SIGTERM, 143, 2, 2, 4),
+        (signal.SIGINT, 130, 1, 0, 2),
+        (signal.SIGUSR1, 143, 3, 1, 4),
+        (signal.SIGTERM, 143, 2, 4, 0),
+    ],
+)
+def test_a_signal_saves_the_step_and_the_resumed_run_equals_the_straight_one(
+    number, code, epoch, step, stops_at, train, interrupt, straight, capsys
+):
+    calm = interrupt(number, epoch, step)
+    made = train(**STATEFUL)
+    assert made.code == code
+    assert read_status(made.dir)["state"] == "interrupted"
+    stored = checkpoint.load(made.dir / "checkpoints" / "last.pt", to_resume=True)
+    # With the last step of an epoch, the whole epoch is done, validation included.
+    assert (stored["epoch"], stored["step"]) == ((epoch, 0) if stops_at == 0 else (epoch - 1, stops_at))
+    assert "--resume auto" in capsys.readouterr().out
+    calm()
+    resumed = train(**STATEFUL, resume="auto")
+    assert resumed.code == 0
+    assert_equal_outcome(outcome(resumed.dir), straight())
+    said = capsys.readouterr().out
+    assert f"resumed         at epoch {stored['epoch'] + 1} step {stops_at}" in said
+    assert "learning rate" in said
+    records = read_metrics(resumed.dir)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert [record["attempt"] for record in records] == [1] * stored["epoch"] + [2] * (3 - stored["epoch"])
+    assert read_status(resumed.dir)["state"] == "finished"
+
+
+def test_a_run_interrupted_at_every_epoch_equals_the_straight_one(train, interrupt, straight):
+    for epoch in (1, 2, 3):
+        calm = interrupt(signal.SIGTERM, epoch, 1)
+        assert train(**STATEFUL, resume="auto").code == 143
+        calm()
+    resumed = train(**STATEFUL, resume="auto")
+    assert_equal_outcome(outcome(resumed.dir), straight())
+    assert [record["attempt"] for record in read_metrics(resumed.dir)] == [2, 3, 4]
+
+
+def test_a_signal_after_the_last_step_of_the_run_leaves_it_finished(train, interrupt):
+    interrupt(signal.SIGTERM, 2, 5)
+    made = train(epochs=2)
+    assert (made.code, read_status(made.dir)["state"]) == (0, "finished")
+
+
+def test_handlers_of_the_caller_are_put_back(train, interrupt):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    interrupt(signal.SIGTERM, 1, 1)
+    train()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
+def test_a_second_ctrl_c_ends_at_once(train, monkeypatch):
+    def on_step(self, epoch, report):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "_on_step", on_step)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the program catches it."""
+
+
+@pytest.mark.parametrize(
+    ("moment", "epoch"),
+    [("before best", 1), ("before the line", 2), ("after the line", 1), ("during last", 2), ("after last", 2)],
+)
+def test_a_kill_between_the_writes_of_an_epoch_loses_and_doubles_nothing(moment, epoch, train, straight, monkeypatch):
+    append, save = MetricsWriter.append, checkpoint.save
+
+    def append_or_die(self, record):
+        if record["epoch"] == epoch and moment == "before the line":
+            raise Killed
+        append(self, record)
+        if record["epoch"] == epoch and moment == "after the line":
+            raise Killed
+
+    def save_or_die(path, content, keep_previous=False):
+        now = content["epoch"] == epoch
+        if now and (path.name, moment) in (("best.pt", "before best"), ("last.pt", "during last")):
+            # Half a file under a temporary name, as a killed save leaves it.
+            (path.parent / f".{path.name}.1.tmp").write_bytes(b"half")
+            raise Killed
+        save(path, content, keep_previous)
+        if now and (path.name, moment) == ("last.pt", "after last"):
+            raise Killed
+
+    monkeypatch.setattr(MetricsWriter, "append", append_or_die)
+    monkeypatch.setattr(checkpoint, "save", save_or_die)
+    with pytest.raises(Killed):
+        train(**STATEFUL)
+    monkeypatch.setattr(MetricsWriter, "append", append)
+    monkeypatch.setattr(checkpoint, "save", save)
+    resumed = train(**STATEFUL, resume="auto")
+    assert_equal_outcome(outcome(resumed.dir), straight())
+    assert sorted({record["epoch"] for record in read_metrics(resumed.dir)}) == [1, 2, 3]
+    assert not list(resumed.dir.rglob("*.tmp"))
+
+
+def test_a_process_killed_at_any_moment_resumes_to_the_same_end(start, pairs, tmp_path, straight):
+    words = trainer(**STATEFUL, pairs_dir=pairs, output_dir=tmp_path / "run", resume="auto", num_workers=1)
+    draw = random.Random(7)
+    expected = straight()
+    command = start(*words)
+    wait_for(lambda: (tmp_path / "run" / "status.json").exists() or command.process.poll() is not None, "the run")
+    time.sleep(draw.uniform(0.1, 1.5))
+    command.signal(signal.SIGKILL)
+    command.process.wait(timeout=30)
+    again = start(*words).end()
+    assert again.code == 0, again.err
+    assert_equal_outcome(outcome(tmp_path / "run"), expected)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert not (tmp_path / "run" / "run.lock").exists()
+    # The loader's process of the killed one notices, in its own time, that it has lost its rank.
+    wait_for(lambda: not command.others(), "the end of the loader's process", 30)
+
+
+def test_a_command_ends_with_143_on_sigterm_and_leaves_no_process(start, pairs, tmp_path, straight):
+    many = {**STATEFUL, "epochs": 500, "early_stopping_patience": 0}
+    command = start(*trainer(**many, pairs_dir=pairs, output_dir=tmp_path / "run", num_workers=1))
+    log = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, "the first epoch")
+    command.signal(signal.SIGTERM)
+    ended = command.end()
+    assert (ended.code, ended.err) == (143, "")
+    assert "interrupted" in ended.out
+    assert read_status(tmp_path / "run")["state"] == "interrupted"
+    assert command.others() == []
+    # More epochs were wanted, but those that are done are those of the shorter run.
+    done = losses(tmp_path / "run")
+    shared = done.keys() & straight()[0].keys()
+    assert {epoch: done[epoch] for epoch in shared} == {epoch: straight()[0][epoch] for epoch in shared}
+
+
+# Epochs of some seconds, so that the signal finds the ranks within one.
+RANKS = {**STATEFUL, "batch_size": 1, "patches_per_image": 20, "epochs": 2}
+
+
+def test_two_ranks_interrupted_within_an_epoch_resume_to_the_same_end(start, pairs, tmp_path):
+    def options(name, **others):
+        return {**RANKS, "pairs_dir": pairs, "output_dir": tmp_path / name, **others}
+
+    def two_ranks(**given):
+        ranks = [start(*trainer(**given), **env) for env in environments(2)]
+        for ended in [rank.end() for rank in ranks]:
+            assert ended.code == 0, ended.err
+
+    launched = start(*trainer(*LAUNCH, 2, **options("run")))
+    status = tmp_path / "run" / "status.json"
+    wait_for(lambda: status.exists() and read_status(status.parent)["state"] == "training", "the first steps")
+    launched.signal(signal.SIGTERM)
+    ended = launched.end()
+    assert ended.code == 143, ended.err
+    assert read_status(tmp_path / "run")["state"] == "interrupted"
+    assert launched.others() == []
+    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] > 0
+
+    two_ranks(**options("run", resume="auto"))
+    two_ranks(**options("straight"))
+    assert_equal_outcome(outcome(tmp_path / "run"), outcome(tmp_path / "straight"))
+    assert read_metrics(tmp_path / "run")[-1]["attempt"] == 2
+
+
+def test_changed_options_are_refused_with_their_list(train):
+    made = train()
+    before = (made.dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError) as refused:
+        train(resume="auto", epochs=5, learning_rate=0.5, norm="group", l1_weight=0.0)
+    lines = str(refused.value).splitlines()
+    assert [line.split(":")[0].strip(" -") for line in lines[1:-1]] == ["norm", "l1_weight", "learning_rate"]
+    assert "0.01 in the run, 0.5 now" in str(refused.value)
+    assert (made.dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_global_batch_is_refused_and_options_that_change_no_number_are_not(train):
+    made = train()
+    with pytest.raises(InputError, match="global batch"):
+        train(resume="auto", epochs=3, batch_size=3)
+    assert train(resume="auto", epochs=3, num_workers=1, val_batch_size=3, sanity_check_freq=1).code == 0
+    assert [record["epoch"] for record in read_metrics(made.dir)] == [1, 2, 3]
+
+
+def test_a_finished_run_may_be_given_more_epochs(train):
+    made, whole = train("short", epochs=2), train("whole", epochs=4)
+    assert train("short", epochs=4, resume="auto").code == 0
+    assert losses(made.dir) == losses(whole.dir)
+    assert differing(weights(made.dir), weights(whole.dir)) == []
+
+
+def test_a_finished_run_resumed_trains_nothing(train):
+    made = train()
+    before = weights(made.dir)
+    assert train(resume="auto").code == 0
+    assert differing(weights(made.dir), before) == []
+    assert len(read_metrics(made.dir)) == 2
+
+
+def test_resume_auto_in_an_empty_folder_starts_afresh(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    made = train(resume="auto")
+    assert made.code == 0
+    assert [record["attempt"] for record in read_metrics(made.dir)] == [1, 1]
+    assert losses(made.dir) == losses(train("plain").dir)
+
+
+def damage_last(made, how):
+    last = made.dir / "checkpoints" / "last.pt"
+    content = bytearray(last.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content = b""
+    else:
+        # One bit of a weight, which the archive's directory does not show.
+        tensor = next(iter(weights(made.dir).values()))
+        at = bytes(content).index(tensor.numpy().tobytes()[:64])
+        content[at + 3] ^= 1
+    last.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "one bit"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_with_a_warning(how, train, straight, capsys):
+    made = train(**{**STATEFUL, "epochs": 2})
+    damage_last(made, how)
+    resumed = train(**STATEFUL, resume="auto")
+    assert resumed.code == 0
+    said = capsys.readouterr().out
+    assert "warning" in said
+    assert "last.pt" in said
+    assert "last_previous.pt" in said
+    # The second epoch is done again, and the later attempt is the true one.
+    records = read_metrics(resumed.dir)
+    assert [(record["epoch"], record["attempt"]) for record in records] == [(1, 1), (2, 1), (2, 2), (3, 2)]
+    assert_equal_outcome(outcome(resumed.dir), straight())
+
+
+def test_two_damaged_checkpoints_are_bad_input(train):
+    made = train()
+    for name in ("last.pt", "last_previous.pt"):
+        (made.dir / "checkpoints" / name).write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"\.pt"):
+        train(resume="auto", epochs=3)
+
+
+def test_a_run_can_be_continued_from_a_named_checkpoint(train, tmp_path):
+    made, whole = train(epochs=1), train("whole", epochs=3)
+    named = str(made.dir / "checkpoints" / "last.pt")
+    assert train(epochs=3, resume=named).code == 0
+    assert losses(made.dir) == losses(whole.dir)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "absent.pt"])
+def test_a_checkpoint_that_cannot_be_continued_is_bad_input(name, train):
+    made = train()
+    with pytest.raises(InputError, match=name):
+        train("other", resume=str(made.dir / "checkpoints" / name))
+
+
+def test_a_named_checkpoint_does_not_write_into_another_run(train):
+    made, other = train("made"), train("other", seed=5)
+    before = (other.dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="holds an earlier run"):
+        train("other", epochs=3, resume=str(made.dir / "checkpoints" / "last.pt"))
+    assert (other.dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_saving_within_an_epoch_loses_at_most_the_steps_since(train, straight, monkeypatch):
+    # A save is due after every step; the process dies within the second epoch.
+    saved = Run._save_within_epoch
+
+    def save_and_die(self, step, sums):
+        saved(self, step, sums)
+        if (self.state.epoch, step) == (1, 4):
+            raise Killed
+
+    monkeypatch.setattr(Run, "_save_within_epoch", save_and_die)
+    with pytest.raises(Killed):
+        train(**STATEFUL, save_every_minutes=1e-9)
+    monkeypatch.setattr(Run, "_save_within_epoch", saved)
+    resumed = train(**STATEFUL, resume="auto")
+    assert_equal_outcome(outcome(resumed.dir), straight())
+
+
+def test_a_checkpoint_holds_nothing_but_tensors_and_plain_values(train):
+    made = train(**{**STATEFUL, "epochs": 2})
+    for name in ("last.pt", "best.pt"):
+        unknown = []
+
+        def visit(value, at, unknown=unknown):
+            if isinstance(value, dict):
+                for key, item in value.items():
+                    visit(item, f"{at}.{key}")
+            elif isinstance(value, list | tuple):
+                for index, item in enumerate(value):
+                    visit(item, f"{at}[{index}]")
+            elif not (value is None or isinstance(value, torch.Tensor | str | int | float | bool)):
+                unknown.append(at)
+
+        visit(torch.load(made.dir / "checkpoints" / name, weights_only=True), name)
+        assert not unknown

@@ -1,0 +1,533 @@
+"""Whole trainings on tiny data: what they write, what each option does, how they end."""
+
+import json
+import math
+import sys
+from dataclasses import fields
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from tiny_runs import TINY, command_line, losses, read_metrics, read_status, weights
+
+from orion_unet.checkpoint import load
+from orion_unet.cli.arguments import parse_train_config
+from orion_unet.config import GROUPS, ModelOptions
+from orion_unet.errors import InputError
+from orion_unet.models.unet import SpatialUNet
+from orion_unet.training.run import Run, run
+
+TERMS = {"mse", "l1", "boundary", "focal", "variance"}
+METRICS = {"pearson", "mae", "psnr_db", "ssim"}
+
+
+def snapshot(folder):
+    """Content and time of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def strict_json(path):
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_a_run_folder_holds_what_was_promised(train):
+    made = train(epochs=3, sanity_check_freq=2)
+    assert made.code == 0
+    names = {str(path.relative_to(made.dir)) for path in made.dir.rglob("*") if path.is_file()}
+    assert names == {
+        "config.json",
+        "split.json",
+        "normalization.json",
+        "metrics.jsonl",
+        "status.json",
+        "train.log",
+        "checkpoints/last.pt",
+        "checkpoints/last_previous.pt",
+        "checkpoints/best.pt",
+        "sanity/epoch_0002.png",
+    }
+    config = strict_json(made.dir / "config.json")
+    assert config["options"].keys() == {f.name for group in GROUPS.values() for f in fields(group)}
+    assert (config["schema"], config["world_size"], config["global_batch"], config["attempt"]) == (1, 1, 2, 1)
+    assert config["versions"].keys() >= {"torch", "numpy", "python", "orion_unet"}
+    split = strict_json(made.dir / "split.json")
+    assert sorted(row["core"] for side in ("train", "val") for row in split[side]) == [f"core_0{i}" for i in range(4)]
+    status = strict_json(made.dir / "status.json")
+    assert status.keys() >= {"updated", "pid", "host", "message"}
+    assert [status[key] for key in ("state", "epoch", "epochs", "step", "steps_per_epoch")] == ["finished", 3, 3, 6, 6]
+    log = (made.dir / "train.log").read_text()
+    assert [f"epoch {epoch}/3" in log for epoch in (1, 2, 3, 4)] == [True, True, True, False]
+
+
+def test_every_line_of_the_metrics_has_every_key_and_adds_up(train):
+    records = read_metrics(train(epochs=3, focal_weight=0.2).dir)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert record.keys() >= {
+            "schema", "epoch", "attempt", "time", "duration_s", "lr", "train", "val", "grad_norm", "samples_per_s",
+            "data_wait_fraction", "max_memory_bytes", "skipped_steps", "best",
+        }  # fmt: skip
+        assert record["train"]["terms"].keys() == record["val"]["terms"].keys() == TERMS
+        assert record["val"]["metrics"].keys() >= METRICS
+        assert record["val"]["per_channel"].keys() == {f"channel_0{index}" for index in range(3)}
+        for side in ("train", "val"):
+            terms = record[side]["terms"]
+            total = 0.8 * terms["mse"] + 0.3 * terms["l1"] + 0.1 * terms["boundary"]
+            total += 0.2 * terms["focal"] + 0.1 * terms["variance"]
+            assert record[side]["loss"] == pytest.approx(total, rel=1e-5)
+        for metric in METRICS:
+            per_channel = [values[metric] for values in record["val"]["per_channel"].values()]
+            assert record["val"]["metrics"][metric] == pytest.approx(np.mean(per_channel), rel=1e-9)
+            assert record["val"]["metrics"][f"{metric}_markers"] == 3
+        assert (record["schema"], record["attempt"], record["skipped_steps"]) == (1, 1, 0)
+        assert (record["lr"], 0 <= record["data_wait_fraction"] <= 1) == (1e-2, True)
+        assert min(record[key] for key in ("duration_s", "grad_norm", "samples_per_s", "max_memory_bytes")) > 0
+    best = min(records, key=lambda record: record["val"]["loss"])
+    assert best["best"]
+    losses_so_far = [record["val"]["loss"] for record in records]
+    assert [record["best"] for record in records] == [
+        loss < min(losses_so_far[:index], default=math.inf) for index, loss in enumerate(losses_so_far)
+    ]
+
+
+def test_a_constant_marker_has_no_correlation_but_null(train, pairs):
+    for path in pairs.glob("*_ORION.npy"):
+        array = np.load(path)
+        array[..., 1] = 0
+        np.save(path, array)
+    record = read_metrics(train(epochs=1).dir)[0]
+    assert record["val"]["per_channel"]["channel_01"]["pearson"] is None
+    assert record["val"]["metrics"]["pearson_markers"] == 2
+
+
+def test_the_best_checkpoint_is_all_it_takes_to_predict(train):
+    made = train(epochs=2, channel_names="Hoechst,CD45,Pan-CK")
+    stored = torch.load(made.dir / "checkpoints" / "best.pt", weights_only=True)
+    assert stored["channel_names"] == ["Hoechst", "CD45", "Pan-CK"]
+    assert stored["options"]["patch_size"] == 64
+    assert [row["name"] for row in stored["normalization"]["channels"]] == ["Hoechst", "CD45", "Pan-CK"]
+    assert stored["normalization"] == strict_json(made.dir / "normalization.json")
+    assert not [name for name in stored["model"] if name.startswith(("module.", "_orig_mod."))]
+    options = ModelOptions(**{f.name: stored["options"][f.name] for f in fields(ModelOptions)})
+    model = SpatialUNet.from_options(options, len(stored["channel_names"]))
+    model.load_state_dict(stored["model"])
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+
+
+def test_best_holds_the_averaged_weights_of_the_best_epoch(train):
+    made = train(epochs=1, ema_decay=0.99)
+    best, averaged, plain = weights(made.dir, "best.pt"), weights(made.dir, part="ema"), weights(made.dir)
+    assert all(torch.equal(best[name], averaged[name]) for name in best)
+    assert not torch.equal(best["head.weight"], plain["head.weight"])
+
+
+def test_panels_are_drawn_in_the_chosen_epochs_and_can_be_compared(train):
+    made = train(epochs=5, sanity_check_freq=2)
+    panels = sorted(path.name for path in (made.dir / "sanity").iterdir())
+    assert panels == ["epoch_0002.png", "epoch_0004.png"]
+    first, second = (imread(made.dir / "sanity" / name) for name in panels)
+    assert first.shape == second.shape
+    assert min(first.shape[:2]) > 300
+    assert first.std() > 0.1
+    # The measured half stays, the predicted one learns.
+    assert 0 < np.mean(first != second) < 0.6
+
+
+def test_tensorboard_events_say_what_the_log_says(train):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    made = train(epochs=2, tensorboard=True)
+    events = accumulator.EventAccumulator(str(made.dir / "tensorboard"))
+    events.Reload()
+    records = read_metrics(made.dir)
+    for tag, of in (("loss/val", lambda r: r["val"]["loss"]), ("train/mse", lambda r: r["train"]["terms"]["mse"])):
+        assert [event.step for event in events.Scalars(tag)] == [1, 2]
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx([of(r) for r in records], rel=1e-6)
+
+
+# Each option, given here beside TINY and one epoch, must change what is trained or measured.
+EFFECTS = {
+    "val_split": {"val_split": 0.5},
+    "exclude_channels": {"exclude_channels": "channel_01"},
+    "patch_size": {"patch_size": 48},
+    "patches_per_image": {"patches_per_image": 6},
+    "patches_per_image_val": {"patches_per_image_val": 0},
+    "target_normalization": {"target_normalization": "core"},
+    "target_normalization, none": {"target_normalization": "none"},
+    "target_transform": {"target_transform": "log1p"},
+    "augment": {"augment": False},
+    "base_features": {"base_features": 6},
+    "depth": {"depth": 1},
+    "norm": {"norm": "group"},
+    "norm, instance": {"norm": "instance"},
+    "dropout": {"dropout": 0.5},
+    "output_start": {"output_start": "half"},
+    "use_boundary_guidance": {"use_boundary_guidance": True},
+    "mse_weight": {"mse_weight": 0.0},
+    "l1_weight": {"l1_weight": 0.0},
+    "boundary_weight": {"boundary_weight": 0.0},
+    "focal_weight": {"focal_weight": 0.5},
+    "variance_weight": {"variance_weight": 0.0},
+    "variance_form": {"variance_form": "exponential"},
+    "target_variance": {"target_variance": 0.02},
+    "channel_weights": {"channel_weights": "channel_01=4"},
+    "batch_size": {"batch_size": 3},
+    "learning_rate": {"learning_rate": 1e-3},
+    "weight_decay": {"weight_decay": 1.0},
+    "scheduler": {"scheduler": "cosine"},
+    "grad_clip": {"grad_clip": 0.01},
+    "accumulate_steps": {"accumulate_steps": 3},
+    "ema_decay": {"ema_decay": 0.9},
+    "seed": {"seed": 43},
+}
+# The others, and the tests that show what they do.
+SHOWN_BY = {
+    "pairs_dir": "every test here",
+    "output_dir": "every test here",
+    "gpus": "test_a_gpu_that_is_not_there_is_bad_input",
+    "use_amp": "test_mixed_precision_on_a_cpu_is_left_out_with_a_note",
+    "epochs": "test_every_line_of_the_metrics_has_every_key_and_adds_up",
+    "split_file": "test_a_split_file_repeats_an_earlier_split",
+    "groups_csv": "test_groups_stay_together",
+    "channel_names": "test_the_best_checkpoint_is_all_it_takes_to_predict",
+    "he_layout": "test_a_declared_layout_is_believed",
+    "orion_layout": "test_a_declared_layout_is_believed",
+    "grid_stride": "test_the_stride_of_the_grid_sets_the_number_of_patches",
+    "noise_removal": "test_noise_removal_changes_what_is_learned_from_hot_pixels",
+    "num_workers": "test_loader_processes_and_validation_batches_change_no_number",
+    "val_batch_size": "test_loader_processes_and_validation_batches_change_no_number",
+    "lr_factor": "test_a_plateau_lowers_the_learning_rate",
+    "lr_patience": "test_a_plateau_lowers_the_learning_rate",
+    "warmup_epochs": "test_warm_up_and_cosine_shape_the_learning_rate",
+    "early_stopping_patience": "test_early_stopping_stops_and_says_so",
+    "compile": "test_a_compiled_model_trains_and_is_stored_under_its_own_names",
+    "deterministic": "test_deterministic_kernels_are_asked_for",
+    "sanity_check_freq": "test_panels_are_drawn_in_the_chosen_epochs_and_can_be_compared",
+    "tensorboard": "test_tensorboard_events_say_what_the_log_says",
+    "overwrite": "test_overwrite_replaces_the_run_and_nothing_else",
+    "resume": "test_resume.py",
+    "save_every_minutes": "test_resume.py",
+}
+
+
+def test_every_option_of_the_trainer_is_shown_to_do_something():
+    declared = {f.name for group in GROUPS.values() for f in fields(group)}
+    assert declared == {name.partition(",")[0] for name in EFFECTS} | set(SHOWN_BY)
+    assert not [name for name in SHOWN_BY.values() if name.startswith("test_a_") and name not in globals()]
+
+
+@pytest.fixture(scope="module")
+def plain_losses():
+    """Kept between tests: the data are the same in each."""
+    return {}
+
+
+@pytest.mark.parametrize("options", EFFECTS.values(), ids=EFFECTS)
+def test_an_option_changes_the_training(options, train, plain_losses):
+    if not plain_losses:
+        plain_losses.update(losses(train("plain", epochs=1).dir))
+    made = train("changed", epochs=1, **options)
+    assert made.code == 0
+    record = read_metrics(made.dir)[0]
+    assert math.isfinite(record["train"]["loss"])
+    assert math.isfinite(record["val"]["loss"])
+    assert losses(made.dir) != plain_losses
+    assert strict_json(made.dir / "config.json")["options"].items() >= options.items()
+
+
+def test_the_same_training_twice_is_the_same_bit_for_bit(train):
+    assert losses(train("one", dropout=0.3).dir) == losses(train("two", dropout=0.3).dir)
+
+
+def test_loader_processes_and_validation_batches_change_no_number(train, capsys):
+    plain = train("plain", epochs=1)
+    other = train("workers", epochs=1, num_workers=2, val_batch_size=3)
+    assert "loader processes per rank: 2" in capsys.readouterr().out
+    (one,), (two,) = read_metrics(plain.dir), read_metrics(other.dir)
+    assert one["train"] == two["train"]
+    assert one["val"]["loss"] == pytest.approx(two["val"]["loss"], rel=1e-6)
+
+
+def test_noise_removal_changes_what_is_learned_from_hot_pixels(train, pairs):
+    rng = np.random.default_rng(5)
+    for path in pairs.glob("*_ORION.npy"):
+        array = (np.load(path) // 16).astype(np.uint16)
+        array[rng.integers(0, 80, 30), rng.integers(0, 72, 30)] = 65535
+        np.save(path, array)
+    # Networks that start at a half and stay there: only the measured pixels can differ.
+    still = {"epochs": 1, "learning_rate": 1e-30, "output_start": "half"}
+    noisy, cleaned = train("noisy", **still), train("cleaned", noise_removal=True, **still)
+    (before,), (after,) = read_metrics(noisy.dir), read_metrics(cleaned.dir)
+    # One pixel in 200 was hot, and those are the farthest from a half.
+    assert after["val"]["terms"]["mse"] < 0.9999 * before["val"]["terms"]["mse"]
+
+
+def test_the_stride_of_the_grid_sets_the_number_of_patches(train):
+    # A core of 80 x 72: offsets 0 and 16 down and 0 and 8 across with steps of 64 and of 8.
+    made = {
+        stride: train(f"stride_{stride}", epochs=1, patches_per_image_val=0, grid_stride=stride) for stride in (64, 8)
+    }
+    assert {stride: read_metrics(at.dir)[0]["val"]["patches"] for stride, at in made.items()} == {64: 4, 8: 6}
+
+
+def test_a_split_file_repeats_an_earlier_split(train):
+    first = train("first", epochs=1, seed=1, val_split=0.5)
+    split = first.dir / "split.json"
+    again = train("again", epochs=1, seed=7, split_file=str(split))
+    assert strict_json(again.dir / "split.json") == strict_json(split)
+    assert strict_json(train("other", epochs=1, seed=7).dir / "split.json") != strict_json(split)
+
+
+def test_groups_stay_together(train, tmp_path):
+    groups = tmp_path / "patients.csv"
+    groups.write_text("core,group\ncore_00,A\ncore_01,A\ncore_02,B\ncore_03,B\n")
+    split = strict_json(train(epochs=1, groups_csv=str(groups)).dir / "split.json")
+    sides = [{row["group"] for row in split[side]} for side in ("train", "val")]
+    assert sorted(map(sorted, sides)) == [["A"], ["B"]]
+
+
+def test_a_declared_layout_is_believed(train, write_pairs):
+    # 3 x 80 x 3 could be either; here the files say nothing and the option decides.
+    folder = write_pairs("chw", cores=4, size=(80, 72), channels=3, he_layout="chw", orion_layout="chw")
+    told = train("told", epochs=1, pairs_dir=str(folder), he_layout="chw", orion_layout="chw")
+    assert losses(told.dir) == losses(train("guessed", epochs=1, pairs_dir=str(folder)).dir)
+    for option in ("he_layout", "orion_layout"):
+        with pytest.raises(InputError, match="core_00"):
+            train("wrong", epochs=1, pairs_dir=str(folder), **{option: "hwc"})
+
+
+def test_mixed_precision_on_a_cpu_is_left_out_with_a_note(train, capsys):
+    with_amp, without = train("amp", epochs=1, use_amp=True), train("plain", epochs=1)
+    assert "mixed precision needs a GPU" in capsys.readouterr().out
+    assert losses(with_amp.dir) == losses(without.dir)
+
+
+def test_a_gpu_that_is_not_there_is_bad_input(train, tmp_path):
+    with pytest.raises(InputError, match="99 GPUs are wanted"):
+        train(gpus=99)
+    assert not (tmp_path / "run").exists()
+
+
+def test_deterministic_kernels_are_asked_for(train, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert train(epochs=1, deterministic=True).code == 0
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_compiled_model_trains_and_is_stored_under_its_own_names(train, monkeypatch):
+    # Tracing without code generation: the wiring is what is tested, and a compiler may be missing.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled, plain = (
+        train("compiled", epochs=1, compile=True, ema_decay=0.9),
+        train("plain", epochs=1, ema_decay=0.9),
+    )
+    assert weights(compiled.dir).keys() == weights(plain.dir).keys()
+    (one,), (two,) = read_metrics(compiled.dir), read_metrics(plain.dir)
+    assert one["train"]["loss"] == pytest.approx(two["train"]["loss"], rel=1e-5)
+
+
+def test_warm_up_and_cosine_shape_the_learning_rate(train, monkeypatch):
+    rates = []
+    begin = Run._begin_step
+
+    def note(self, epoch, step):
+        begin(self, epoch, step)
+        rates.append(self.state.optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(Run, "_begin_step", note)
+    # 3 training cores x 4 patches in batches of 2, two a step: 3 steps an epoch, 9 in all, the first 3 to warm up.
+    train(epochs=3, warmup_epochs=1, scheduler="cosine", learning_rate=0.01, accumulate_steps=2)
+    decay = [0.005 * (1 + math.cos(math.pi * step / 5)) for step in range(6)]
+    assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, *decay], abs=1e-12)
+
+
+def test_a_plateau_lowers_the_learning_rate(train, capsys):
+    # Nothing improves by 1e-4 with so small a rate: the first epoch is the best, and every two after it are bad.
+    made = train(epochs=7, norm="group", learning_rate=1e-7, lr_patience=1, lr_factor=0.25, early_stopping_patience=0)
+    rates = [record["lr"] for record in read_metrics(made.dir)]
+    assert rates == pytest.approx([1e-7, 1e-7, 1e-7, 2.5e-8, 2.5e-8, 6.25e-9, 6.25e-9])
+    assert "learning rate lowered to 2.50e-08" in capsys.readouterr().out
+
+
+def test_early_stopping_stops_and_says_so(train, capsys):
+    # A rate too small to change any weight: no epoch after the first is better.
+    made = train(epochs=9, norm="group", learning_rate=1e-30, early_stopping_patience=2)
+    assert made.code == 0
+    assert [record["best"] for record in read_metrics(made.dir)] == [True, False, False]
+    assert read_status(made.dir)["state"] == "early_stopped"
+    assert "stopped early" in read_status(made.dir)["message"]
+    said = capsys.readouterr().out
+    assert "stopped early: no better validation loss for 2 epochs" in said
+    assert "best epoch 1" in said
+
+
+def test_without_early_stopping_a_run_goes_on(train):
+    made = train(epochs=4, norm="group", learning_rate=1e-30, early_stopping_patience=0)
+    assert (len(read_metrics(made.dir)), read_status(made.dir)["state"]) == (4, "finished")
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_not_touched(train):
+    made = train()
+    before = snapshot(made.dir)
+    with pytest.raises(InputError, match="holds an earlier run") as refused:
+        train(seed=1)
+    assert "--resume" in str(refused.value)
+    assert "--overwrite" in str(refused.value)
+    assert snapshot(made.dir) == before
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(train):
+    made = train(epochs=3, sanity_check_freq=1, tensorboard=True)
+    note = made.dir / "notes.txt"
+    note.write_text("mine")
+    again = train(epochs=1, seed=1, sanity_check_freq=1, overwrite=True)
+    assert again.code == 0
+    assert [record["epoch"] for record in read_metrics(made.dir)] == [1]
+    assert [path.name for path in (made.dir / "sanity").iterdir()] == ["epoch_0001.png"]
+    assert not list((made.dir / "tensorboard").glob("events*"))
+    assert load(made.dir / "checkpoints" / "best.pt")["options"]["seed"] == 1
+    assert not (made.dir / "checkpoints" / "last_previous.pt").exists()
+    assert note.read_text() == "mine"
+
+
+def test_a_folder_of_other_files_may_take_a_run(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert train(epochs=1).code == 0
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("norm", "patches_per_image", "weight_decay", "cause"),
+    [("batch", 4, 30.0, "the validation loss of epoch 2 is not finite"), ("group", 11, 4.0, "10 steps in a row")],
+)
+def test_a_diverging_run_ends_with_3_and_keeps_its_best(norm, patches_per_image, weight_decay, cause, train, capsys):
+    # Such a decay multiplies every kernel by 1 - 30 (or 1 - 4) in every step: they overflow in the second epoch.
+    made = train(
+        epochs=9,
+        learning_rate=1.0,
+        grad_clip=0.0,
+        early_stopping_patience=0,
+        norm=norm,
+        weight_decay=weight_decay,
+        patches_per_image=patches_per_image,
+    )
+    assert made.code == 3
+    status = read_status(made.dir)
+    assert (status["state"], status["epoch"]) == ("diverged", 2)
+    assert cause in status["message"]
+    assert "lower --learning_rate" in status["message"]
+    said = capsys.readouterr().out
+    assert status["message"] in said
+    if "steps" in cause:
+        assert said.count("step skipped; cores in the batch: core_0") == 10
+    records = read_metrics(made.dir)
+    assert records[0]["best"]
+    assert all(record["val"]["loss"] is None and not record["best"] for record in records[1:])
+    best = load(made.dir / "checkpoints" / "best.pt")
+    assert (best["epoch"], best["best_val_loss"]) == (1, records[0]["val"]["loss"])
+    assert all(tensor.isfinite().all() for tensor in best["model"].values())
+    assert load(made.dir / "checkpoints" / "last.pt")["epoch"] == 1
+
+
+def damage_nan(pairs):
+    path = pairs / "core_02_ORION.npy"
+    array = np.load(path).astype(np.float32) / 65535
+    array[40, 40, 1] = np.nan
+    np.save(path, array)
+    return {}
+
+
+def damage_truncated(pairs):
+    path = pairs / "core_02_ORION.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    return {}
+
+
+def damage_size(pairs):
+    np.save(pairs / "core_02_ORION.npy", np.zeros((40, 40, 3), np.uint16))
+    return {}
+
+
+def one_core(pairs):
+    for name in ("core_01", "core_02", "core_03"):
+        for kind in ("HE", "ORION"):
+            (pairs / f"{name}_{kind}.npy").unlink()
+    return {}
+
+
+BAD_INPUT = {
+    "no folder": (lambda pairs: {"pairs_dir": str(pairs / "absent")}, "absent"),
+    "NaN": (damage_nan, "core_02"),
+    "truncated": (damage_truncated, "core_02"),
+    "sizes differ": (damage_size, "core_02"),
+    "one core": (one_core, "at least two"),
+    "patch too large": (lambda pairs: {"patch_size": 128}, "patch_size"),
+    "too few patches": (lambda pairs: {"batch_size": 99}, "batch_size"),
+    "unknown marker": (lambda pairs: {"channel_weights": "Nothing=2"}, "Nothing"),
+    "no split file": (lambda pairs: {"split_file": str(pairs / "absent.json")}, "absent.json"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "culprit"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_refused_before_anything_is_written(spoil, culprit, train, pairs, tmp_path):
+    with pytest.raises(InputError, match=culprit):
+        train(**spoil(pairs))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_package_trains_like_the_script_and_leaves_no_process_behind(start, pairs, tmp_path):
+    options = {**TINY, "pairs_dir": pairs, "output_dir": tmp_path / "run", "num_workers": 1, "epochs": 1}
+    command = start(sys.executable, "-m", "orion_unet", "train", *command_line(options))
+    ended = command.end()
+    assert (ended.code, ended.err) == (0, "")
+    assert command.others() == []
+    assert "epoch 1/1" in ended.out
+    assert read_status(tmp_path / "run")["state"] == "finished"
+
+
+def test_a_file_that_vanishes_under_the_run_ends_it_with_one_message(train, pairs, monkeypatch, tmp_path):
+    on_step = Run._on_step
+
+    def remove(self, epoch, report):
+        on_step(self, epoch, report)
+        for path in pairs.glob("*.npy"):
+            path.unlink()
+
+    monkeypatch.setattr(Run, "_on_step", remove)
+    with pytest.raises(InputError) as ended:
+        train(num_workers=1)
+    assert "cannot be read any more" in str(ended.value)
+    assert "Traceback" not in str(ended.value)
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "failed"
+    assert "cannot be read any more" in status["message"]
+
+
+def test_the_config_of_a_run_repeats_it_and_options_beside_it_win(train, pairs, tmp_path):
+    first = train(dropout=0.2, norm="group", seed=3)
+    source = ["--config", str(first.dir / "config.json")]
+    again = parse_train_config([*source, "--output_dir", str(tmp_path / "again")])
+    assert run(again) == 0
+    assert losses(tmp_path / "again") == losses(first.dir)
+    other = parse_train_config([*source, "--output_dir", str(tmp_path / "other"), "--seed", "4"])
+    assert (other.optimisation.seed, other.model.dropout, other.data.pairs_dir) == (4, 0.2, str(pairs))
+
+
+def test_the_documented_command_line_is_accepted_as_written():
+    words = (
+        "--pairs_dir core_patches_npy --output_dir runs_sep6v1/custom_stable --epochs 25 --learning_rate 1e-4 "
+        "--batch_size 12 --mse_weight 0.8 --l1_weight 0.3 --variance_weight 0.1 --focal_weight 0.0"
+    )
+    config = parse_train_config(words.split())
+    assert (config.optimisation.epochs, config.optimisation.batch_size) == (25, 12)
+    assert config.loss.weights == {"mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1}

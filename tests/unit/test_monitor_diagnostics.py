@@ -1,0 +1,202 @@
+"""What the monitor calls what: each rule at its threshold, on curves whose answer is known beforehand."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from monitor_runs import former_losses, healthy_losses
+
+from orion_unet.monitor.configuration import judge_config
+from orion_unet.monitor.diagnostics import Thresholds, diagnose, judge_state, validation_noise
+
+DATA = Path(os.environ.get("ORION_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))
+
+
+def find(train, val, **thresholds):
+    epochs = np.arange(1, len(val) + 1)
+    found = diagnose(epochs, np.array(train, float), np.array(val, float), Thresholds(**thresholds))
+    return {finding.code: finding for finding in found}
+
+
+def warnings(train, val):
+    return sorted(code for code, finding in find(train, val).items() if finding.severity == "warning")
+
+
+def test_a_healthy_run_stays_silent_at_every_epoch():
+    train, val = healthy_losses(25)
+    assert [warnings(train[:n], val[:n]) for n in range(1, 26)] == [[]] * 25
+
+
+def test_a_converged_run_is_a_notice():
+    train, val = healthy_losses(60)
+    found = find(train, val)
+    assert list(found) == ["plateau"] and found["plateau"].severity == "notice"
+
+
+def test_the_former_run_is_named_in_full():
+    train, val = former_losses()
+    assert warnings(train, val) == ["overfitting", "slow_convergence", "unstable_validation"]
+    config = {"options": {"learning_rate": 5e-4}, "global_batch": 12}
+    assert [finding.code for finding in judge_config(config)] == ["learning_rate"]
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+@pytest.mark.parametrize("epochs", [20, 21])
+def test_jumps_to_and_fro_do_not_hide_the_gap(phase, epochs):
+    val = [(0.43, 0.54)[(e + phase) % 2] for e in range(epochs)]
+    train = [0.422 - 0.077 * e / (epochs - 1) for e in range(epochs)]
+    assert warnings(train, val) == ["overfitting", "slow_convergence", "unstable_validation"]
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.1, 1, 10])
+@pytest.mark.parametrize("name", ["healthy", "former"])
+def test_the_scale_of_the_loss_does_not_change_what_is_unstable(name, scale):
+    train, val = healthy_losses(25) if name == "healthy" else former_losses()
+    scaled = find(np.array(train) * scale, np.array(val) * scale)
+    assert ("unstable_validation" in scaled) == (name == "former")
+
+
+def test_noise_is_the_standard_deviation_about_the_trend():
+    rng = np.random.default_rng(0)
+    trend = 0.3 + 0.4 * np.exp(-np.arange(200) / 8)
+    measured = [
+        validation_noise((trend * (1 + 0.05 * rng.standard_normal(200)))[:end])
+        for end in (40, 80, 120, 200)
+        for _ in range(50)
+    ]
+    # The one epoch left out is the farthest, so the estimate lies a little low.
+    assert np.mean(measured) == pytest.approx(0.05 * 0.3, rel=0.15)
+
+
+def test_neither_descent_nor_bend_nor_a_single_blip_is_noise():
+    steep = 0.05 + 0.95 * np.exp(-np.arange(20) / 4)
+    assert validation_noise(steep) < 0.01 * steep[-1]
+    blip = steep.copy()
+    blip[14] *= 2
+    assert validation_noise(blip) == pytest.approx(validation_noise(steep), abs=0.01 * steep[-1])
+    assert "unstable_validation" not in find(steep * 0.95, blip)
+
+
+def test_noise_that_has_died_away_is_no_warning():
+    rng = np.random.default_rng(3)
+    val = 0.3 * (1 + 0.2 * rng.standard_normal(40))
+    assert "unstable_validation" in find(val * 0.9, val)
+    calm = np.concatenate([val, np.full(10, 0.3) + 0.001 * rng.standard_normal(10)])
+    assert "unstable_validation" not in find(calm * 0.9, calm)
+
+
+def test_noise_above_the_absolute_threshold_is_unstable():
+    val = np.array([1.0 + 0.06 * (-1) ** e for e in range(20)])
+    train = np.ones(20)
+    found = find(train, val, max_noise_of_loss=1.0)
+    assert found["unstable_validation"].threshold == 0.05
+    assert found["unstable_validation"].value == pytest.approx(0.06, rel=0.2)
+    assert "unstable_validation" not in find(train, val, max_noise_of_loss=1.0, max_noise=0.1)
+
+
+def test_slow_convergence_begins_at_epoch_6_and_needs_all_three_conditions():
+    slow = [0.4 - 0.003 * e for e in range(8)]
+    assert "slow_convergence" not in find(slow[:5], slow[:5])
+    found = find(slow[:6], slow[:6])["slow_convergence"]
+    assert found.value == pytest.approx(0.015) and found.threshold == 0.05
+    by_tenth = [0.4 * 0.97**e for e in range(8)]
+    assert "slow_convergence" not in find(by_tenth, by_tenth)
+    by_amount = [0.9 - 0.011 * e for e in range(8)]
+    assert "slow_convergence" not in find(by_amount, by_amount)
+    before = [0.8, 0.6, *slow]
+    assert list(find(before, before)) == ["plateau"]
+
+
+def test_a_gap_above_a_tenth_is_overfitting_from_epoch_5_on():
+    train = [0.4 - 0.02 * e for e in range(8)]
+    val = [t + 0.11 for t in train]
+    assert "overfitting" not in find(train[:4], val[:4])
+    assert find(train[:5], val[:5])["overfitting"].value == pytest.approx(0.11)
+    assert "overfitting" not in find(train, [t + 0.09 for t in train])
+
+
+def test_a_rising_validation_loss_is_overfitting_however_small_the_loss():
+    train = np.array([0.01 * 0.88**e for e in range(20)])
+    val = np.concatenate([train[:8], train[8] * np.linspace(1, 1.4, 12)])
+    assert "overfitting" in find(train, val)
+    assert "overfitting" not in find(train, np.concatenate([train[:8], np.full(12, train[8])]))
+
+
+def test_one_bad_epoch_is_not_overfitting():
+    train, val = healthy_losses(20)
+    val[-1] *= 3
+    assert "overfitting" not in find(train, val)
+
+
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_a_loss_that_is_not_finite_is_divergence_with_its_epoch(where):
+    train, val = healthy_losses(10)
+    (train if where == "train" else val)[8] = math.inf
+    assert "epoch 9" in find(train, val)["diverged"].message
+
+
+def test_a_loss_not_measured_is_no_divergence():
+    train, val = healthy_losses(10)
+    val[4:] = [math.nan] * 6
+    assert "diverged" not in find(train, val)
+
+
+def test_two_epochs_above_three_times_the_best_are_divergence_and_one_is_not():
+    train, val = healthy_losses(12)
+    once = [*val, 3.1 * min(val)]
+    assert "diverged" not in find([*train, train[-1]], once)
+    found = find([*train, train[-1], train[-1]], [*once, 3.2 * min(val)])["diverged"]
+    assert found.value == pytest.approx(3.2) and found.threshold == 3
+
+
+def test_advice_leaves_out_what_the_run_does_already():
+    train, val = former_losses()
+    options = {"learning_rate": 4e-5, "batch_size": 16, "variance_weight": 0, "val_split": 0.3, "base_features": 16}
+    epochs = np.arange(1, 21)
+    found = {f.code: f for f in diagnose(epochs, np.array(train), np.array(val), options=options)}
+    assert found["unstable_validation"].advice[0] == "--learning_rate 2e-5"
+    assert not any("--batch_size" in item for item in found["unstable_validation"].advice)
+    assert found["overfitting"].advice == ("--weight_decay 0.001",)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "code"),
+    [
+        ({"learning_rate": 5e-4}, 12, "learning_rate"),
+        ({}, 7, "global_batch"),
+        ({"focal_weight": 0.1}, 12, "focal_weight"),
+        ({"variance_weight": 0.31}, 12, "variance_weight"),
+        ({"variance_form": "exponential"}, 12, "variance_form"),
+        ({"val_split": 0.19}, 12, "val_split"),
+        ({"early_stopping_patience": 0}, 12, "early_stopping_patience"),
+        ({"epochs": 19}, 12, "epochs"),
+    ],
+)
+def test_each_option_of_concern_is_found_alone(options, batch, code):
+    recipe = {"learning_rate": 1e-4, "focal_weight": 0.0, "variance_weight": 0.1, "variance_form": "target"}
+    recipe |= {"val_split": 0.2, "early_stopping_patience": 10, "epochs": 30}
+    assert judge_config({"options": recipe, "global_batch": 8}) == []
+    assert [f.code for f in judge_config({"options": recipe | options, "global_batch": batch})] == [code]
+
+
+@pytest.mark.parametrize("config", [{}, {"options": 3}, {"options": {"learning_rate": "high", "epochs": True}}])
+def test_a_configuration_that_tells_nothing_gives_no_findings(config):
+    assert judge_config(config) == []
+
+
+def test_stalled_and_crashed_are_warnings():
+    assert judge_state("stalled", "", 45.0, Thresholds())[0].value == 45
+    assert judge_state("crashed", "process 7 is gone", None, Thresholds())[0].message == "process 7 is gone"
+    assert judge_state("training", "", 45.0, Thresholds()) == []
+
+
+@pytest.mark.parametrize("name", ["isl_former_0", "isl_stable10_1", "real_former_0", "real_stable10_1"])
+def test_labelled_real_curves_are_judged_as_a_person_would(name):
+    path = DATA / "curves" / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    curve = json.loads(path.read_text())
+    assert warnings(curve["train_loss"], curve["val_loss"]) == sorted(curve["expected"])
