@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from orion_unet.data.patches import RawBatch
 from orion_unet.data.transforms import Batch, BatchTransform
+from orion_unet.errors import InputError
 
 
 class DeviceBatches:
@@ -30,7 +31,7 @@ class DeviceBatches:
     def __iter__(self) -> Iterator[Batch]:
         self.wait_s = 0.0
         started = time.perf_counter()
-        for raw in self.loader:
+        for raw in self._loaded():
             self.wait_s += time.perf_counter() - started
             yield self._prepare(raw)
             started = time.perf_counter()
@@ -42,6 +43,13 @@ class DeviceBatches:
         if iterator is not None:
             iterator._shutdown_workers()
             self.loader._iterator = None
+
+    def _loaded(self) -> Iterator[RawBatch]:
+        try:
+            yield from self.loader
+        except InputError as error:
+            # A loader process hands its message over at the end of a traceback.
+            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
     def _prepare(self, raw: RawBatch) -> Batch:
         if self._stream is None:

@@ -368,6 +368,27 @@ def test_a_named_checkpoint_does_not_write_into_another_run(train):
     assert (other.dir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_folder_in_which_a_run_is_under_way_is_refused(train, monkeypatch):
+    refused = []
+    on_step = Run._on_step
+
+    def start_another(self, epoch, report):
+        on_step(self, epoch, report)
+        monkeypatch.setattr(Run, "_on_step", on_step)
+        for again in ({"resume": "auto"}, {"overwrite": True}):
+            with pytest.raises(InputError, match="another run is writing there") as error:
+                train(**again)
+            refused.append(str(error.value))
+
+    monkeypatch.setattr(Run, "_on_step", start_another)
+    made = train()
+    assert made.code == 0
+    assert len(refused) == 2
+    assert str(os.getpid()) in refused[0]
+    assert [record["epoch"] for record in read_metrics(made.dir)] == [1, 2]
+    assert not (made.dir / "run.lock").exists()
+
+
 def test_saving_within_an_epoch_loses_at_most_the_steps_since(train, straight, monkeypatch):
     # A save is due after every step; the process dies within the second epoch.
     saved = Run._save_within_epoch

@@ -20,9 +20,9 @@ from orion_unet.monitor.report import Run
 from orion_unet.monitor.terminal import make_console, one_line, view
 from orion_unet.monitor.watch import to_json
 
-EXAMPLES = int(os.environ.get("MONITOR_EXAMPLES", "300"))
-DRAWN_OF = 25
-"""A figure takes as long as a hundred reports: one example in so many is drawn."""
+EXAMPLES = int(os.environ.get("MONITOR_EXAMPLES", "200"))
+DRAWN_OF = 50
+"""A figure takes as long as a hundred reports: one poll in so many is drawn."""
 
 numbers = st.one_of(
     st.floats(),
