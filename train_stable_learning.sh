@@ -28,7 +28,7 @@ recipe=(
 # is the median, which for sparse markers is dark.
 demo=(
   --pairs_dir demo_pairs --output_dir runs/demo
-  --patch_size 128 --patches_per_image 16 --base_features 12 --depth 3 --epochs 15 --batch_size 8
+  --patch_size 128 --patches_per_image 16 --base_features 12 --depth 3 --epochs 12 --batch_size 8
   --learning_rate 4e-3 --scheduler cosine --warmup_epochs 1 --ema_decay 0.95 --l1_weight 0
 )
 

@@ -154,7 +154,7 @@ def main() -> None:
         "# Speed of the monitor",
         "",
         f"1 of {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}; medians of 5 starts",
-        f"The machine was {load()} meanwhile.",
+        f"The minute before, the machine was {load()}.",
         "",
         "| epochs | log [MB] | first text [s] | whole command, with figure [s] | its processor time [s]"
         " | poll, one new epoch [ms] | worst of 10 [ms] | poll, nothing new [ms] | figure [ms] | peak memory [MB] |",

@@ -69,7 +69,7 @@ def whole_epochs(axes: Any) -> None:
     """Ticks at whole epochs."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def _two(value: float) -> str:

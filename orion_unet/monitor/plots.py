@@ -40,7 +40,7 @@ def run_figure(report: Report) -> Any:
         3, 3, width_ratios=(1, 1, 0.95), left=0.065, right=0.98, top=0.868, bottom=0.065, wspace=0.24, hspace=0.45
     )
     title = f"{clean(Path(report.run).name or report.run, 60)}   {report.life.state}, {_progress(report)}"
-    figure.text(0.02, 0.955, title, fontsize=15, fontweight="bold", parse_math=False)
+    figure.text(0.02, 0.955, title, fontsize=16, parse_math=False)
     if report.warnings:
         codes = ", ".join(finding.code for finding in report.warnings)
         figure.text(0.02, 0.93, f"warnings: {codes}", fontsize=11, color=VERMILION)
@@ -60,7 +60,7 @@ def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Any:
     """Draw several runs over each other: validation and training loss, Pearson and learning rate."""
     figure = _figure()
     grid = figure.add_gridspec(2, 2, left=0.055, right=0.985, top=0.88, bottom=0.07, wspace=0.19, hspace=0.32)
-    figure.text(0.02, 0.955, f"{len(reports)} runs compared", fontsize=15, fontweight="bold")
+    figure.text(0.02, 0.955, f"{len(reports)} runs compared", fontsize=16)
     panels = (
         ("Validation loss", "val_loss", "loss"),
         ("Training loss", "train_loss", "loss"),
@@ -224,6 +224,8 @@ def _finish(
     finite = values[np.isfinite(values)]
     if log is None:
         log = len(positive) == len(finite) > 0 and bool(positive.max() > 20 * positive.min())
+    # Tick labels are most of what drawing costs: few of them.
+    axes.locator_params(axis="y", nbins=5)
     if log and len(positive):
         axes.set_yscale("log")
         _plain_log_ticks(axes, positive)

@@ -199,6 +199,9 @@ def _tables(report: Report, width: int, rows: int) -> list[RenderableType]:
     room = width - (cell_len(markers[0]) + 3 if markers else 0)
     table, best = _epochs(report, rows, room)
     epochs = _aligned(table)
+    while cell_len(epochs[0]) > room and len(table[0]) > 2:
+        table = [row[:-1] for row in table]
+        epochs = _aligned(table)
     lines: list[RenderableType] = []
     for at in range(max(len(epochs), len(markers))):
         line = Text(no_wrap=True, overflow="crop")

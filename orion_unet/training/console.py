@@ -77,18 +77,21 @@ class Console:
         """The summary of an epoch from its metrics.jsonl record."""
         width = len(str(epochs))
         pearson = record["val"]["metrics"]["pearson"]
+        took = record["duration_s"]
+        # Fits 80 columns, where a line that breaks would hide its mark.
         parts = [
             f"epoch {record['epoch']:>{width}}/{epochs}",
-            f"train loss {_number(record['train']['loss'])}",
-            f"val loss {_number(record['val']['loss'])}",
-            f"Pearson {'  n/a' if pearson is None else f'{pearson:5.3f}'}",
-            f"lr {record['lr']:.2e}",
-            f"{record['samples_per_s']:.1f} patches/s",
-            f"{record['duration_s']:.1f} s",
+            f"train {_number(record['train']['loss'])}",
+            f"val {_number(record['val']['loss'])}",
+            f"Pearson {'n/a' if pearson is None else f'{pearson:.3f}'}",
+            f"lr {record['lr']:.1e}",
+            f"{took:.1f} s" if took < 10 else f"{took:.0f} s",
         ]
+        if record["best"]:
+            parts.append("best")
         if record["skipped_steps"]:
             parts.append(f"{record['skipped_steps']} steps skipped")
-        self.say("  ".join(parts) + ("  * best" if record["best"] else ""))
+        self.say("  ".join(parts))
 
 
 def _number(value: float | None) -> str:

@@ -3,12 +3,15 @@
 import os
 import random
 import signal
+import sys
 import time
 
 import pytest
 import torch
 from tiny_runs import (
-    LAUNCH,
+    ROOT,
+    TINY,
+    command_line,
     differing,
     environments,
     losses,
@@ -236,33 +239,32 @@ def test_a_command_ends_with_143_on_sigterm_and_leaves_no_process(start, pairs, 
     assert {epoch: done[epoch] for epoch in shared} == {epoch: straight()[0][epoch] for epoch in shared}
 
 
-# Epochs of some seconds, so that the signal finds the ranks within one.
-RANKS = {**STATEFUL, "batch_size": 1, "patches_per_image": 20, "epochs": 2}
+# One epoch of some seconds, so that the signal finds the ranks within it.
+RANKS = {**TINY, **STATEFUL, "batch_size": 1, "patches_per_image": 16, "epochs": 1, "warmup_epochs": 0.5}
 
 
 def test_two_ranks_interrupted_within_an_epoch_resume_to_the_same_end(start, pairs, tmp_path):
-    def options(name, **others):
-        return {**RANKS, "pairs_dir": pairs, "output_dir": tmp_path / name, **others}
-
-    def two_ranks(**given):
-        ranks = [start(*trainer(**given), **env) for env in environments(2)]
-        for ended in [rank.end() for rank in ranks]:
-            assert ended.code == 0, ended.err
-
-    launched = start(*trainer(*LAUNCH, 2, **options("run")))
-    status = tmp_path / "run" / "status.json"
-    wait_for(lambda: status.exists() and read_status(status.parent)["state"] == "training", "the first steps")
+    run_dir = tmp_path / "run"
+    options = command_line({**RANKS, "pairs_dir": pairs, "output_dir": run_dir})
+    launched = start(ROOT / "train_stable_learning.sh", *options, NPROC_PER_NODE=2, PYTHON=sys.executable)
+    wait_for(lambda: (run_dir / "status.json").exists() and read_status(run_dir)["state"] == "training", "a step")
     launched.signal(signal.SIGTERM)
     ended = launched.end()
     assert ended.code == 143, ended.err
-    assert read_status(tmp_path / "run")["state"] == "interrupted"
+    assert read_status(run_dir)["state"] == "interrupted"
     assert launched.others() == []
-    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")["step"] > 0
+    assert checkpoint.load(run_dir / "checkpoints" / "last.pt")["step"] > 0
 
-    two_ranks(**options("run", resume="auto"))
-    two_ranks(**options("straight"))
-    assert_equal_outcome(outcome(tmp_path / "run"), outcome(tmp_path / "straight"))
-    assert read_metrics(tmp_path / "run")[-1]["attempt"] == 2
+    def two_ranks(*words):
+        script = [sys.executable, ROOT / "train_spatial_orion_unet.py", "--config", run_dir / "config.json"]
+        ranks = [start(*script, *words, **env) for env in environments(2)]
+        for ended in [rank.end() for rank in ranks]:
+            assert ended.code == 0, ended.err
+
+    two_ranks("--output_dir", run_dir, "--resume", "auto")
+    two_ranks("--output_dir", tmp_path / "straight")
+    assert_equal_outcome(outcome(run_dir), outcome(tmp_path / "straight"))
+    assert [record["attempt"] for record in read_metrics(run_dir)] == [2]
 
 
 def test_changed_options_are_refused_with_their_list(train):
