@@ -71,7 +71,8 @@ fi
 
 nodes=${NNODES:-1}
 command=("$root/train_spatial_orion_unet.py" "${recipe[@]}" ${options[@]+"${options[@]}"})
-if [ "$nodes" = 1 ] && [ "$ranks" = 1 ]; then
+# A number of ranks that was asked for is started as such, even one: the trainer alone would take every GPU.
+if [ "$nodes" = 1 ] && [ "$ranks" = 1 ] && [ -z "${NPROC_PER_NODE:-}" ]; then
   exec "$PYTHON" "${command[@]}"
 fi
 where=(--standalone)
