@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """Train a spatial U-Net that predicts multiplexed immunofluorescence (ORION) from H&E. See --help."""
 
-import sys
-
-from orion_unet.cli.arguments import run_command
+from orion_unet.cli.arguments import end_process, run_command
 from orion_unet.cli.train import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))

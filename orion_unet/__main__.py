@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
 from orion_unet import __version__
-from orion_unet.cli.arguments import EXIT_OK, run_command
+from orion_unet.cli.arguments import EXIT_OK, end_process, run_command
 from orion_unet.errors import InputError
 
 COMMANDS = {
@@ -39,4 +38,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -38,9 +38,7 @@ class SanityPanel:
         self.labels = [f"{reader.table.names[core]}\n({y}, {x})" for core, y, x in rows[:PATCHES]]
         batch = transform(reader.read([PatchPlace(*row) for row in rows[:PATCHES]]), augment=False)
         self.he, self.target = batch.he, batch.target
-        spread = self.target.std(dim=(0, 2, 3))
-        strongest = spread.argsort(descending=True)[:MARKERS]
-        self.markers = sorted(strongest[spread[strongest] > 0].tolist()) or [0]
+        self.markers = _various_markers(self.target.transpose(0, 1).flatten(1).cpu())
         self.ranges = [
             max(SMALLEST_RANGE, float(torch.quantile(self.target[:, marker].float().cpu(), DISPLAY_QUANTILE)))
             for marker in self.markers
@@ -84,6 +82,20 @@ class SanityPanel:
         figure.savefig(drawn, format="png", dpi=110)
         write_atomic(path, drawn.getvalue(), durable=False)
         return path
+
+
+def _various_markers(values: torch.Tensor) -> list[int]:
+    """Indices of up to MARKERS rows of (C, N), each chosen for its spread and for being unlike those before it."""
+    spread = values.std(dim=1)
+    likeness = torch.corrcoef(values).abs().nan_to_num(0.0).reshape(len(values), len(values))
+    chosen: list[int] = []
+    while len(chosen) < min(MARKERS, len(values)):
+        news = spread * (1 - likeness[:, chosen].amax(dim=1)) if chosen else spread
+        news[chosen] = 0
+        if chosen and news.max() <= 0:
+            break
+        chosen.append(int(news.argmax()))
+    return sorted(chosen)
 
 
 def _show(axes: Any, image: Any, title: str, label: str, **shown: Any) -> None:
