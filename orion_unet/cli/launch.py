@@ -36,6 +36,9 @@ def launch(argv: list[str]) -> int:
         run_elastic(arguments)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
+        # A rank that was killed is the cause, even where another, having lost it, ended within the same second.
+        killed = (failure for failure in error.failures.values() if failure.exitcode < 0)
+        first = next(killed, first)
         if first.exitcode < 0:
             name = signal.Signals(-first.exitcode).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""

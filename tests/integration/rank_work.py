@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from orion_unet.cli.arguments import end_process
 from orion_unet.config import OptimisationOptions
 from orion_unet.data.loaders import ValidationOrder
 from orion_unet.data.transforms import Batch
@@ -170,3 +171,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    end_process(0)
