@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from orion_unet.errors import InputError
+from orion_unet.errors import InputError, RunError
 
 T = TypeVar("T")
 
@@ -100,21 +100,19 @@ def barrier() -> None:
 
 
 def from_main_process(compute: Callable[[], T]) -> T:
-    """Compute a value once, on rank 0, and give it to all; its InputError, too, is raised on every rank."""
-    outcome: tuple[T | None, str | None, str | None] = (None, None, None)
+    """Compute a value once, on rank 0, and give it to all; its InputError or RunError is raised on every rank."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
     if is_main_process():
         try:
-            outcome = (compute(), None, None)
-        except InputError as error:
-            outcome = (None, str(error), None)
+            outcome = (compute(), None)
+        except (InputError, RunError) as error:
+            outcome = (None, error)
         except BaseException as error:
-            broadcast((None, None, f"{type(error).__name__}: {error}"))
+            broadcast((None, RunError(f"rank 0 failed: {type(error).__name__}: {error}")))
             raise
-    value, bad_input, failure = broadcast(outcome)
-    if bad_input is not None:
-        raise InputError(bad_input)
+    value, failure = broadcast(outcome)
     if failure is not None:
-        raise RuntimeError(f"rank 0 failed: {failure}")
+        raise failure
     return cast(T, value)
 
 

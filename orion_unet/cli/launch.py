@@ -12,6 +12,7 @@ import sys
 
 from orion_unet.cli.arguments import EXIT_FAILURE, run_command
 from orion_unet.distributed import usable_cores
+from orion_unet.errors import InputError
 
 
 def launch(argv: list[str]) -> int:
@@ -52,7 +53,9 @@ def launch(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """The command line of ``python -m orion_unet.cli.launch``."""
-    return launch(argv) if argv else EXIT_FAILURE
+    if not argv:
+        raise InputError("python -m orion_unet.cli.launch takes torchrun's arguments, then a script and its options")
+    return launch(argv)
 
 
 if __name__ == "__main__":

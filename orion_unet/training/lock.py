@@ -44,10 +44,12 @@ class RunLock:
 
     def _clear_if_dead(self) -> None:
         try:
-            holder = json.loads(self.path.read_text(encoding="utf-8"))
+            found = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return
-        except (OSError, ValueError):
+        try:
+            holder = json.loads(found)
+        except (ValueError, RecursionError):
             holder = {}
         holder = holder if isinstance(holder, dict) else {}
         if self._lives(holder):
@@ -56,10 +58,13 @@ class RunLock:
                 f"{holder.get('host')}). Wait for its end or choose another --output_dir; if it is surely dead, delete "
                 f"{self.path}"
             )
-        # Only one of several takers can rename the dead lock away.
+        # Only one of several takers can rename the dead lock away. One that comes late may have caught the lock that
+        # a faster one has taken meanwhile: it puts it back.
         aside = self.path.with_name(f".{LOCK_FILE}.{uuid.uuid4().hex}")
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             self.path.rename(aside)
+            if aside.read_text(encoding="utf-8", errors="replace") != found:
+                os.link(aside, self.path)
             aside.unlink()
 
     def _lives(self, holder: dict[str, Any]) -> bool:
