@@ -111,6 +111,8 @@ def from_main_process(compute: Callable[[], T]) -> T:
             broadcast((None, RunError(f"rank 0 failed: {type(error).__name__}: {error}")))
             raise
     value, failure = broadcast(outcome)
+    if isinstance(failure, RunError):
+        failure.told = not is_main_process()
     if failure is not None:
         raise failure
     return cast(T, value)

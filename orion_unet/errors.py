@@ -17,4 +17,9 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """The surroundings failed a run that was right (disk, memory, another rank): its text says what to do (exit 1)."""
+    """The surroundings failed a run that was right (disk, memory, another rank): its text says what to do (exit 1).
+
+    ``told`` is True where another rank tells of it.
+    """
+
+    told = False

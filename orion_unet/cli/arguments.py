@@ -136,7 +136,7 @@ def run_command(command: Callable[[list[str]], int], argv: list[str] | None = No
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
     except RunError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if not error.told:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     except KeyboardInterrupt:
