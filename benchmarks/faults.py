@@ -276,7 +276,7 @@ def case_full_disk(folder: Path, kills: int) -> str:
         assert "cannot be written" in output, output
         usable = [load(disk / "run" / "checkpoints" / name) for name in ("last.pt", "last_previous.pt")]
         assert any(usable), "no checkpoint loads"
-    return f"exit 1: {output.strip().splitlines()[-1][-160:].replace(str(folder), '…')}"
+    return f"exit 1: {output.strip().splitlines()[-1].replace(str(folder), '…')}"
 
 
 def case_read_only(folder: Path, kills: int) -> str:
