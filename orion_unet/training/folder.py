@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -67,6 +68,15 @@ def holds_run(run_dir: Path) -> bool:
     """Whether the folder holds a run or its beginnings."""
     checkpoints = (run_dir / CHECKPOINT_DIR / name for name in (LAST, PREVIOUS, BEST))
     return any(path.exists() for path in (*(run_dir / mark for mark in MARKS), *checkpoints))
+
+
+def last_attempt(run_dir: Path) -> int:
+    """Number of the latest start of the run, which may have died before it saved anything; 0 for none."""
+    try:
+        attempt = json.loads((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))["attempt"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return attempt if isinstance(attempt, int) else 0
 
 
 def make(run_dir: Path) -> None:

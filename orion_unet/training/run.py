@@ -153,6 +153,8 @@ class Run:
         if earlier is not None:
             # Not before: DistributedDataParallel gives every rank the running statistics of rank 0.
             restore(self.state, earlier, self.loss, device)
+        if config.runtime.resume:
+            self.state.attempt = max(self.state.attempt, folder.last_attempt(self.run_dir) + 1)
         self.metrics = MetricsWriter(self.run_dir)
         self.events = EventWriter(self.run_dir, config.output.tensorboard and is_main_process())
         self.panel = self._panel()

@@ -25,6 +25,7 @@ from tiny_runs import (
 from orion_unet import checkpoint
 from orion_unet.errors import InputError
 from orion_unet.run_log import MetricsWriter
+from orion_unet.training.folder import last_attempt
 from orion_unet.training.run import Run
 
 # Everything whose state a restart could lose: dropout, averages, accumulation, warm-up, plateau, early stopping.
@@ -425,3 +426,10 @@ def test_a_checkpoint_holds_nothing_but_tensors_and_plain_values(train):
 
         visit(torch.load(made.dir / "checkpoints" / name, weights_only=True), name)
         assert not unknown
+
+
+def test_starts_that_die_before_they_save_still_count_as_attempts(tmp_path):
+    assert last_attempt(tmp_path) == 0
+    for content, attempt in (("{", 0), ("[]", 0), ('{"attempt": "x"}', 0), ('{"attempt": 3}', 3)):
+        (tmp_path / "config.json").write_text(content)
+        assert last_attempt(tmp_path) == attempt
