@@ -35,7 +35,7 @@ def found_by(start, tmp_path, by_ranks):
                 ended = command.end()
                 assert ended.code == 0, ended.err
             files = [tmp_path / f"rank_{rank}.pt" for rank in range(ranks)]
-            by_ranks[ranks] = [torch.load(file, weights_only=False) for file in files]
+            by_ranks[ranks] = [torch.load(file, weights_only=True) for file in files]
         return by_ranks[ranks]
 
     return run
