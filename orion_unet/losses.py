@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,8 @@ class CompositeLoss(nn.Module):
         An empty mask gives a boundary term of 0. Nothing here waits for the device. Raises ValueError when shapes
         differ or the mask is missing.
         """
-        prediction, target = _as_float32(prediction, target)
-        loss = prediction.new_zeros(())
+        errors = _Errors(*_as_float32(prediction, target))
+        loss = errors.prediction.new_zeros(())
         terms = {}
         for name, weight in self.weights.items():
             if weight == 0:
@@ -97,9 +98,9 @@ class CompositeLoss(nn.Module):
                     raise ValueError("the boundary term has a weight, but there is no boundary mask")
                 count = boundary_mask.sum() if boundary_count is None else boundary_count
                 count = torch.where(count > 0, count * prediction.shape[1], 1).float()
-                term = self._values(name, prediction, target, boundary_mask).sum() / count
+                term = self._values(name, errors, boundary_mask).sum() / count
             else:
-                term = self._values(name, prediction, target).mean()
+                term = self._values(name, errors).mean()
             loss = loss + weight * term
             terms[name] = term.detach()
         return loss, terms
@@ -112,15 +113,15 @@ class CompositeLoss(nn.Module):
         Terms of weight 0 are computed too. Without a mask the boundary term has numerator and denominator 0.
         Arguments and ValueError as in ``forward``; carries no gradient.
         """
-        prediction, target = _as_float32(prediction, target)
+        errors = _Errors(*_as_float32(prediction, target))
         numerators = torch.zeros(len(TERMS), dtype=torch.float64, device=prediction.device)
         denominators = torch.zeros_like(numerators)
         for index, name in enumerate(TERMS):
             if name != "boundary":
-                values = self._values(name, prediction, target)
+                values = self._values(name, errors)
                 denominators[index] = values.numel()
             elif boundary_mask is not None:
-                values = self._values(name, prediction, target, boundary_mask)
+                values = self._values(name, errors, boundary_mask)
                 denominators[index] = boundary_mask.sum(dtype=torch.float64) * prediction.shape[1]
             else:
                 continue
@@ -139,28 +140,41 @@ class CompositeLoss(nn.Module):
         )
         return float(loss), terms
 
-    def _values(self, name: str, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the term averages: (B, C, H, W), or (B, C, 1, 1) for the variance."""
+    def _values(self, name: str, errors: _Errors, mask: Tensor | None = None) -> Tensor:
+        """What the term averages: (B, C, H, W); (B, C, 1, 1) for the variance; for the boundary the sum over the
+        channels (B, 1, H, W), so that the mask is applied to that alone."""
         if name == "variance":
-            variance = prediction.var(dim=(2, 3), correction=0, keepdim=True)
+            variance = errors.prediction.var(dim=(2, 3), correction=0, keepdim=True)
             if self.variance_form == "target":
                 values = (self.target_variance - variance).relu().square()
             else:
                 values = torch.exp(-EXPONENTIAL_RATE * variance)
+        elif name == "l1":
+            values = errors.plain.abs()
+        elif name == "focal":
+            # tanh(x / 2) is 2σ(x) − 1, without the cancellation that leaves few digits of a small error.
+            values = errors.squared * torch.tanh(FOCAL_BETA / 2 * errors.plain.abs())
         else:
-            error = prediction - target
-            if name == "l1":
-                values = error.abs()
-            else:
-                values = error.square()
-            if name == "focal":
-                # tanh(x / 2) is 2σ(x) − 1, without the cancellation that leaves few digits of a small error.
-                values = values * torch.tanh(FOCAL_BETA / 2 * error.abs())
-            if mask is not None:
-                values = values * mask
+            values = errors.squared
         if self.channel_weights is not None:
             values = values * self.channel_weights.view(1, -1, 1, 1)
-        return values
+        return values if mask is None else values.sum(dim=1, keepdim=True) * mask
+
+
+class _Errors:
+    """Prediction − target and its square, computed once for all terms that want them."""
+
+    def __init__(self, prediction: Tensor, target: Tensor) -> None:
+        self.prediction = prediction
+        self.target = target
+
+    @cached_property
+    def plain(self) -> Tensor:
+        return self.prediction - self.target
+
+    @cached_property
+    def squared(self) -> Tensor:
+        return self.plain.square()
 
 
 def _as_float32(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

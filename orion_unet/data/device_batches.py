@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader
 
+from orion_unet.data.loaders import BatchLoader
 from orion_unet.data.patches import RawBatch
 from orion_unet.data.transforms import Batch, BatchTransform
-from orion_unet.errors import InputError
 
 
 class DeviceBatches:
@@ -20,7 +20,7 @@ class DeviceBatches:
     the time the last iteration spent waiting for the loader.
     """
 
-    def __init__(self, loader: DataLoader[RawBatch], transform: BatchTransform, augment: bool) -> None:
+    def __init__(self, loader: BatchLoader, transform: BatchTransform, augment: bool) -> None:
         self.loader = loader
         self.transform = transform
         self.augment = augment
@@ -30,26 +30,25 @@ class DeviceBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         self.wait_s = 0.0
+        copied: deque[torch.cuda.Event] = deque()
+        if self._stream is not None:
+            # A new pass fills all memory of the last one anew.
+            self._stream.synchronize()
         started = time.perf_counter()
-        for raw in self._loaded():
+        for raw in self.loader:
             self.wait_s += time.perf_counter() - started
             yield self._prepare(raw)
+            if self._stream is not None:
+                copied.append(self._stream.record_event())
+                if len(copied) > 1:
+                    # The next batch but one will take its memory. Done long ago, while the step before it ran.
+                    copied.popleft().synchronize()
             started = time.perf_counter()
         self.wait_s += time.perf_counter() - started
 
     def close(self) -> None:
-        """End the loader's processes now, not when the interpreter gets round to it: they ignore its signals."""
-        iterator = getattr(self.loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
-            self.loader._iterator = None
-
-    def _loaded(self) -> Iterator[RawBatch]:
-        try:
-            yield from self.loader
-        except InputError as error:
-            # A loader process hands its message over at the end of a traceback.
-            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+        """End the loader's processes."""
+        self.loader.close()
 
     def _prepare(self, raw: RawBatch) -> Batch:
         if self._stream is None:

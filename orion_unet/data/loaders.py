@@ -7,14 +7,17 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from orion_unet.data.patches import PatchPlace, PatchReader, RawBatch, draw_training_patch
+from orion_unet.data.patches import PatchPlace, PatchReader, RawBatch, describe, draw_training_patch
 from orion_unet.data.randomness import ORDER, counter_rng
+from orion_unet.data.slots import PREFETCH, BatchSlots
 from orion_unet.distributed import usable_cores
+from orion_unet.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,16 @@ class BatchRequest:
     indices: np.ndarray
 
 
-class TrainingBatches(Dataset[RawBatch]):
+class Samples(Protocol):
+    """What a loader can load: its reader, and the places of a batch."""
+
+    reader: PatchReader
+
+    def places(self, request: BatchRequest) -> list[PatchPlace]:
+        """Where the patches of a batch lie."""
+
+
+class TrainingSamples:
     """Random crops: sample ``index`` of an epoch lies in core ``cores[index // patches_per_image]``."""
 
     def __init__(
@@ -40,34 +52,28 @@ class TrainingBatches(Dataset[RawBatch]):
     def __len__(self) -> int:
         return len(self.cores) * self.patches_per_image
 
-    def __getitem__(self, request: BatchRequest) -> RawBatch:
-        return self.reader.read(
-            [
-                draw_training_patch(
-                    self.reader,
-                    int(self.cores[index // self.patches_per_image]),
-                    self.seed,
-                    request.epoch,
-                    index,
-                    self.augment,
-                )
-                for index in request.indices.tolist()
-            ]
-        )
+    def places(self, request: BatchRequest) -> list[PatchPlace]:
+        """The samples of an epoch with the given indices."""
+        cores = self.cores[request.indices // self.patches_per_image].tolist()
+        return [
+            draw_training_patch(self.reader, core, self.seed, request.epoch, index, self.augment)
+            for core, index in zip(cores, request.indices.tolist(), strict=True)
+        ]
 
 
-class ValidationBatches(Dataset[RawBatch]):
+class ValidationSamples:
     """Fixed patches given as rows (core, y, x)."""
 
-    def __init__(self, reader: PatchReader, places: np.ndarray) -> None:
+    def __init__(self, reader: PatchReader, rows: np.ndarray) -> None:
         self.reader = reader
-        self.places = places
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.rows)
 
-    def __getitem__(self, request: BatchRequest) -> RawBatch:
-        return self.reader.read([PatchPlace(*row) for row in self.places[request.indices].tolist()])
+    def places(self, request: BatchRequest) -> list[PatchPlace]:
+        """The patches with the given indices, whatever the epoch."""
+        return [PatchPlace(*row) for row in self.rows[request.indices].tolist()]
 
 
 class TrainingOrder(Sampler[BatchRequest]):
@@ -131,22 +137,79 @@ def automatic_workers(local_world_size: int, on_gpu: bool) -> int:
     return min(8, max(1, cores - 1)) if on_gpu else max(0, min(1, cores - 1))
 
 
-def build_loader(
-    dataset: TrainingBatches | ValidationBatches, order: Sampler[BatchRequest], workers: int, pin_memory: bool
-) -> DataLoader[RawBatch]:
-    """Loader whose items are whole batches, assembled in the worker, in the sampler's order."""
-    if workers > 0:
-        atexit.register(_end_workers)
-    return DataLoader(
-        dataset,
-        sampler=order,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        prefetch_factor=2 if workers > 0 else None,
-        worker_init_fn=_leave_signals_to_the_rank if workers > 0 else None,
-    )
+class _Filling(Dataset[tuple[int, tuple[np.ndarray, ...]]]):
+    """In a worker: fills its next slot, and tells which, with all of the batch that is not images."""
+
+    def __init__(self, samples: Samples, slots: BatchSlots) -> None:
+        self.samples = samples
+        self.slots = slots
+
+    def __getitem__(self, request: BatchRequest) -> tuple[int, tuple[np.ndarray, ...]]:
+        worker = get_worker_info()
+        slot = self.slots.next(worker.id if worker else 0)
+        places = self.samples.places(request)
+        self.samples.reader.fill(places, self.slots.buffers[slot])
+        return slot, describe(places)
+
+
+class BatchLoader:
+    """Whole batches as stored, assembled by worker processes in the sampler's order.
+
+    The images of a batch hold until two further batches have been taken or a new pass begins: then their memory is
+    filled anew. With ``pin`` it is locked, so that copies to a GPU need not wait. Workers are forked at the first
+    pass and serve all further ones; where the system cannot fork, the rank loads by itself.
+    """
+
+    def __init__(
+        self, samples: Samples, order: Sampler[BatchRequest], batch_size: int, workers: int, pin: bool = False
+    ) -> None:
+        if "fork" not in multiprocessing.get_all_start_methods():
+            workers = 0
+        self.workers = workers
+        self._pin = pin
+        self._slots = BatchSlots(samples.reader, batch_size, workers)
+        if workers > 0:
+            atexit.register(_end_workers)
+        self._loader = DataLoader(
+            _Filling(samples, self._slots),
+            sampler=order,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers > 0 else None,
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers > 0 else None,
+            worker_init_fn=_leave_signals_to_the_rank if workers > 0 else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        try:
+            for slot, described in self._loader:
+                if self._pin:
+                    self._slots.pin()
+                yield RawBatch.of(self._slots.buffers[slot], described)
+        except InputError as error:
+            # A worker hands its message over at the end of a traceback.
+            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+
+    def worker_ids(self) -> list[int]:
+        """Process ids of the workers, none before the first pass."""
+        return [worker.pid for worker in getattr(self._loader._iterator, "_workers", ())]
+
+    def close(self) -> None:
+        """End the workers now, not when the interpreter gets round to it: they ignore its signals."""
+        iterator: Any = self._loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
+        self._slots.unpin()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

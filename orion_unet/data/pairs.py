@@ -53,6 +53,14 @@ class PairTable:
         return len(self.names)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays together."""
+        return sum(
+            int((rows["height"].astype(np.int64) * rows["width"] * rows["channels"] * itemsize(rows)).sum())
+            for rows in (self.he, self.orion)
+        )
+
+    @property
     def kept_names(self) -> tuple[str, ...]:
         """Names of the channels that are trained on, in order."""
         return tuple(self.channel_names[index] for index in self.kept_channels)
@@ -78,6 +86,11 @@ class PairTable:
             )
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read any more, it has changed or gone ({error})") from None
+
+
+def itemsize(rows: np.ndarray) -> np.ndarray:
+    """Bytes of one value of each of the arrays that the rows of a table describe."""
+    return np.array([np.dtype(text).itemsize for text in rows["dtype"].tolist()], np.int64)
 
 
 def find_pairs(options: DataOptions) -> PairTable:

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 
 from orion_unet.config import DataOptions
+from orion_unet.data.page_cache import ask_for, expect_single_rows, fits_page_cache
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import SAMPLE, VALIDATION, counter_rng
 from orion_unet.data.scale import Scales
+from orion_unet.data.tissue import tissue_fraction
 
 # Open memory maps a process keeps: each holds a file descriptor, of which there are often only 1,024.
 OPEN_MAPS = 128
 # A training crop is drawn up to so many times until one shows tissue.
 TISSUE_TRIES = 8
 TISSUE_FRACTION = 0.25
-# Glass is bright and unsaturated; every GLASS_STEP-th pixel either way is enough to tell.
-GLASS_LEVEL, GLASS_SATURATION, GLASS_STEP = 0.75, 0.1, 8
 
 
 class RawBatch(NamedTuple):
@@ -38,6 +38,13 @@ class RawBatch(NamedTuple):
     geometry: torch.Tensor
     colour: torch.Tensor
 
+    @classmethod
+    def of(cls, buffers: dict[str, np.ndarray], described: tuple[np.ndarray, ...]) -> RawBatch:
+        """The batch in the first rows of its buffers, without a copy; ``described`` as from ``describe``."""
+        count = len(described[0])
+        stored = [torch.from_numpy(buffers[modality][:count]) for modality in ("he", "orion")]
+        return cls(*stored, *map(torch.from_numpy, described))
+
 
 @dataclass(frozen=True)
 class PatchPlace:
@@ -48,6 +55,16 @@ class PatchPlace:
     x: int
     geometry: tuple[bool, bool, bool] = (False, False, False)
     colour: tuple[float, ...] = (0.0,) * 8
+
+
+def describe(places: list[PatchPlace]) -> tuple[np.ndarray, ...]:
+    """The fields of a RawBatch beside its images: core, position, geometry, colour."""
+    return (
+        np.array([place.core for place in places], np.int64),
+        np.array([(place.y, place.x) for place in places], np.int64).reshape(-1, 2),
+        np.array([place.geometry for place in places], bool).reshape(-1, 3),
+        np.array([place.colour for place in places], np.float32).reshape(-1, 8),
+    )
 
 
 @dataclass(frozen=True)
@@ -76,29 +93,41 @@ class PatchReader:
 
     def __init__(self, table: PairTable, scales: Scales, patch_size: int) -> None:
         self.table = table
+        self.from_disk = not fits_page_cache(table.nbytes)
         self.scales = scales
         self.patch_size = patch_size
         self.formats = {modality: stored_format(table, scales, modality) for modality in ("he", "orion")}
-        self._maps: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._maps: OrderedDict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map is a copy of its whole file.
         return {**self.__dict__, "_maps": OrderedDict()}
 
-    def _map(self, modality: str, core: int) -> np.ndarray:
+    def _map(self, modality: str, core: int) -> tuple[np.ndarray, np.ndarray]:
+        """The memory map of a core, and the same as a plain array, which costs a fraction to slice."""
         key = (modality, core)
         found = self._maps.get(key)
         if found is None:
-            found = self._maps[key] = self.table.open(core, modality)
+            stored = self.table.open(core, modality)
+            if self.from_disk:
+                expect_single_rows(stored)
+            found = self._maps[key] = (stored, np.asarray(stored))
             if len(self._maps) > OPEN_MAPS:
                 self._maps.popitem(last=False)
         else:
             self._maps.move_to_end(key)
         return found
 
+    def _ask_for(self, modality: str, places: list[PatchPlace]) -> None:
+        """Have a batch read from the disk all at once, where the set is too large to stay in memory."""
+        if self.from_disk:
+            for place in places:
+                crop = self.crop(modality, place.core, place.y, place.x)
+                ask_for(self._map(modality, place.core)[0], crop)
+
     def crop(self, modality: str, core: int, y: int, x: int) -> np.ndarray:
         """View of one patch in the memory map, in the axis order of the batch."""
-        stored = self._map(modality, core)
+        stored = self._map(modality, core)[1]
         size = self.patch_size
         layout = getattr(self.table, modality)[core]["layout"]
         if layout == "hwc":
@@ -110,23 +139,28 @@ class PatchReader:
             return patch
         return patch.transpose(2, 0, 1) if wanted == "chw" else patch.transpose(1, 2, 0)
 
-    def buffer(self, modality: str, count: int) -> torch.Tensor:
-        """Empty batch of ``count`` patches, in shared memory inside a worker so that it is not copied again."""
-        stored = self.formats[modality]
+    def batch_shape(self, modality: str, count: int) -> tuple[int, int, int, int]:
+        """Shape of a batch of ``count`` patches as it travels."""
         channels = int(getattr(self.table, modality)["channels"][0])
         size = self.patch_size
-        shape = (count, size, size, channels) if stored.layout == "hwc" else (count, channels, size, size)
-        dtype = torch.from_numpy(np.empty(0, stored.dtype)).dtype
-        if torch.utils.data.get_worker_info() is None:
-            return torch.empty(shape, dtype=dtype)
-        storage = torch.UntypedStorage._new_shared(int(np.prod(shape)) * stored.dtype.itemsize)
-        return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+        return (
+            (count, size, size, channels) if self.formats[modality].layout == "hwc" else (count, channels, size, size)
+        )
 
     def read(self, places: list[PatchPlace]) -> RawBatch:
-        """Copy a whole batch into one buffer per modality."""
-        stored = {modality: self.buffer(modality, len(places)) for modality in ("he", "orion")}
-        for modality, tensor in stored.items():
-            target = tensor.numpy()
+        """Copy a whole batch into memory of its own."""
+        buffers = {
+            modality: np.empty(self.batch_shape(modality, len(places)), stored.dtype)
+            for modality, stored in self.formats.items()
+        }
+        self.fill(places, buffers)
+        return RawBatch.of(buffers, describe(places))
+
+    def fill(self, places: list[PatchPlace], buffers: dict[str, np.ndarray]) -> None:
+        """Copy the patches into the first rows of a buffer per modality."""
+        for modality in buffers:
+            self._ask_for(modality, places)
+        for modality, target in buffers.items():
             whites = getattr(self.scales, modality)
             for row, place in enumerate(places):
                 patch = self.crop(modality, place.core, place.y, place.x)
@@ -135,27 +169,13 @@ class PatchReader:
                     target[row] = patch
                 else:
                     np.divide(patch, np.float32(white), out=target[row])
-        return RawBatch(
-            stored["he"],
-            stored["orion"],
-            torch.tensor([place.core for place in places]),
-            torch.tensor([(place.y, place.x) for place in places]),
-            torch.tensor([place.geometry for place in places]),
-            torch.tensor([place.colour for place in places], dtype=torch.float32),
-        )
 
     def tissue_fraction(self, core: int, y: int, x: int) -> float:
         """Share of a patch that is not blank glass (bright and unsaturated H&E), from a coarse grid of pixels."""
+        self._ask_for("he", [PatchPlace(core, y, x)])
         patch = self.crop("he", core, y, x)
-        if self.formats["he"].layout == "hwc":
-            patch = patch[::GLASS_STEP, ::GLASS_STEP].reshape(-1, 3).T
-        else:
-            patch = patch[:, ::GLASS_STEP, ::GLASS_STEP].reshape(3, -1)
         white = self.scales.he[patch.dtype.newbyteorder("=").name]
-        low = patch.min(axis=0).astype(np.float32)
-        high = patch.max(axis=0).astype(np.float32)
-        glass = (low > GLASS_LEVEL * white) & (high - low < GLASS_SATURATION * white)
-        return 1.0 - float(glass.mean())
+        return tissue_fraction(patch, self.formats["he"].layout, white)
 
 
 def draw_training_patch(reader: PatchReader, core: int, seed: int, epoch: int, index: int, augment: bool) -> PatchPlace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 # A pixel is on a boundary where the gradient of the H&E stands out from its patch, and is no mere camera noise.
 BOUNDARY_FLOOR = 0.08
 HOT_PIXEL_SD = 3.0
+# Offsets of a pixel's 3 x 3 neighbourhood from its upper left corner.
+NEIGHBOURHOOD = tuple((dy, dx) for dy in range(3) for dx in range(3))
 
 
 @dataclass
@@ -65,8 +68,9 @@ class BatchTransform:
 
     def __call__(self, raw: RawBatch, augment: bool) -> Batch:
         """Move a stored batch to the device and make it what the network sees."""
-        he = self._channels_first(raw.he, "he") / self.formats["he"].white
-        target = self._channels_first(raw.orion, "orion")
+        geometry = raw.geometry.tolist() if augment else None
+        he = self._channels_first(raw.he, "he", geometry).div_(self.formats["he"].white)
+        target = self._channels_first(raw.orion, "orion", geometry)
         if self.kept is not None:
             target = target.index_select(1, self.kept)
         if self.noise_removal:
@@ -75,23 +79,29 @@ class BatchTransform:
         if len(factor) > 1:
             core = raw.core.to(self.device, non_blocking=True)
             factor, offset = factor[core], offset[core]
-        target = (target * factor[:, :, None, None] + offset[:, :, None, None]).clamp_(0, 1)
+        target = torch.addcmul(offset[:, :, None, None], target, factor[:, :, None, None]).clamp_(0, 1)
         if self.log_transform:
-            target = torch.log1p(target * LOG_CURVATURE) / float(np.log1p(LOG_CURVATURE))
-        if augment:
-            geometry = raw.geometry.to(self.device, non_blocking=True)
-            he, target = turn(he, geometry), turn(target, geometry)
+            target = target.mul_(LOG_CURVATURE).log1p_().div_(float(np.log1p(LOG_CURVATURE)))
         # The mask is that of the tissue, not of the jitter.
         boundary = boundary_mask(he)
         if augment:
             he = jitter_colour(he, raw.colour.to(self.device, non_blocking=True))
-        return Batch(he.contiguous(memory_format=self.memory_format), target.contiguous(), boundary, raw.core)
+        return Batch(he.contiguous(memory_format=self.memory_format), target, boundary, raw.core)
 
-    def _channels_first(self, stored: Tensor, modality: str) -> Tensor:
+    def _channels_first(self, stored: Tensor, modality: str, geometry: list[list[bool]] | None) -> Tensor:
+        """The images (B, C, P, P) as float32 of memory of their own, each turned as its row of geometry says.
+
+        Turned as stored, in the same pass that makes them float: on floats it would cost several passes more.
+        """
         moved = stored.to(self.device, non_blocking=True)
         if self.formats[modality].layout == "hwc":
             moved = moved.permute(0, 3, 1, 2)
-        return moved.float()
+        images = torch.empty(moved.shape, device=self.device, memory_format=self.memory_format)
+        if geometry is None:
+            return images.copy_(moved)
+        for image, source, row in zip(images, moved, geometry, strict=True):
+            image.copy_(turn(source, row))
+        return images
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -99,15 +109,18 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def turn(images: Tensor, geometry: Tensor) -> Tensor:
-    """Flip rows, flip columns and transpose each image (B, C, P, P) where its row of (B, 3) bool says so.
+def turn(image: Tensor, geometry: Sequence[bool]) -> Tensor:
+    """Flip the rows, flip the columns and transpose (..., H, W), each where its value of ``geometry`` says so.
 
     The three together give all eight flips and quarter turns of a square.
     """
-    rows, columns, swap = (geometry[:, i, None, None, None] for i in range(3))
-    images = torch.where(rows, images.flip(-2), images)
-    images = torch.where(columns, images.flip(-1), images)
-    return torch.where(swap, images.transpose(-1, -2), images)
+    rows, columns, swap = geometry
+    flipped = [axis for axis, wanted in ((-2, rows), (-1, columns)) if wanted]
+    if flipped:
+        # Not every device can flip unsigned 16-bit numbers; to move them, their sign does not matter.
+        moved = image.view(torch.int16) if image.dtype == torch.uint16 else image
+        image = moved.flip(flipped).view(image.dtype)
+    return image.transpose(-1, -2) if swap else image
 
 
 def jitter_colour(he: Tensor, drawn: Tensor) -> Tensor:
@@ -145,26 +158,30 @@ def remove_hot_pixels(images: Tensor) -> Tensor:
     Hot is a pixel above mean + 3 sd of its patch and channel none of whose eight neighbours is: a bright cell,
     however rare, covers several pixels and stays.
     """
-    spread, mean = torch.std_mean(images, dim=(2, 3), keepdim=True, correction=0)
-    bright = images > mean + HOT_PIXEL_SD * spread
-    around = F.avg_pool2d(bright.float(), 3, stride=1, padding=1, divisor_override=1)
-    isolated = bright & (around < 1.5)
+    above = images - images.mean(dim=(2, 3), keepdim=True)
+    spread = torch.linalg.vector_norm(above, dim=(2, 3), keepdim=True) / (images.shape[2] * images.shape[3]) ** 0.5
+    bright = above > HOT_PIXEL_SD * spread
     if images.device.type == "cpu":
-        return _replace_listed(images, isolated)
+        return _replace_isolated(images, bright)
     # Listing the pixels would make the host wait for the device: compute every median instead.
-    return torch.where(isolated, median_3x3(images), images)
+    around = F.avg_pool2d(bright.float(), 3, stride=1, padding=1, divisor_override=1)
+    return torch.where(bright & (around < 1.5), median_3x3(images), images)
 
 
-def _replace_listed(images: Tensor, isolated: Tensor) -> Tensor:
-    image, channel, row, column = isolated.nonzero(as_tuple=True)
+def _replace_isolated(images: Tensor, bright: Tensor) -> Tensor:
+    """The same, looking at the few bright pixels alone."""
+    padded = F.pad(bright.byte(), (1, 1, 1, 1))
+    image, channel, row, column = bright.nonzero(as_tuple=True)
+    around = [padded[image, channel, row + dy, column + dx] for dy, dx in NEIGHBOURHOOD]
+    isolated = torch.stack(around).sum(dim=0) == 1
+    image, channel, row, column = (index[isolated] for index in (image, channel, row, column))
     height, width = images.shape[-2:]
-    around = [
-        images[image, channel, (row + dy).clamp(0, height - 1), (column + dx).clamp(0, width - 1)]
-        for dy in (-1, 0, 1)
-        for dx in (-1, 0, 1)
+    values = [
+        images[image, channel, (row + dy - 1).clamp(0, height - 1), (column + dx - 1).clamp(0, width - 1)]
+        for dy, dx in NEIGHBOURHOOD
     ]
     cleaned = images.clone()
-    cleaned[image, channel, row, column] = torch.stack(around).median(dim=0).values
+    cleaned[image, channel, row, column] = torch.stack(values).median(dim=0).values
     return cleaned
 
 

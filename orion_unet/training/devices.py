@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from contextlib import suppress
 
 import torch
 
@@ -43,6 +46,21 @@ def set_determinism(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, let the C library keep the memory of freed tensors for the next ones.
+
+    By default glibc gives every large block back to the system, which clears each page before it hands it out
+    again: a fifth of the time of a training step. Other C libraries are left as they are.
+    """
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h: no blocks of their own, nothing trimmed.
+        library.mallopt(-4, 0)
+        library.mallopt(-1, 2**31 - 1)
+
+
 def describe_devices(device: torch.device, ranks: int) -> str:
     """The devices of a run in words."""
     if device.type == "cuda":
@@ -57,7 +75,6 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -13,12 +13,12 @@ from orion_unet.config import TrainConfig
 from orion_unet.data.channels import parse_channel_weights
 from orion_unet.data.device_batches import DeviceBatches
 from orion_unet.data.loaders import (
-    TrainingBatches,
+    BatchLoader,
     TrainingOrder,
-    ValidationBatches,
+    TrainingSamples,
     ValidationOrder,
+    ValidationSamples,
     automatic_workers,
-    build_loader,
 )
 from orion_unet.data.normalization import Normalization, fit_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
@@ -108,12 +108,12 @@ def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -
     workers = data.num_workers
     if workers is None:
         workers = automatic_workers(local_world_size(), on_gpu)
-    training = TrainingBatches(reader, prepared.split.train, data.patches_per_image, optimisation.seed, data.augment)
+    training = TrainingSamples(reader, prepared.split.train, data.patches_per_image, optimisation.seed, data.augment)
     order = TrainingOrder(len(training), optimisation.batch_size, rank(), world_size(), optimisation.seed)
-    validation = ValidationBatches(reader, prepared.validation)
+    validation = ValidationSamples(reader, prepared.validation)
     val_order = ValidationOrder(len(validation), optimisation.val_batch_size, rank(), world_size())
-    train_loader = build_loader(training, order, workers, pin_memory=on_gpu)
-    val_loader = build_loader(validation, val_order, workers, pin_memory=on_gpu)
+    train_loader = BatchLoader(training, order, optimisation.batch_size, workers, pin=on_gpu)
+    val_loader = BatchLoader(validation, val_order, optimisation.val_batch_size, workers, pin=on_gpu)
     return Feeds(
         order,
         DeviceBatches(train_loader, transform, augment=data.augment),

@@ -33,7 +33,7 @@ from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import Heartbeat, MetricsWriter
 from orion_unet.training import folder, report
 from orion_unet.training.console import Console
-from orion_unet.training.devices import choose_device, set_determinism
+from orion_unet.training.devices import choose_device, keep_freed_memory, set_determinism
 from orion_unet.training.engine import TrainEpoch, Validation, evaluate, train_one_epoch
 from orion_unet.training.failures import note_failure, noted_failures, plain_failure
 from orion_unet.training.interrupts import Interrupts
@@ -68,6 +68,7 @@ def run(config: TrainConfig) -> int:
     """
     device = choose_device(config.runtime)
     set_determinism(config.runtime.deterministic)
+    keep_freed_memory(device)
     run_dir = Path(config.output.output_dir)
     with process_group(device):
         console = Console()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ from hypothesis import strategies as st
 
 from orion_unet.data.device_batches import DeviceBatches
 from orion_unet.data.loaders import (
-    TrainingBatches,
+    BatchLoader,
     TrainingOrder,
-    ValidationBatches,
+    TrainingSamples,
     ValidationOrder,
+    ValidationSamples,
     automatic_workers,
-    build_loader,
 )
 from orion_unet.data.normalization import fit_normalization
 from orion_unet.data.patches import validation_patches
@@ -32,9 +33,9 @@ CORES = np.array([0, 2, 3])
 
 
 def training(opened, batch_size=4, rank=0, world_size=1, workers=0, seed=11, augment=True):
-    dataset = TrainingBatches(opened.reader, CORES, patches_per_image=8, seed=seed, augment=augment)
+    dataset = TrainingSamples(opened.reader, CORES, patches_per_image=8, seed=seed, augment=augment)
     order = TrainingOrder(len(dataset), batch_size, rank, world_size, seed)
-    return order, build_loader(dataset, order, workers, pin_memory=False)
+    return order, BatchLoader(dataset, order, batch_size, workers)
 
 
 def epoch_of(order, loader, epoch, start_step=0):
@@ -147,7 +148,7 @@ def test_validation_gives_every_patch_exactly_once_also_to_more_ranks_than_patch
 def test_validation_patches_are_the_same_in_every_pass_and_not_augmented(opened, workers):
     places = validation_patches(opened.reader, np.array([1]), opened.options, seed=0)
     order = ValidationOrder(len(places), 3, rank=0, world_size=1)
-    loader = build_loader(ValidationBatches(opened.reader, places), order, workers, pin_memory=False)
+    loader = BatchLoader(ValidationSamples(opened.reader, places), order, 3, workers)
     first, second = ([[tensor.clone() for tensor in batch] for batch in loader] for _ in range(2))
     assert_same(first, second)
     assert [len(batch[0]) for batch in first] == [3, 3, 2]
@@ -170,6 +171,28 @@ def test_device_batches_are_transformed_and_the_wait_is_measured(opened):
     assert 0 < batches.wait_s < 10
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_images_of_a_batch_hold_until_two_further_ones_have_been_taken(opened, workers):
+    order, loader = training(opened, batch_size=2, workers=workers)
+    order.set_epoch(1)
+    expected = epoch_of(*training(opened, batch_size=2), 1)
+    held = []
+    for index, batch in enumerate(loader):
+        held.append(batch)
+        # Time enough for the workers to fill all that they may.
+        time.sleep(0.05)
+        for back in (0, 1)[: index + 1]:
+            assert torch.equal(held[index - back].orion, expected[index - back][1])
+    assert len(held) == 12
+
+
+def test_memory_for_batches_is_made_once(opened):
+    order, loader = training(opened, batch_size=2, workers=1)
+    order.set_epoch(1)
+    places = {batch.orion.data_ptr() for _ in range(3) for batch in loader}
+    assert len(places) == 4
+
+
 def test_workers_share_the_cores_of_the_machine(monkeypatch):
     monkeypatch.setattr("orion_unet.data.loaders.usable_cores", lambda: 16)
     assert automatic_workers(1, on_gpu=True) == 8
@@ -188,9 +211,9 @@ def test_workers_leave_the_signals_of_the_terminal_and_the_cluster_to_their_rank
     for batch in loader:
         # With the second batch both workers have begun their work.
         if len(found) == 1:
-            for worker in loader._iterator._workers:
+            for worker in loader.worker_ids():
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                    os.kill(worker.pid, number)
+                    os.kill(worker, number)
         found.append([tensor.clone() for tensor in batch])
     assert_same(found, expected)
 
@@ -199,15 +222,15 @@ def test_a_process_that_fails_in_an_epoch_ends_though_its_workers_hear_no_signal
     script = f"""
         import numpy as np
         from orion_unet.config import DataOptions
-        from orion_unet.data.loaders import TrainingBatches, TrainingOrder, build_loader
+        from orion_unet.data.loaders import BatchLoader, TrainingOrder, TrainingSamples
         from orion_unet.data.pairs import find_pairs
         from orion_unet.data.patches import PatchReader
         from orion_unet.data.scale import measure_scales
 
         table = find_pairs(DataOptions(pairs_dir={str(write_pairs())!r}, patch_size=16))
         reader = PatchReader(table, measure_scales(table, False), 16)
-        dataset = TrainingBatches(reader, np.arange(4), 8, seed=0, augment=True)
-        loader = build_loader(dataset, TrainingOrder(32, 4, 0, 1, seed=0), 2, pin_memory=False)
+        dataset = TrainingSamples(reader, np.arange(4), 8, seed=0, augment=True)
+        loader = BatchLoader(dataset, TrainingOrder(32, 4, 0, 1, seed=0), 4, 2)
         for kept in loader:
             raise RuntimeError("the network failed")
     """

@@ -194,7 +194,7 @@ def test_working_in_blocks_bounds_their_size_and_changes_nothing(limit, monkeypa
     expected = computed(prediction, target)
     sizes = []
     original = metrics._sums
-    monkeypatch.setattr(metrics, "BLOCK_VALUES", limit)
+    monkeypatch.setitem(metrics.BLOCK_VALUES, "cpu", limit)
     monkeypatch.setattr(metrics, "_sums", lambda p, t: sizes.append(p.numel()) or original(p, t))
     overall, per_channel = computed(prediction, target)
     assert overall == pytest.approx(expected[0], rel=1e-12)

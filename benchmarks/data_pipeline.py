@@ -1,0 +1,227 @@
+"""Does the data path deliver patches at the speed of a memory copy?
+
+    python benchmarks/data_pipeline.py --pairs_dir D --patch_size 256 --json
+    python benchmarks/data_pipeline.py               # makes four sets: float32 and uint16, (H, W, C) and (C, H, W)
+
+The loader of the trainer (random crops that prefer tissue, whole batches assembled in worker processes) against
+two plain copies of the same crops out of the memory maps, by one process, from the page cache:
+
+- raw_copy: NumPy copies each crop to its place in a batch that is already there, which a loader must at least do;
+- raw_crop: NumPy copies each crop to memory that is used again at once, so that nothing leaves the processor's cache.
+
+With --cold also from the disk: each pass begins with nothing of the set in memory, once reading as the system does
+by default, and once as the trainer does for sets that memory cannot hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from orion_unet.cli.arguments import Parser, run_command
+from orion_unet.config import DataOptions
+from orion_unet.data.loaders import BatchLoader, TrainingOrder, TrainingSamples
+from orion_unet.data.pairs import PairTable, find_pairs
+from orion_unet.data.patches import PatchReader
+from orion_unet.data.scale import Scales, measure_scales
+from orion_unet.distributed import usable_cores
+
+SEED = 0
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs_dir", metavar="DIR", help="measure this folder; default: four sets made for it")
+    parser.add_argument("--patch_size", type=int, default=256, metavar="N", help="side of a patch; default: 256")
+    parser.add_argument("--batch_size", type=int, default=12, metavar="N", help="patches of a batch; default: 12")
+    parser.add_argument("--patches", type=int, default=240, metavar="N", help="patches of a pass; default: 240")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="passes, medians count; default: 7")
+    parser.add_argument("--num_workers", type=int, metavar="N", help="the n of n workers; default: the usable cores")
+    parser.add_argument("--cores", type=int, default=4, metavar="N", help="cores of a set that is made; default: 4")
+    parser.add_argument("--size", type=int, default=2048, metavar="N", help="their side; default: 2048")
+    parser.add_argument("--channels", type=int, default=20, metavar="N", help="their channels; default: 20")
+    parser.add_argument("--cold", action="store_true", help="also read from the disk")
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    options = parser.parse_args(argv)
+    if options.pairs_dir:
+        results = {"pairs_dir": options.pairs_dir, **measure(options.pairs_dir, options)}
+    else:
+        results = {"sets": measure_made(options)}
+    print(json.dumps(results, indent=2) if options.json else table(results))
+    return 0
+
+
+def measure_made(options: argparse.Namespace) -> dict[str, Any]:
+    """Every stored form of a set of its own, one after the other to spare the disk."""
+    found = {}
+    for dtype in ("float32", "uint16"):
+        for layout in ("hwc", "chw"):
+            with tempfile.TemporaryDirectory(prefix="orion_pipeline_", dir=os.environ.get("TMPDIR")) as folder:
+                make_set(Path(folder), dtype, layout, options)
+                found[f"{dtype} {layout}"] = measure(folder, options)
+    return found
+
+
+def make_set(folder: Path, dtype: str, layout: str, options: argparse.Namespace) -> None:
+    """Cores of noise that passes for tissue."""
+    rng = np.random.default_rng(SEED)
+    for core in range(options.cores):
+        he = rng.integers(60, 200, (options.size, options.size, 3), dtype=np.uint8)
+        orion = rng.integers(0, 60_000, (options.size, options.size, options.channels), dtype=np.uint16)
+        if dtype == "float32":
+            he, orion = he / np.float32(255), orion / np.float32(65535)
+        for kind, array in (("HE", he), ("ORION", orion)):
+            np.save(folder / f"core_{core}_{kind}.npy", array if layout == "hwc" else array.transpose(2, 0, 1).copy())
+
+
+def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Patches per second of loader and plain copies, interleaved."""
+    data = DataOptions(pairs_dir=folder, patch_size=options.patch_size)
+    table = find_pairs(data)
+    scales = measure_scales(table, False)
+    each = -(-options.patches // len(table))
+    order = TrainingOrder(each * len(table), options.batch_size, 0, 1, SEED)
+    count = order.steps * options.batch_size
+
+    # First, while no memory map keeps the pages of the set.
+    cold = measure_cold(table, scales, options) if options.cold else {}
+    samples = TrainingSamples(
+        PatchReader(table, scales, options.patch_size), np.arange(len(table)), each, SEED, augment=True
+    )
+    reader = samples.reader
+    places = [samples.places(request) for request in order]
+    buffers = [
+        {
+            name: np.empty(reader.batch_shape(name, options.batch_size), form.dtype)
+            for name, form in reader.formats.items()
+        }
+        for _ in range(4)
+    ]
+    workers = options.num_workers or usable_cores()
+    loaders = {1: BatchLoader(samples, order, options.batch_size, 1)}
+    loaders.setdefault(workers, BatchLoader(samples, order, options.batch_size, workers))
+
+    def raw_copy() -> None:
+        for batch, buffer in zip(places, (buffers * len(places)), strict=False):
+            for row, place in enumerate(batch):
+                for name in ("he", "orion"):
+                    buffer[name][row] = reader.crop(name, place.core, place.y, place.x)
+
+    def raw_crop() -> None:
+        for place in (place for batch in places for place in batch):
+            for name in ("he", "orion"):
+                np.array(reader.crop(name, place.core, place.y, place.x))
+
+    def load(loader: BatchLoader) -> Callable[[], None]:
+        def run() -> None:
+            for _ in loader:
+                pass
+
+        return run
+
+    subjects: dict[str, Callable[[], None]] = {"raw_copy": raw_copy, "raw_crop": raw_crop}
+    subjects |= {f"{number} worker{'s' * (number > 1)}": load(loader) for number, loader in loaders.items()}
+    rates = interleaved(subjects, count, options.repeats)
+    for loader in loaders.values():
+        loader.close()
+    one, many = rates["1 worker"], rates[f"{workers} worker{'s' * (workers > 1)}"]
+    result: dict[str, Any] = {
+        "patch_size": options.patch_size,
+        "batch_size": options.batch_size,
+        "patch_bytes": sum(buffer.nbytes for buffer in buffers[0].values()) // options.batch_size,
+        "patches_per_s": one,
+        "raw_copy_patches_per_s": rates["raw_copy"],
+        "raw_crop_patches_per_s": rates["raw_crop"],
+        "fraction_of_raw_copy": one / rates["raw_copy"],
+        "fraction_of_raw_crop": one / rates["raw_crop"],
+        "n_workers": workers,
+        "n_workers_patches_per_s": many,
+    }
+    return result | cold
+
+
+def interleaved(subjects: dict[str, Callable[[], None]], count: int, repeats: int) -> dict[str, float]:
+    """Median rate of each subject over passes that take turns; the first pass of each warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for repeat in range(repeats + 1):
+        for name, subject in subjects.items():
+            started = time.perf_counter()
+            subject()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: count / median(taken) for name, taken in seconds.items()}
+
+
+def measure_cold(table: PairTable, scales: Scales, options: argparse.Namespace) -> dict[str, Any]:
+    """Rates and bytes read with an empty page cache, with and without the trainer's way for very large sets.
+
+    So many patches of a core as an epoch draws by default: more would read all of it either way.
+    """
+    each = DataOptions().patches_per_image
+    order = TrainingOrder(each * len(table), options.batch_size, 0, 1, SEED)
+    count = order.steps * options.batch_size
+    found = {}
+    for name, from_disk in (("cold_default", False), ("cold", True)):
+        rates, read = [], []
+        for _ in range(5):
+            reader = PatchReader(table, scales, options.patch_size)
+            reader.from_disk = from_disk
+            samples = TrainingSamples(reader, np.arange(len(table)), each, SEED, augment=True)
+            forget(reader)
+            before, started = bytes_read(), time.perf_counter()
+            for request in order:
+                reader.read(samples.places(request))
+            rates.append(count / (time.perf_counter() - started))
+            read.append((bytes_read() - before) / count)
+        found |= {f"{name}_patches_per_s": median(rates), f"{name}_bytes_read_per_patch": median(read)}
+    return found
+
+
+def forget(reader: PatchReader) -> None:
+    """Drop the files of a set from the page cache."""
+    for core in range(len(reader.table)):
+        for modality in ("he", "orion"):
+            with open(reader.table.path(core, modality), "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_read() -> int:
+    """Bytes that this process has had fetched from storage."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
+    return int(fields["read_bytes"])
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for a person."""
+    lines = [f"{'':<14}{'1 worker':>10}{'raw copy':>10}{'fraction':>10}{'raw crop':>10}{'n workers':>11}"]
+    for name, found in results.get("sets", {results.get("pairs_dir", ""): results}).items():
+        lines.append(
+            f"{name[-13:]:<14}{found['patches_per_s']:>10.0f}{found['raw_copy_patches_per_s']:>10.0f}"
+            f"{found['fraction_of_raw_copy']:>10.2f}{found['raw_crop_patches_per_s']:>10.0f}"
+            f"{found['n_workers_patches_per_s']:>11.0f}"
+        )
+        if "cold_patches_per_s" in found:
+            for kind in ("cold_default", "cold"):
+                lines.append(
+                    f"{'':<4}{kind.replace('_', ', '):<16}{found[f'{kind}_patches_per_s']:>6.0f} patches/s, "
+                    f"{found[f'{kind}_bytes_read_per_patch'] / 1e6:.1f} MB read for a patch of "
+                    f"{found['patch_bytes'] / 1e6:.1f} MB"
+                )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
