@@ -11,6 +11,10 @@ from orion_unet.errors import InputError
 COMMANDS = {
     "train": ("train", "train a spatial U-Net from paired .npy cores"),
     "monitor": ("monitor", "watch a run and say what is going wrong"),
+    "predict": ("predict", "predict the markers of H&E images and slides"),
+    "evaluate": ("evaluate", "score a model against measured markers"),
+    "check-data": ("check_data", "look at a folder of pairs before training on it"),
+    "pack": ("pack", "rewrite a set larger than memory so that patches read fast"),
     "make-demo": ("make_demo", "draw a small data set to try everything on"),
 }
 

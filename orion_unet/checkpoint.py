@@ -18,12 +18,18 @@ SCHEMA = 1
 KIND = "orion_unet checkpoint"
 LAST, PREVIOUS, BEST = "last.pt", "last_previous.pt", "best.pt"
 # What every checkpoint holds, and what one to continue from holds beside it.
-MODEL_KEYS = {"model": dict, "options": dict, "normalization": dict, "channel_names": list, "epoch": int}
+MODEL_KEYS = {
+    "model": dict,
+    "options": dict,
+    "normalization": dict,
+    "channel_names": list,
+    "split": dict,
+    "epoch": int,
+}
 RESUME_KEYS = {
     "optimizer": dict,
     "schedule": dict,
     "early_stopping": dict,
-    "split": dict,
     "attempt": int,
     "step": int,
     "global_batch": int,

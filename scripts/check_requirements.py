@@ -1,4 +1,4 @@
-"""Exit 0 when this interpreter holds what pyproject.toml asks for, with the extras named; imports none of it."""
+"""Exit 0 when this interpreter holds what pyproject.toml asks for, with the extras named (test,inference); imports none."""
 
 import importlib.metadata
 import re
@@ -16,7 +16,7 @@ def missing(extras: list[str]) -> list[str]:
     with open("pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     wanted = list(project["dependencies"])
-    for extra in extras:
+    for extra in ",".join(extras).split(",") if extras else ():
         wanted += project["optional-dependencies"][extra]
     found = []
     for requirement in wanted:

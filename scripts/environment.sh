@@ -1,9 +1,10 @@
 # Finds or makes the Python environment; sourced by the launcher and the tests, from the project's root.
 #
-#   . scripts/environment.sh EXTRA        EXTRA: test (adds the test and lint tools), or '' (for training alone)
+#   . scripts/environment.sh EXTRAS       EXTRAS: of pyproject.toml, separated by commas; '' for training alone
 #
 # Sets PYTHON. The active environment is used when it already holds what pyproject.toml asks for (conda, containers,
-# clusters); else .venv is made with pip, once, from the pinned versions of constraints.txt.
+# clusters); else .venv is made with pip, once, from the pinned versions of constraints.txt, ready for predict and
+# evaluate too.
 # shellcheck shell=bash
 
 orion_environment() {
@@ -62,7 +63,7 @@ orion_make_venv() {
   fi
   # The pins hold for what builds the package, too.
   PIP_CONSTRAINT=$PWD/constraints.txt .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --editable ".${extra:+[$extra]}" || {
+    --editable ".[inference${extra:+,$extra}]" || {
     echo "error: the environment could not be made (see above); the next call tries again" >&2
     return 1
   }

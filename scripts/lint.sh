@@ -2,7 +2,7 @@
 # Lint and type check; run by the tests, and by pre-commit.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. scripts/environment.sh test
+. scripts/environment.sh test,inference,tensorboard
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

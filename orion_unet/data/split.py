@@ -47,7 +47,7 @@ def make_split(
     held-out cores come closest to ``val_split`` (at least one group stays on either side). ``earlier`` is the
     split.json of a run that is continued, and wins. Raises InputError.
     """
-    groups = _groups(table, options.groups_csv)
+    groups = core_groups(table, options.groups_csv)
     if earlier is not None:
         return _from_document(earlier, "the run to resume", table, groups)
     if options.split_file:
@@ -73,7 +73,7 @@ def make_split(
     return Split(np.flatnonzero(~on_val), np.flatnonzero(on_val), tuple(groups)), warnings
 
 
-def _groups(table: PairTable, given: str | None) -> list[str]:
+def core_groups(table: PairTable, given: str | None) -> list[str]:
     """Group of every core: from the CSV, else each core is a group of its own."""
     path = Path(given) if given else table.folder / GROUPS_FILE
     names = table.names.tolist()

@@ -111,7 +111,6 @@ def capture(
         "schedule": state.schedule.state_dict(),
         "early_stopping": state.early_stopping.state_dict(),
         "scaler": state.precision.scaler.state_dict() if state.precision.scaler else None,
-        "split": prepared.split.document(prepared.table),
         "attempt": state.attempt,
         "step": state.step,
         "global_batch": global_batch(config),
@@ -150,12 +149,13 @@ def _restore_rank(state: TrainState, ranks: list[dict[str, Any]], loss: Composit
 
 
 def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, model: nn.Module) -> dict[str, Any]:
-    """Content of best.pt: one model, with all that it takes to predict with it."""
+    """Content of best.pt: one model, with all that it takes to predict with it and to judge it."""
     return {
         "model": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
         "options": config.options(),
         "normalization": prepared.normalization.document(),
         "channel_names": list(prepared.table.kept_names),
+        "split": prepared.split.document(prepared.table),
         "epoch": state.epoch,
         "best_val_loss": state.early_stopping.best,
     }

@@ -1,0 +1,1 @@
+"""Applying and judging a trained model."""

@@ -1,0 +1,128 @@
+"""Cells: nuclei found in the measured nuclear marker or given as label files, and the mean intensity of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from orion_unet.errors import InputError
+from orion_unet.run_log import open_regular
+
+# Found in lower case anywhere in the name of a marker, in this order.
+NUCLEAR_NAMES = ("hoechst", "dapi", "dna", "draq", "sytox", "nucle")
+LABEL_SUFFIXES = ("_LABELS.npy", "_LABELS.tif")
+# Of the smoothing before the threshold, in pixels (ORION: 0.325 um each).
+SMOOTHING_SD = 1.0
+# A nuclear image whose brightest and darkest part differ by less than this, of the normalised range, shows none.
+LEAST_CONTRAST = 0.05
+# Smallest nucleus in pixels, and least distance of the centres of two.
+LEAST_PIXELS, LEAST_DISTANCE = 20, 4
+# Nuclei are grown by so many pixels, where they do not meet: membrane markers stand around the nucleus, not in it.
+GROWTH = 3
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells of some cores: ``measured`` and ``predicted`` (n, C) mean intensities in [0, 1], ``core`` (n,) which."""
+
+    measured: np.ndarray
+    predicted: np.ndarray
+    core: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence[Cells], markers: int) -> Cells:
+        """The cells of all parts; the k-th part's are of core k."""
+        empty = np.empty((0, markers))
+        return cls(
+            np.concatenate([empty, *(part.measured for part in parts)]),
+            np.concatenate([empty, *(part.predicted for part in parts)]),
+            np.repeat(np.arange(len(parts)), [len(part.core) for part in parts]),
+        )
+
+
+def nuclear_marker(names: Sequence[str], given: str | None) -> int:
+    """Index of the marker that stains nuclei: the one given, or the one whose name says so; raises InputError."""
+    if given is not None:
+        if given not in names:
+            raise InputError(f"--nuclear_marker {given}: is not scored; there are {', '.join(names)}")
+        return list(names).index(given)
+    for word in NUCLEAR_NAMES:
+        for index, name in enumerate(names):
+            if word in name.lower():
+                return index
+    raise InputError(
+        f"--cells: no marker's name tells of nuclei ({', '.join(names)}); name it with --nuclear_marker, or give the "
+        "folder of label files as --cells DIR"
+    )
+
+
+def segment_nuclei(image: np.ndarray) -> np.ndarray:
+    """Nuclei (H, W) int32, numbered from 1 and 0 outside, in a nuclear marker (H, W) in [0, 1].
+
+    Gaussian smoothing, Otsu's threshold, and a watershed of the distance to the background from its maxima.
+    """
+    from scipy.ndimage import distance_transform_edt, gaussian_filter
+    from skimage.feature import peak_local_max
+    from skimage.filters import threshold_otsu
+    from skimage.segmentation import expand_labels, watershed
+
+    smooth = gaussian_filter(image.astype(np.float32), SMOOTHING_SD)
+    if np.ptp(smooth) < LEAST_CONTRAST:
+        return np.zeros(image.shape, np.int32)
+    inside = smooth > threshold_otsu(smooth)
+    distance = gaussian_filter(distance_transform_edt(inside).astype(np.float32), SMOOTHING_SD)
+    centres = peak_local_max(distance, min_distance=LEAST_DISTANCE, exclude_border=False, labels=inside.astype(int))
+    seeds = np.zeros(image.shape, np.int32)
+    seeds[tuple(centres.T)] = np.arange(1, len(centres) + 1)
+    labels = watershed(-distance, seeds, mask=inside)
+    small = np.bincount(labels.ravel()) < LEAST_PIXELS
+    small[0] = True
+    numbers = np.cumsum(~small) * ~small
+    return expand_labels(numbers[labels].astype(np.int32), GROWTH)
+
+
+def label_file(folder: Path, name: str) -> Path | None:
+    """NAME_LABELS.npy or NAME_LABELS.tif of a core, None where there is neither."""
+    paths = (folder / f"{name}{suffix}" for suffix in LABEL_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def load_labels(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Labels (H, W) of a core, numbered from 1 and 0 outside of cells, from any integers; raises InputError."""
+    try:
+        open_regular(path).close()
+        if path.suffix == ".npy":
+            labels = np.load(path, allow_pickle=False)
+        else:
+            import tifffile
+
+            labels = tifffile.imread(path)
+    except Exception as error:
+        # Both readers raise nearly anything on damaged bytes.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: cannot be read as labels ({reason})") from None
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "ui" or labels.shape != size:
+        seen = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else "an archive"
+        raise InputError(f"{path}: holds {seen}; labels are integers of the core's height and width, {size}")
+    if labels.size and labels.min() < 0:
+        raise InputError(f"{path}: holds negative labels; 0 is outside of cells")
+    numbers = np.unique(labels, return_inverse=True)[1].reshape(size)
+    return numbers if (labels == 0).any() else numbers + 1
+
+
+def cell_means(labels: np.ndarray, images: Tensor) -> np.ndarray:
+    """Mean (n, C) of images (C, H, W) in each of the n cells of labels (H, W), numbered 1 to n."""
+    flat = labels.ravel()
+    pixels = np.bincount(flat)[1:]
+    sums = [np.bincount(flat, image.flatten().double().cpu().numpy())[1:] for image in images]
+    return np.stack(sums, axis=1) / pixels[:, None]
+
+
+def measure_cells(labels: np.ndarray, measured: Tensor, predicted: Tensor) -> Cells:
+    """The cells of one core, from markers (C, H, W)."""
+    found = cell_means(labels, measured)
+    return Cells(found, cell_means(labels, predicted), np.zeros(len(found), int))

@@ -1,0 +1,121 @@
+"""A trained model with all that it takes to use it: weights, marker names, normalisation, options."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orion_unet import checkpoint
+from orion_unet.config import TrainConfig
+from orion_unet.data.normalization import Normalization
+from orion_unet.data.transforms import memory_format
+from orion_unet.errors import InputError
+from orion_unet.models.unet import SpatialUNet
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The network of a checkpoint, ready to predict on one device.
+
+    ``names`` are its C markers, ``normalization`` inverts [0, 1] to the unit of the training data, ``config`` holds
+    the options it was trained with, ``epoch`` the epoch whose weights these are. ``split`` is the content
+    of split.json: which cores it was trained on.
+    """
+
+    path: Path
+    network: SpatialUNet
+    names: tuple[str, ...]
+    normalization: Normalization
+    config: TrainConfig
+    epoch: int
+    split: dict[str, Any]
+    device: torch.device
+    precision: torch.dtype | None = None
+
+    @torch.inference_mode()
+    def predict(self, he: Tensor) -> Tensor:
+        """Markers (B, C, H, W) float32 in [0, 1] on the model's device, from H&E (B, 3, H, W) float in [0, 1].
+
+        Any height and width. Runs under autocast where the model was loaded with mixed precision.
+        """
+        he = he.to(self.device, non_blocking=True).contiguous(memory_format=memory_format(self.device))
+        mixed = nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
+        with mixed:
+            prediction: Tensor = self.network(he)
+        return prediction.float()
+
+
+def load_trained(path: str | Path, device: str = "auto", use_amp: bool = False) -> TrainedModel:
+    """Load best.pt or last.pt (its averaged weights where it has them), or the best model of a run folder.
+
+    ``device`` is auto (the first GPU, else the CPU), cpu, cuda or cuda:N. ``use_amp`` is mixed precision on a GPU:
+    bfloat16 where it has it, else float16; on a CPU it does nothing. Nothing in the file is executed. Raises
+    InputError where the file is missing, damaged or of another kind, or the device is not there.
+    """
+    chosen = _device(device)
+    path = Path(path)
+    if path.is_dir():
+        path = checkpoint.checkpoint_path(path, checkpoint.BEST)
+    content = checkpoint.load(path)
+    averaged = content.get("ema")
+    weights = averaged["model"] if isinstance(averaged, dict) and "model" in averaged else content["model"]
+    names = tuple(str(name) for name in content["channel_names"])
+    normalization = Normalization.from_document(content["normalization"])
+    try:
+        config = TrainConfig.from_options(content["options"])
+        network = SpatialUNet.from_options(config.model, len(names))
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, InputError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: holds no model of this version ({reason})") from None
+    if normalization.names != names:
+        raise InputError(f"{path}: is damaged, its normalisation is of other markers than its model")
+    network = network.eval().requires_grad_(False)
+    network = network.to(chosen, memory_format=memory_format(chosen))  # type: ignore[call-overload]
+    return TrainedModel(
+        path,
+        network,
+        names,
+        normalization,
+        config,
+        int(content["epoch"]),
+        content["split"],
+        chosen,
+        _precision(chosen) if use_amp else None,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def _precision(device: torch.device) -> torch.dtype | None:
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def describe(model: TrainedModel) -> str:
+    """The model and its device in two lines for a person."""
+    kind = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU"
+    precision = "float32" if model.precision is None else str(model.precision).removeprefix("torch.")
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    return (
+        f"model           {model.path}, epoch {model.epoch}, {len(model.names)} markers\n"
+        f"device          {kind}{threads}, {precision}"
+    )
