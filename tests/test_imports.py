@@ -16,11 +16,11 @@ ENTRIES = ("train_spatial_orion_unet.py", "monitor_training.py")
 LAYERS = (
     ("__main__", *(Path(entry).stem for entry in ENTRIES)),
     ("cli",),
-    ("training", "inference", "monitor"),
+    ("training", "inference", "inspection", "monitor"),
     ("data", "checkpoint", "metrics"),
     ("models", "losses", "config", "distributed", "run_log", "run_reader", "errors", "__init__"),
 )
-ROOMS_APART = {"training", "inference", "monitor"}
+ROOMS_APART = {"training", "inference", "inspection", "monitor"}
 TORCH_FREE = {"monitor", "run_log", "run_reader"}
 
 
@@ -100,7 +100,7 @@ def test_a_module_imports_only_from_its_own_layer_or_below(path):
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: dotted(path))
-def test_training_inference_and_monitor_do_not_import_each_other(path):
+def test_rooms_apart_do_not_import_each_other(path):
     room = part(dotted(path))
     others = {part(name) for name in inside(imported(path))} & ROOMS_APART - {room}
     assert not (room in ROOMS_APART and others), f"{dotted(path)} imports {others}"

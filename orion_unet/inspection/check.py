@@ -1,0 +1,191 @@
+"""Inspecting a folder: the checks of training first, then everything that is measured, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from orion_unet.config import DataOptions
+from orion_unet.data.pairs import PairTable, find_pairs
+from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
+from orion_unet.data.split import Split, make_split
+from orion_unet.distributed import usable_cores
+from orion_unet.errors import InputError
+from orion_unet.inspection.channels import QUANTILES, ChannelRow, describe_channel, most_varied, nuclear_channel
+from orion_unet.inspection.cores import CoreView, sample_pixels, view_core
+from orion_unet.inspection.duplicates import Twins, find_twins
+from orion_unet.inspection.findings import Finding, find_all
+from orion_unet.run_log import SCHEMA, strict
+
+# Pixels sampled over all cores, at least so many of each, and values, which bound the memory of many channels.
+SAMPLED_PIXELS, LEAST_PER_CORE, SAMPLED_VALUES = 2_000_000, 256, 48_000_000
+# A core of 2,048 x 2,048 takes about 150 MB while it is looked at.
+MOST_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that was found in a folder.
+
+    ``formats`` counts the files of each (modality, dtype, axis order), ``marker`` is the channel shown on the
+    contact sheet: ``nuclear``, or the most varied where no nuclear stain is known. ``notes`` are worth knowing,
+    ``findings`` worth mending.
+    """
+
+    table: PairTable
+    scales: Scales
+    split: Split
+    formats: dict[tuple[str, str, str], int]
+    channels: list[ChannelRow]
+    cores: list[CoreView]
+    twins: list[Twins]
+    nuclear: str | None
+    marker: str
+    sampled_pixels: int
+    notes: list[str]
+    findings: list[Finding]
+
+    def document(self) -> dict[str, Any]:
+        """Everything as plain values, for strict JSON: what is undefined is None."""
+        document: dict[str, Any] = strict(
+            {
+                "schema": SCHEMA,
+                "pairs_dir": str(self.table.folder),
+                "cores": len(self.table),
+                "formats": [
+                    {"modality": modality, "dtype": dtype, "layout": layout, "files": count}
+                    for (modality, dtype, layout), count in self.formats.items()
+                ],
+                "groups": dict(Counter(self.split.groups)),
+                "nuclear_marker": self.nuclear,
+                "unit": "stored value / full scale",
+                "sampled_pixels": self.sampled_pixels,
+                "channels": [channel_record(row) for row in self.channels],
+                "per_core": [core_record(core) for core in self.cores],
+                "same_tissue": [
+                    {
+                        "cores": [pair.first.name, pair.second.name],
+                        "likeness": pair.likeness,
+                        "across": pair.across_groups,
+                    }
+                    for pair in self.twins
+                ],
+                "notes": self.notes,
+                "warnings": [finding._asdict() for finding in self.findings],
+            }
+        )
+        return document
+
+
+def channel_record(row: ChannelRow) -> dict[str, Any]:
+    """A channel as a row of the CSV."""
+    quantiles = {f"q{100 * share:g}": value for share, value in zip(QUANTILES, row.quantiles, strict=True)}
+    return {
+        "channel": row.name,
+        "min": row.low,
+        "max": row.high,
+        **quantiles,
+        "mean": row.mean,
+        "positive_threshold": row.threshold,
+        "fraction_positive": row.positive,
+        "fraction_saturated": row.saturated,
+        "state": row.state,
+    }
+
+
+def core_record(core: CoreView) -> dict[str, Any]:
+    """A core as a row of the CSV; what was not measured is None."""
+    found = core.registration
+    return {
+        "core": core.name,
+        "group": core.group,
+        "height": core.height,
+        "width": core.width,
+        "tissue_fraction": core.tissue,
+        "he_level": core.he_level,
+        "nuclear_correlation": found and found.correlation,
+        "best_correlation": found and found.best_correlation,
+        "shift_down": found and found.shift[0],
+        "shift_right": found and found.shift[1],
+        "shift_peak": found and found.peak,
+        "constant_channels": " ".join(core.constant),
+        "he_digest": core.digest,
+    }
+
+
+def inspect_folder(
+    options: DataOptions, seed: int, nuclear_marker: str | None = None, progress: Progress = no_progress
+) -> Inspection:
+    """Check the pairs as training would, then look at every core. Raises InputError with training's own messages."""
+    table = find_pairs(options)
+    split, split_warnings = make_split(table, options, seed)
+    names = table.kept_names
+    if nuclear_marker is not None and nuclear_marker not in names:
+        raise InputError(f"--nuclear_marker {nuclear_marker}: no such channel; there are {', '.join(names)}")
+    scales = measure_scales(table, options.target_normalization == "none", progress)
+    nuclear = nuclear_marker or nuclear_channel(names)
+    position = table.channel_names.index(nuclear) if nuclear else None
+
+    pixels = min(SAMPLED_PIXELS, SAMPLED_VALUES // len(names)) // len(table)
+    step = progress(len(table), "looking at cores")
+
+    def look(core: int) -> tuple[CoreView, np.ndarray]:
+        sample = sample_pixels(table, scales, core, max(LEAST_PER_CORE, pixels))
+        view = view_core(table, scales, core, split.groups[core], position, sample)
+        step()
+        return view, sample
+
+    with ThreadPoolExecutor(max_workers=min(MOST_AT_ONCE, usable_cores())) as pool:
+        seen = list(pool.map(look, range(len(table))))
+    cores = [view for view, _ in seen]
+    sample = np.concatenate([values for _, values in seen], axis=1)
+    del seen
+    step_size = _smallest_step(table)
+    channels = [describe_channel(name, values, step_size) for name, values in zip(names, sample, strict=True)]
+    twins = find_twins(cores)
+    return Inspection(
+        table=table,
+        scales=scales,
+        split=split,
+        formats=_formats(table),
+        channels=channels,
+        cores=cores,
+        twins=twins,
+        nuclear=nuclear,
+        marker=nuclear or most_varied(names, sample),
+        sampled_pixels=sample.shape[1],
+        notes=[*table.warnings, *split_warnings, *_notes(table, split, nuclear)],
+        findings=find_all(channels, cores, twins, nuclear),
+    )
+
+
+def _formats(table: PairTable) -> dict[tuple[str, str, str], int]:
+    return dict(
+        Counter(
+            (modality, np.dtype(text).name, layout)
+            for modality in ("he", "orion")
+            for text, layout in getattr(table, modality)[["dtype", "layout"]].tolist()
+        )
+    )
+
+
+def _smallest_step(table: PairTable) -> float:
+    """One step of the coarsest integer type that markers are stored in, as an intensity; 0 for floats."""
+    kinds = {np.dtype(text) for text in set(table.orion["dtype"].tolist())}
+    return max((1 / np.iinfo(kind).max for kind in kinds if kind.kind == "u"), default=0.0)
+
+
+def _notes(table: PairTable, split: Split, nuclear: str | None) -> list[str]:
+    notes = []
+    if len(set(split.groups)) == len(table):
+        notes.append(
+            "every core is a group of its own; where several are of one patient or slide, say so in groups.csv "
+            "(columns core,group), or the same tissue may stand on both sides of the split"
+        )
+    if nuclear is None:
+        notes.append("no channel is named like a nuclear stain, so the registration was not checked: --nuclear_marker")
+    return notes

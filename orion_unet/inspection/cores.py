@@ -1,0 +1,146 @@
+"""What is read of one core: all of its H&E, some rows of its markers, and one window of its nuclear marker."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from orion_unet.data.pairs import PairTable
+from orion_unet.data.scale import Scales
+from orion_unet.data.tissue import tissue_fraction
+from orion_unet.inspection.registration import WINDOW, Registration, haematoxylin, register
+
+# Sides of the picture on the contact sheet, and of what cores are compared by.
+THUMBNAIL, DESCRIPTOR = 128, 32
+
+
+@dataclass(frozen=True)
+class CoreView:
+    """What was found in one core.
+
+    ``tissue`` is the share that is no glass, ``he_level`` the brightness in [0, 1] that 1 % of the H&E exceeds,
+    ``digest`` of the stored H&E pixels, ``constant`` the channels with a single value in the sample, ``thumbnail``
+    (32, 32) float32 the H&E's darkness. ``registration`` is None where no nuclear marker is known.
+    """
+
+    name: str
+    group: str
+    height: int
+    width: int
+    tissue: float
+    he_level: float
+    digest: str
+    constant: tuple[str, ...]
+    registration: Registration | None
+    thumbnail: np.ndarray
+
+
+def view_core(
+    table: PairTable, scales: Scales, core: int, group: str, nuclear: int | None, sample: np.ndarray
+) -> CoreView:
+    """Read one core. ``sample`` (C, N) are intensities of its kept channels, ``nuclear`` a stored channel's index."""
+    he = table.open(core, "he")
+    row = table.he[core]
+    layout = str(row["layout"])
+    white = scales.he[he.dtype.newbyteorder("=").name]
+    picture = he_thumbnail(table, scales, core, THUMBNAIL)
+    registration = None
+    if nuclear is not None:
+        top, left = _densest_window(he, layout, white)
+        density = haematoxylin(_channels_last(he, layout)[top : top + WINDOW, left : left + WINDOW] / np.float32(white))
+        orion = _channels_last(table.open(core, "orion"), str(table.orion[core]["layout"]))
+        marker = orion[top : top + WINDOW, left : left + WINDOW, nuclear].astype(np.float32)
+        registration = register(density, marker)
+    return CoreView(
+        name=str(table.names[core]),
+        group=group,
+        height=int(row["height"]),
+        width=int(row["width"]),
+        tissue=tissue_fraction(he, layout, white),
+        he_level=float(np.quantile(picture.mean(axis=2), 0.99)),
+        digest=_digest(he),
+        constant=tuple(name for name, values in zip(table.kept_names, sample, strict=True) if np.ptp(values) == 0),
+        registration=registration,
+        thumbnail=block_means(1 - picture.mean(axis=2), DESCRIPTOR, DESCRIPTOR),
+    )
+
+
+def sample_pixels(table: PairTable, scales: Scales, core: int, pixels: int) -> np.ndarray:
+    """Intensities (C, N) float32 of the kept channels: about so many pixels, evenly spaced on evenly spaced rows.
+
+    Whole rows are what a memory map reads in one piece in either axis order.
+    """
+    rows = marker_rows(table, scales, core, list(table.kept_channels), -(-pixels // int(table.orion[core]["width"])))
+    flat = rows.reshape(len(rows), -1)
+    return flat[:, np.arange(min(pixels, flat.shape[1])) * flat.shape[1] // min(pixels, flat.shape[1])]
+
+
+def marker_rows(table: PairTable, scales: Scales, core: int, channels: list[int], count: int) -> np.ndarray:
+    """Intensities (C, R, W) float32 of stored channels on up to ``count`` rows, evenly spaced over the core."""
+    stored, row = table.open(core, "orion"), table.orion[core]
+    height = int(row["height"])
+    count = max(1, min(count, height))
+    rows = (np.arange(count) + 0.5) * height / count
+    kept = rows.astype(int)
+    values = (
+        stored[kept][:, :, channels].transpose(2, 0, 1)
+        if row["layout"] == "hwc"
+        else stored[np.array(channels)[:, None], kept]
+    )
+    return values.astype(np.float32) / np.float32(scales.orion[stored.dtype.newbyteorder("=").name])
+
+
+def he_thumbnail(table: PairTable, scales: Scales, core: int, side: int) -> np.ndarray:
+    """The H&E (h, w, 3) float32 in [0, 1], block means, its longer side at most ``side`` pixels."""
+    he = table.open(core, "he")
+    image = _channels_last(he, str(table.he[core]["layout"]))
+    white = scales.he[he.dtype.newbyteorder("=").name]
+    return np.clip(_smaller(image, side) / white, 0, 1)
+
+
+def marker_thumbnail(table: PairTable, scales: Scales, core: int, channel: int, side: int) -> np.ndarray:
+    """One stored channel (h, w) float32, intensities, its longer side at most ``side``: means over parts of rows."""
+    row = table.orion[core]
+    step = -(-max(int(row["height"]), int(row["width"])) // side)
+    rows = marker_rows(table, scales, core, [channel], int(row["height"]) // step)[0]
+    return block_means(rows, len(rows), int(row["width"]) // step)
+
+
+def _smaller(image: np.ndarray, side: int) -> np.ndarray:
+    step = -(-max(image.shape[:2]) // side)
+    return block_means(image, image.shape[0] // step, image.shape[1] // step)
+
+
+def block_means(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Means (rows, columns, ...) float32 over blocks of an image (H, W, ...) that is at least as large."""
+    for axis, parts in enumerate((rows, columns)):
+        edges = np.linspace(0, image.shape[axis], parts + 1).astype(int)
+        shape = [-1 if each == axis else 1 for each in range(image.ndim)]
+        sums = np.add.reduceat(image, edges[:-1], axis=axis, dtype=np.float32)
+        image = sums / np.diff(edges).reshape(shape).astype(np.float32)
+    return image
+
+
+def _channels_last(stored: np.ndarray, layout: str) -> np.ndarray:
+    return stored if layout == "hwc" else stored.transpose(1, 2, 0)
+
+
+def _densest_window(he: np.ndarray, layout: str, white: float) -> tuple[int, int]:
+    """Upper left corner of the window with most tissue, of three by three that cover the core."""
+    image = _channels_last(he, layout)
+    # The middle first: of equal windows it is taken.
+    corners = [
+        (int(down * max(0, image.shape[0] - WINDOW)), int(right * max(0, image.shape[1] - WINDOW)))
+        for down in (0.5, 0.0, 1.0)
+        for right in (0.5, 0.0, 1.0)
+    ]
+    return max(
+        corners,
+        key=lambda at: tissue_fraction(image[at[0] : at[0] + WINDOW, at[1] : at[1] + WINDOW], "hwc", white),
+    )
+
+
+def _digest(he: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(he).data, digest_size=16).hexdigest()

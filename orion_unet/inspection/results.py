@@ -1,0 +1,46 @@
+"""The files of an inspection: two tables, one JSON document, and the contact sheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orion_unet.data.scale import Progress, no_progress
+from orion_unet.errors import InputError, RunError
+from orion_unet.inspection.check import Inspection, channel_record, core_record
+from orion_unet.inspection.contact_sheet import write_contact_sheets
+from orion_unet.run_log import strict, write_atomic, write_json
+
+CHANNELS_FILE, CORES_FILE, DOCUMENT_FILE = "channels.csv", "cores.csv", "check_data.json"
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder before anything slow is done; raises InputError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be made ({error.strerror or error})") from None
+
+
+def write_results(inspection: Inspection, folder: Path, progress: Progress = no_progress) -> list[Path]:
+    """Write all files of an inspection, replacing those of an earlier one; returns their paths. Raises RunError."""
+    channels, cores, document = (folder / name for name in (CHANNELS_FILE, CORES_FILE, DOCUMENT_FILE))
+    try:
+        write_atomic(channels, _csv([channel_record(row) for row in inspection.channels]), durable=False)
+        write_atomic(cores, _csv([core_record(core) for core in inspection.cores]), durable=False)
+        write_json(document, inspection.document(), durable=False)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written to ({error.strerror or error})") from error
+    return [channels, cores, document, *write_contact_sheets(inspection, folder, progress)]
+
+
+def _csv(records: Sequence[dict[str, Any]]) -> bytes:
+    """CSV with a heading; what is undefined or was not measured is empty."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(strict(record) for record in records)
+    return text.getvalue().encode()
