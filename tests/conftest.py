@@ -1,5 +1,6 @@
 """Tiny pairs on disk in any layout and dtype, and the objects that read them."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,12 @@ settings.register_profile("steady", deadline=None, derandomize=True, database=No
 settings.load_profile("steady")
 
 GLASS = 240
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _measurements_of_the_tests_alone(tmp_path_factory):
+    """Neither use nor touch what runs of the user have measured."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def store_array(path, levels, dtype, layout="hwc", order="C"):

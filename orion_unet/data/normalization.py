@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from orion_unet.data.measured import fingerprint, recall, remember
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import NORMALIZATION, counter_rng
 from orion_unet.data.scale import Progress, Scales, no_progress
@@ -111,6 +113,35 @@ class Normalization:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the normalisation is damaged or of another version ({error!r})") from None
+
+
+def known_normalization(
+    table: PairTable,
+    scales: Scales,
+    train: np.ndarray,
+    method: str,
+    transform: str,
+    progress: Progress = no_progress,
+) -> Normalization:
+    """``fit_normalization``, or what it gave in an earlier run on the very same files."""
+    cores = range(len(table)) if method == "core" else train.tolist()
+    asked = {
+        "constants": [LOWER_QUANTILE, UPPER_QUANTILE, SAMPLED_PIXELS, SAMPLED_PIXELS_PER_CORE, SAMPLED_VALUES],
+        "train": train.tolist(),
+        "names": list(table.kept_names),
+        "kept": list(table.kept_channels),
+        "layout": table.orion["layout"].tolist(),
+        "white": scales.orion,
+        "asked": [method, transform, LOG_CURVATURE],
+    }
+    name = fingerprint((table.path(core, "orion") for core in cores), "normalization", asked)
+    document = recall(name)
+    if document is not None:
+        with suppress(InputError):
+            return Normalization.from_document(document)
+    fitted = fit_normalization(table, scales, train, method, transform, progress)
+    remember(name, fitted.document())
+    return fitted
 
 
 def fit_normalization(

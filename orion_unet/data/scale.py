@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from orion_unet.data.measured import fingerprint, recall, remember
 from orion_unet.data.pairs import PairTable
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
@@ -35,21 +37,26 @@ class Scales:
 def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress = no_progress) -> Scales:
     """White level of every dtype in the folder.
 
-    Integers are scaled by their type. Float files are read once, whole, in bounded memory: their common range
-    declares [0, 1] or [0, 255] (ORION also [0, 65535]), so that two patches never disagree. With
-    ``bounded_targets`` (no target normalisation) ORION floats may not be negative either. Raises InputError that
-    names every file with NaN or infinity, or outside any range.
+    Integers are scaled by their type. Float files are read once, whole, in bounded memory, and in a later run only
+    where they have changed: their common range declares [0, 1] or [0, 255] (ORION also [0, 65535]), so that two
+    patches never disagree. With ``bounded_targets`` (no target normalisation) ORION floats may not be negative
+    either. Raises InputError that names every file with NaN or infinity, or outside any range.
     """
     jobs = [(modality, core) for modality in ("he", "orion") for core in _float_cores(table, modality)]
+    known = _Ranges(table)
     step = progress(len(jobs), "checking float files")
 
     def scan(job: tuple[str, int]) -> tuple[float, float]:
-        found = _range(table.open(job[1], job[0]))
+        path = table.path(job[1], job[0])
+        found = known.get(path)
+        if found is None:
+            found = known.files[path.name] = (*_state(path), *_range(table.open(job[1], job[0])))
         step()
-        return found
+        return found[-2], found[-1]
 
     with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
         ranges = dict(zip(jobs, pool.map(scan, jobs), strict=True))
+    known.keep()
 
     problems = [
         f"{table.path(core, modality).name}: holds NaN or infinity"
@@ -74,6 +81,38 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
             "Floats must lie in [0, 1] or [0, 255] over the whole folder; uint8 and uint16 need no such thing.",
         )
     return Scales(whites["he"], whites["orion"])
+
+
+class _Ranges:
+    """Ranges of a folder's float files by file name: size and time of change at which each was measured, minimum and
+    maximum."""
+
+    def __init__(self, table: PairTable) -> None:
+        self._name = fingerprint((), "ranges", str(table.folder.resolve()))
+        document = recall(self._name)
+        stored = document.get("files") if isinstance(document, dict) else None
+        self.files: dict[str, tuple[float, ...]] = {
+            name: tuple(found)
+            for name, found in (stored.items() if isinstance(stored, dict) else ())
+            if isinstance(found, list) and len(found) == 4 and all(isinstance(value, int | float) for value in found)
+        }
+        self._before = dict(self.files)
+
+    def get(self, path: Path) -> tuple[float, ...] | None:
+        """What is known of a file that has not changed since; else None."""
+        found = self.files.get(path.name)
+        return found if found and found[:2] == _state(path) else None
+
+    def keep(self) -> None:
+        """Remember for the next run what was measured in this one. Files with NaN or infinity must be mended first."""
+        if self.files != self._before:
+            usable = {name: found for name, found in self.files.items() if np.isfinite(found[2:]).all()}
+            remember(self._name, {"files": usable})
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _float_cores(table: PairTable, modality: str) -> Iterator[int]:

@@ -20,7 +20,7 @@ from orion_unet.data.loaders import (
     ValidationSamples,
     automatic_workers,
 )
-from orion_unet.data.normalization import Normalization, fit_normalization
+from orion_unet.data.normalization import Normalization, known_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.patches import PatchReader, validation_patches
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
@@ -65,7 +65,7 @@ def prepare_data(
     if earlier:
         normalization = Normalization.from_document(earlier["normalization"])
     else:
-        normalization = fit_normalization(
+        normalization = known_normalization(
             table, scales, split.train, data.target_normalization, data.target_transform, progress
         )
     if normalization.empty:
