@@ -124,6 +124,21 @@ class _Stop(Exception):
     exit_code: int
 
 
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as several ranks train it; itself on one."""
+    if world_size() == 1:
+        return model
+    # The running statistics are averaged once an epoch, before they are used; torch 2.13 renamed the option.
+    accepted = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **cast(dict[str, Any], {name: False}),
+    )
+
+
 class Run:
     """One rank's side of a run."""
 
@@ -149,8 +164,9 @@ class Run:
         self.state: TrainState = build_state(config, prepared, device, math.ceil(self.steps / self.accumulate))
         self.forward: nn.Module = self.state.model
         if config.runtime.compile:
-            self.forward = cast(nn.Module, torch.compile(self.state.model))
-        self.parallel = self._parallel(self.forward)
+            # A graph for each shape there is (training, validation, its last batch), rather than one slower for all.
+            self.forward = cast(nn.Module, torch.compile(self.state.model, dynamic=False))
+        self.parallel = parallel(self.forward, device)
         if earlier is not None:
             # Not before: DistributedDataParallel gives every rank the running statistics of rank 0.
             restore(self.state, earlier, self.loss, device)
@@ -162,19 +178,6 @@ class Run:
         self.heartbeat: Heartbeat | None = Heartbeat(self.run_dir) if is_main_process() else None
         self.interrupts = Interrupts()
         self.last_saved = time.monotonic()
-
-    def _parallel(self, model: nn.Module) -> nn.Module:
-        if world_size() == 1:
-            return model
-        # The running statistics are averaged once an epoch, before they are used; torch 2.13 renamed the option.
-        accepted = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **cast(dict[str, Any], {name: False}),
-        )
 
     def _panel(self) -> SanityPanel | None:
         if not is_main_process() or self.config.output.sanity_check_freq == 0:

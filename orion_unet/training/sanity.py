@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import nn
 
 from orion_unet.data.patches import PatchPlace, PatchReader
@@ -47,6 +45,10 @@ class SanityPanel:
     @torch.inference_mode()
     def draw(self, model: nn.Module, run_dir: Path, epoch: int) -> Path:
         """Predict, draw and save the panel of an epoch; returns its path. The model is left in evaluation mode."""
+        # Not before the first panel is due: a run should not wait for it to begin.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
         model.eval()
         prediction = model(self.he)[:, self.markers].float().cpu().numpy()
         target = self.target[:, self.markers].float().cpu().numpy()

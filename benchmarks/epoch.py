@@ -1,0 +1,338 @@
+"""Is an epoch as fast as its steps, and does its cost grow no faster than the work?
+
+    python benchmarks/epoch.py                       # end to end over the bare step, on 1 and 2 ranks
+    python benchmarks/epoch.py --growth              # cost per patch as patches, channels, pixels and cores grow
+    python benchmarks/epoch.py --profile             # where the time of an epoch goes
+    python benchmarks/epoch.py --base_features 16 --patch_size 128 --batch_size 8 --json
+
+End to end is what the trainer runs: loader, transforms, step, sums. The bare step is a minimal loop on one batch that
+stays on the device: forward, composite loss, backward, clipping, AdamW. The same for validation, against the forward
+pass alone. Both take turns in one process, and medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from data_pipeline import make_set
+
+from orion_unet.cli.arguments import Parser, run_command
+from orion_unet.config import TrainConfig
+from orion_unet.distributed import from_main_process, is_main_process, process_group, world_size
+from orion_unet.training.devices import choose_device, describe_devices, keep_freed_memory, set_determinism
+from orion_unet.training.engine import evaluate, train_one_epoch
+from orion_unet.training.prepare import build_feeds, prepare_data
+from orion_unet.training.run import parallel
+from orion_unet.training.state import build_loss, build_state
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = {"use_boundary_guidance": True, "noise_removal": True, "use_amp": True}
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs_dir", metavar="DIR", help="measure on these pairs; default: a set made for it")
+    parser.add_argument("--patch_size", type=int, default=256, metavar="N", help="side of a patch; default: 256")
+    parser.add_argument("--batch_size", type=int, default=12, metavar="N", help="patches of all ranks; default: 12")
+    parser.add_argument("--base_features", type=int, default=32, metavar="N", help="width; default: 32")
+    parser.add_argument("--channels", type=int, default=20, metavar="N", help="of a set that is made; default: 20")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of an epoch; default: 4")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="epochs, medians count; default: 3")
+    parser.add_argument("--ranks", default="1,2", metavar="N,...", help="numbers of ranks; default: 1,2")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--growth", action="store_true", help="how the cost grows, with a small model")
+    parser.add_argument("--profile", action="store_true", help="where the time of a training epoch goes")
+    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    options = parser.parse_args(argv)
+    if "RANK" in os.environ:
+        result = compare(options)
+        if is_main_process():
+            print(json.dumps(result))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="orion_epoch_") as scratch:
+        os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")
+        if options.growth:
+            results: dict[str, Any] = growth(Path(scratch), options)
+        else:
+            if not options.pairs_dir:
+                options.pairs_dir = made(Path(scratch) / "pairs", 4, max(512, 2 * options.patch_size), options.channels)
+            if options.profile:
+                print(profile(options))
+                return 0
+            counts = [int(count) for count in options.ranks.split(",")]
+            results = {f"{count} rank{'s' * (count > 1)}": on_ranks(count, options) for count in counts}
+    print(json.dumps(results, indent=2) if options.json else table(results))
+    return 0
+
+
+def made(folder: Path, cores: int, size: int, channels: int) -> str:
+    folder.mkdir(parents=True)
+    make_set(folder, "uint16", "hwc", argparse.Namespace(cores=cores, size=size, channels=channels))
+    return str(folder)
+
+
+def on_ranks(count: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The comparison on so many ranks of this machine, in processes of their own."""
+    words = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("pairs_dir", "patch_size", "batch_size", "base_features", "steps", "repeats")
+    ]
+    launch = [sys.executable, "-m", "orion_unet.cli.launch", "--standalone", f"--nproc_per_node={count}"]
+    done = subprocess.run(
+        [*launch, __file__, *words, *(["--compile"] if options.compile else [])],
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=3000,
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+class Bench:
+    """A run's data, model and loss, without its folder."""
+
+    def __init__(self, options: argparse.Namespace, **changed: Any) -> None:
+        cores = len(list(Path(options.pairs_dir).glob("*_HE.npy")))
+        train = max(1, cores - max(1, round(0.2 * cores)))
+        settings = {
+            "pairs_dir": options.pairs_dir,
+            "patch_size": options.patch_size,
+            "batch_size": max(1, options.batch_size // world_size()),
+            "patches_per_image": -(-options.steps * options.batch_size // train),
+            "patches_per_image_val": options.batch_size,
+            "val_batch_size": max(1, options.batch_size // world_size()),
+            "base_features": options.base_features,
+            **RECIPE,
+            **changed,
+        }
+        self.config = TrainConfig.from_options(settings)
+        self.device = choose_device(self.config.runtime)
+        keep_freed_memory(self.device)
+        set_determinism(False)
+        started = time.perf_counter()
+        self.prepared = from_main_process(lambda: prepare_data(self.config, world_size()))
+        self.prepare_s = time.perf_counter() - started
+        self.feeds = build_feeds(self.config, self.prepared, self.device)
+        self.state = build_state(self.config, self.prepared, self.device, self.feeds.order.steps)
+        self.loss = build_loss(self.config, self.prepared, self.device)
+        compiled = getattr(options, "compile", False)
+        self.forward = forward = torch.compile(self.state.model, dynamic=False) if compiled else self.state.model
+        self.parallel = parallel(forward, self.device)
+        self.epoch = 0
+
+    def end_to_end(self) -> float:
+        """Patches per second of a training epoch of this rank, as the trainer logs it."""
+        self.epoch += 1
+        self.feeds.order.set_epoch(self.epoch)
+        done = train_one_epoch(
+            self.parallel,
+            self.feeds.train,
+            self.loss,
+            self.state.optimizer,
+            self.device,
+            statistics=self.state.statistics,
+            steps=self.feeds.order.steps,
+            grad_clip=self.config.optimisation.grad_clip,
+            precision=self.state.precision,
+        )
+        self.wait = self.feeds.train.wait_s / done.duration_s
+        return done.samples / done.duration_s
+
+    def keep_batch(self) -> None:
+        """One batch that stays on the device."""
+        self.feeds.order.set_epoch(1)
+        self.resident = next(iter(self.feeds.train))
+        self.feeds.order.set_epoch(1)
+
+    def bare_step(self) -> float:
+        """Patches per second of the minimal loop on the resident batch."""
+        batch, steps = self.resident, self.feeds.order.steps
+        parameters = [p for group in self.state.optimizer.param_groups for p in group["params"]]
+        self.parallel.train()
+        self.synchronize()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.state.optimizer.zero_grad(set_to_none=True)
+            with self.state.precision.autocast(self.device):
+                prediction = self.parallel(batch.he)
+            value, _ = self.loss(prediction, batch.target, batch.boundary)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.optimisation.grad_clip)
+            self.state.optimizer.step()
+        self.synchronize()
+        return steps * len(batch.he) / (time.perf_counter() - started)
+
+    def validation(self) -> float:
+        """Patches per second of a validation, of this rank's share."""
+        started = time.perf_counter()
+        found = evaluate(
+            self.forward,
+            self.feeds.val,
+            self.loss,
+            self.device,
+            names=self.prepared.table.kept_names,
+            precision=self.state.precision,
+        )
+        self.synchronize()
+        return found.patches / world_size() / (time.perf_counter() - started)
+
+    def bare_forward(self) -> float:
+        """Patches per second of the forward pass alone."""
+        batch, count = self.resident, len(self.feeds.val.loader)
+        self.forward.eval()
+        self.synchronize()
+        started = time.perf_counter()
+        with torch.inference_mode(), self.state.precision.autocast(self.device):
+            for _ in range(count):
+                self.forward(batch.he)
+        self.synchronize()
+        return count * len(batch.he) / (time.perf_counter() - started)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        self.feeds.train.close()
+        self.feeds.val.close()
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """On every rank: epochs and bare loops in turn. The figures of all ranks together, as rank 0 sees them."""
+    device = choose_device(TrainConfig().runtime)
+    with process_group(device):
+        bench = Bench(options)
+        bench.keep_batch()
+        subjects: dict[str, Callable[[], float]] = {
+            "bare_step": bench.bare_step,
+            "end_to_end": bench.end_to_end,
+            "bare_forward": bench.bare_forward,
+            "validation": bench.validation,
+        }
+        rates: dict[str, list[float]] = {name: [] for name in subjects}
+        waits = []
+        for repeat in range(options.repeats + 1):
+            for name, subject in subjects.items():
+                rate = subject() * world_size()
+                if repeat:
+                    rates[name].append(rate)
+            waits.append(bench.wait)
+        bench.close()
+        found: dict[str, Any] = {f"{name}_patches_per_s": median(taken) for name, taken in rates.items()}
+        pairs = list(zip(rates["end_to_end"], rates["bare_step"], strict=True))
+        shares = list(zip(rates["validation"], rates["bare_forward"], strict=True))
+        return {
+            "device": describe_devices(device, world_size()),
+            **found,
+            "end_to_end_over_bare_step": median(whole / bare for whole, bare in pairs),
+            "validation_over_forward": median(whole / bare for whole, bare in shares),
+            "data_wait_fraction": median(waits[1:]),
+        }
+
+
+# One axis grows at a time; all else is as small as it may be and still say something.
+AXES: dict[str, list[dict[str, int]]] = {
+    "patches an epoch": [{"steps": steps} for steps in (4, 8, 16, 32)],
+    "channels": [{"channels": channels} for channels in (1, 5, 20, 60)],
+    "patch size": [{"patch_size": size} for size in (64, 128, 256)],
+    "cores": [{"cores": cores} for cores in (5, 50, 500, 5000)],
+}
+
+
+def growth(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds per patch and seconds of preparation along each axis, with a model of width 4."""
+    results: dict[str, Any] = {}
+    for axis, points in AXES.items():
+        results[axis] = []
+        for index, point in enumerate(points):
+            folder = scratch / f"{axis.replace(' ', '_')}_{index}"
+            size = 64 if axis == "cores" else 512
+            made(folder, point.get("cores", 5), size, point.get("channels", 5))
+            chosen = argparse.Namespace(pairs_dir=str(folder), patch_size=64, batch_size=8, steps=8, base_features=4)
+            chosen.__dict__.update({name: value for name, value in point.items() if hasattr(chosen, name)})
+            # All cores take part in every epoch: with many, one patch of each.
+            bench = Bench(chosen, depth=3, patches_per_image_val=1)
+            bench.end_to_end()
+            train = [bench.end_to_end() for _ in range(options.repeats)]
+            bench.validation()
+            val = [bench.validation() for _ in range(options.repeats)]
+            memory = loader_memory(bench)
+            bench.close()
+            results[axis].append(
+                {
+                    **point,
+                    "train_ms_per_patch": 1e3 / median(train),
+                    "val_ms_per_patch": 1e3 / median(val),
+                    "prepare_s": bench.prepare_s,
+                    "loader_private_mb": memory,
+                }
+            )
+    return results
+
+
+def loader_memory(bench: Bench) -> float | None:
+    """Memory that a loader process has for itself [MB]: what it does not share with the rank."""
+    found = []
+    for process in bench.feeds.train.loader.worker_ids():
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        found.append(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024)
+    return max(found) if found else None
+
+
+def profile(options: argparse.Namespace) -> str:
+    """Operators of one training epoch by their own time, from torch's profiler."""
+    bench = Bench(options)
+    bench.end_to_end()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        rate = bench.end_to_end()
+    bench.close()
+    key = "self_cuda_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
+    shown = profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=48)
+    return f"{shown}\n{rate:.2f} patches/s, waiting for data {bench.wait:.1%}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for a person."""
+    first = next(iter(results.values()))
+    if isinstance(first, list):
+        lines = []
+        for axis, points in results.items():
+            lines.append(f"{axis:<20}{'train ms/patch':>16}{'val ms/patch':>14}{'prepare s':>11}{'loader MB':>11}")
+            for point in points:
+                value, memory = next(iter(point.values())), point["loader_private_mb"]
+                lines.append(
+                    f"{value:<20}{point['train_ms_per_patch']:>16.2f}{point['val_ms_per_patch']:>14.2f}"
+                    f"{point['prepare_s']:>11.2f}{'' if memory is None else f'{memory:.0f}':>11}"
+                )
+        return "\n".join(lines)
+    lines = [f"{'patches/s':<30}" + "".join(f"{name:>12}" for name in results)]
+    for key in first:
+        if key != "device":
+            digits = 1 if key.endswith("per_s") else 3
+            lines.append(f"{key.removesuffix('_patches_per_s'):<30}" + "".join(
+                f"{found[key]:>12.{digits}f}" for found in results.values()
+            ))  # fmt: skip
+    lines += [f"{name}: {found['device']}" for name, found in results.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
