@@ -1,0 +1,314 @@
+"""Is prediction as fast as its network, flat in memory, and without seams?
+
+    python benchmarks/predict.py [--checkpoint RUN] [--json FILE]
+    python benchmarks/predict.py --only slide --slide 20000        # a slide of 400 megapixels, in bounded memory
+
+- speed: megapixels per second of ``predict`` on a tiled TIFF, from the open file to the finished output, over those of
+  the bare network on the same tiles, measured in turns in one process (goal: 0.85 or more);
+- memory: largest resident memory of a process that predicts images of growing height, and of growing width;
+- seams: the prediction of a large image against those of shifted crops, whose tiles meet elsewhere: the difference
+  where tiles of the large image meet, over the difference inside them (goal: about 1), and the step between
+  neighbouring pixels there over the step elsewhere;
+- slide (only when asked for): a generated slide, predicted by a tiny network in a process of its own.
+
+The tissue is that of the demo, repeated. Without ``--checkpoint`` the network has random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import tifffile  # noqa: E402
+import torch  # noqa: E402
+
+from orion_unet import checkpoint  # noqa: E402
+from orion_unet.config import TrainConfig  # noqa: E402
+from orion_unet.data.demo import MARKERS, draw_core  # noqa: E402
+from orion_unet.data.normalization import Normalization  # noqa: E402
+from orion_unet.inference.images import ArrayImage, open_he  # noqa: E402
+from orion_unet.inference.model import TrainedModel, load_trained  # noqa: E402
+from orion_unet.inference.predict import predict  # noqa: E402
+from orion_unet.inference.predict_files import PredictOptions, predict_files  # noqa: E402
+from orion_unet.inference.tiling import TiledPrediction, choose_tiling  # noqa: E402
+from orion_unet.models.unet import SpatialUNet  # noqa: E402
+
+PARTS = ("speed", "memory", "seams")
+TISSUE = 1024
+TILE = 256
+
+
+def tissue(size: int = TISSUE) -> np.ndarray:
+    """Demo tissue (size, size, 3) uint8 without the glass around it, made to be repeated: mirrored both ways."""
+    core, _ = draw_core(seed=1, size=size)
+    quarter = core[size // 4 : 3 * size // 4, size // 4 : 3 * size // 4]
+    half = np.concatenate([quarter, quarter[::-1]])
+    return np.concatenate([half, half[:, ::-1]], axis=1)
+
+
+def write_slide(path: Path, height: int, width: int) -> None:
+    """A tiled TIFF of repeated tissue, written tile by tile; the size of a pixel is 0.325 micrometres."""
+    pattern = tissue()
+
+    def tiles() -> Iterator[np.ndarray]:
+        for y in range(0, height, TILE):
+            for x in range(0, width, TILE):
+                rows, columns = np.arange(y, y + TILE) % TISSUE, np.arange(x, x + TILE) % TISSUE
+                yield np.ascontiguousarray(pattern[rows[:, None], columns])
+
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        tiff.write(
+            tiles(), shape=(height, width, 3), dtype=np.uint8, tile=(TILE, TILE), photometric="rgb",
+            compression="jpeg", resolution=(1e4 / 0.325,) * 2, resolutionunit="CENTIMETER", maxworkers=1,
+        )  # fmt: skip
+
+
+def write_model(path: Path, markers: int, **options: Any) -> Path:
+    """A checkpoint of random weights from a fixed seed."""
+    config = TrainConfig.from_options(options)
+    torch.manual_seed(0)
+    network = SpatialUNet.from_options(config.model, markers)
+    names = tuple(MARKERS)[:markers]
+    bounds = np.zeros(markers), np.ones(markers), np.zeros(markers)
+    content = {
+        "model": network.state_dict(),
+        "options": config.options(),
+        "normalization": Normalization(names, *bounds, white=65535.0).document(),
+        "channel_names": list(names),
+        "split": {},
+        "epoch": 0,
+    }
+    checkpoint.save(path, content)
+    return path
+
+
+def bare_forward_s(model: TrainedModel, source: Path) -> float:
+    """Seconds of the network alone on all tiles of the image, in the batches in which predict runs them."""
+    with open_he(source) as image:
+        tiles = TiledPrediction(model, image, choose_tiling(model, image.shape))
+        count = len(tiles.rows) * len(tiles.columns)
+        batch = torch.rand(tiles.batch_size, 3, tiles.tiling.tile, tiles.tiling.tile, device=model.device)
+    began = time.perf_counter()
+    for start in range(0, count, tiles.batch_size):
+        predicted = model.predict(batch[: min(tiles.batch_size, count - start)])
+    # Nothing is done before its result is here.
+    predicted[..., 0, 0].cpu()
+    return time.perf_counter() - began
+
+
+def speed(folder: Path, model: TrainedModel, size: int, repeats: int) -> dict[str, Any]:
+    """Megapixels per second of the command and of its network, medians over turns."""
+    source = folder / "speed.tif"
+    write_slide(source, size, size)
+    found: dict[str, list[float]] = {"forward": [], "npy": [], "ome-tiff": []}
+    for turn in range(repeats + 1):
+        seconds = {"forward": bare_forward_s(model, source)}
+        for kind in ("npy", "ome-tiff"):
+            options = PredictOptions(format=kind, tissue_only=False, overview=False, overwrite=True)
+            began = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()):
+                predict_files(model, [source], folder / "speed", options)
+            seconds[kind] = time.perf_counter() - began
+        # The first turn warms up.
+        if turn:
+            for name, value in seconds.items():
+                found[name].append(value)
+    rates = {name: size * size / 1e6 / statistics.median(values) for name, values in found.items()}
+    ratios = {
+        kind: statistics.median(f / value for f, value in zip(found["forward"], found[kind], strict=True))
+        for kind in ("npy", "ome-tiff")
+    }
+    return {"pixels": size * size, "markers": len(model.names), "mp_per_s": rates, "over_forward": ratios}
+
+
+MEASURED = """
+import resource, sys
+from orion_unet.__main__ import main
+code = main()
+print("peak_kb", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def peak_memory(checkpoint_path: Path, source: Path, out: Path, *options: str) -> tuple[float, float]:
+    """Megabytes of resident memory at most, and seconds, of the command in a process of its own."""
+    words = ["predict", "--checkpoint", checkpoint_path, "--input", source, "--output_dir", out, "--device", "cpu"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, words), "--no_tissue_only", *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    return int(done.stdout.split()[-1]) / 1024, time.perf_counter() - began
+
+
+def memory(folder: Path, sizes: list[int]) -> list[dict[str, Any]]:
+    """Largest memory for heights at one width, then for widths at one height."""
+    model = write_model(folder / "tiny.pt", markers=4, base_features=4, depth=2, patch_size=64)
+    found = []
+    for height, width in [(size, sizes[0]) for size in sizes] + [(sizes[0], size) for size in sizes[1:]]:
+        source = folder / "memory.tif"
+        write_slide(source, height, width)
+        peak, seconds = peak_memory(model, source, folder / "memory", "--format", "ome-tiff", "--overwrite")
+        found.append({"height": height, "width": width, "peak_mb": peak, "seconds": seconds})
+    return found
+
+
+def seams(model: TrainedModel, size: int, crops: int) -> dict[str, float]:
+    """Differences between a large image and shifted crops of it, where its tiles meet and inside them."""
+    he = np.tile(tissue(), (-(-size // TISSUE), -(-size // TISSUE), 1))[:size, :size]
+    tile = 32 * 2**model.network.depth
+    image = ArrayImage(Path("he"), lambda: he)
+    tiles = TiledPrediction(model, image, choose_tiling(model, image.shape, tile))
+    large = predict(he, model, normalized=True, tile=tile)
+    meeting = np.zeros((size, size), bool)
+    lines = np.zeros(size - 1, bool)
+    for start in tiles.rows[1:]:
+        meeting[start : start + tiles.tiling.overlap] = meeting[:, start : start + tiles.tiling.overlap] = True
+        # Where one tile begins to count and where the other ceases to.
+        lines[[line for line in (start - 1, start + tiles.tiling.overlap - 1) if line < size - 1]] = True
+    rng = np.random.default_rng(0)
+    # Of the crop, what lies deep inside one of its own tiles: there only the large image has a seam.
+    apart, deep = tiles.tiling.stride, tiles.tiling.overlap
+    sums = {(kind, at): [0.0, 0] for kind in ("aligned", "shifted") for at in (True, False)}
+    for index in range(crops):
+        kind = "aligned" if index % 2 else "shifted"
+        step = 2**model.network.depth
+        y, x = rng.integers(0, size - 3 * tile, 2).tolist()
+        y, x = (y // step * step, x // step * step) if kind == "aligned" else (y | 1, x | 1)
+        crop = predict(he[y : y + 3 * tile, x : x + 3 * tile], model, normalized=True, tile=tile)
+        begin = apart - tiles.tiling.margin + deep
+        inner = slice(begin, begin + tile - 2 * deep)
+        outer = tuple(slice(at + begin, at + begin + tile - 2 * deep) for at in (y, x))
+        difference = np.abs(crop[:, inner, inner] - large[:, outer[0], outer[1]]).mean(axis=0)
+        at_seam = meeting[outer]
+        for at in (True, False):
+            sums[kind, at][0] += float(difference[at_seam == at].sum())
+            sums[kind, at][1] += int((at_seam == at).sum())
+    means = {key: total / max(count, 1) for key, (total, count) in sums.items()}
+    steps = np.abs(np.diff(large, axis=2)).mean(axis=(0, 1))
+    return {
+        "sd_of_prediction": float(large.std()),
+        "aligned_at_seams": means["aligned", True],
+        "aligned_inside": means["aligned", False],
+        "shifted_at_seams": means["shifted", True],
+        "shifted_inside": means["shifted", False],
+        "shifted_ratio": means["shifted", True] / means["shifted", False],
+        "step_ratio": float(steps[lines].mean() / steps[~lines].mean()),
+    }
+
+
+def slide(folder: Path, size: int, keep: bool) -> dict[str, Any]:
+    """A slide of ``size`` x ``size`` pixels by a network of 4 markers: seconds and largest memory."""
+    model = write_model(folder / "tiny.pt", markers=4, base_features=4, depth=2, patch_size=64)
+    source = folder / "slide.tif"
+    write_slide(source, size, size)
+    peak, seconds = peak_memory(model, source, folder / "slide", "--format", "ome-tiff", "--overwrite")
+    result = folder / "slide" / "slide.ome.tiff"
+    found = {
+        "size": size,
+        "seconds": seconds,
+        "mp_per_s": size * size / 1e6 / seconds,
+        "peak_mb": peak,
+        "input_mb": source.stat().st_size / 1e6,
+        "output_mb": result.stat().st_size / 1e6,
+    }
+    if not keep:
+        result.unlink()
+    return found
+
+
+def report(found: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = ["# Prediction: speed, memory, seams", "", found["machine"], ""]
+    if "speed" in found:
+        part = found["speed"]
+        lines += [f"{part['pixels'] / 1e6:.1f} megapixels, {part['markers']} markers, {found['network']}.", ""]
+        lines += ["| | megapixels/s | over the bare network |", "| --- | --- | --- |"]
+        lines += [f"| bare network, same tiles | {part['mp_per_s']['forward']:.3f} | 1 |"]
+        lines += [
+            f"| predict, {kind} | {part['mp_per_s'][kind]:.3f} | {part['over_forward'][kind]:.2f} |"
+            for kind in ("npy", "ome-tiff")
+        ]
+        lines.append("")
+    if "memory" in found:
+        lines += ["| height | width | peak memory [MB] | seconds |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {row['height']} | {row['width']} | {row['peak_mb']:.0f} | {row['seconds']:.1f} |"
+            for row in found["memory"]
+        ]
+        lines.append("")
+    if "seams" in found:
+        lines += ["| seams | |", "| --- | --- |"]
+        lines += [f"| {name.replace('_', ' ')} | {value:.3g} |" for name, value in found["seams"].items()]
+        lines.append("")
+    if "slide" in found:
+        part = found["slide"]
+        lines += [
+            f"A slide of {part['size']:,} x {part['size']:,} pixels (tiled JPEG, {part['input_mb']:.0f} MB), "
+            f"4 markers, a tiny network: {part['seconds']:.0f} s ({part['mp_per_s']:.2f} MP/s), "
+            f"peak memory {part['peak_mb']:.0f} MB, output {part['output_mb']:.0f} MB.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="a trained model for speed and seams; default: random weights")
+    parser.add_argument("--only", nargs="+", choices=(*PARTS, "slide"), default=PARTS, help="default: all but slide")
+    parser.add_argument("--size", type=int, default=2048, help="side of the image of speed and seams [pixels]")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="sides for memory [pixels]"
+    )
+    parser.add_argument("--slide", type=int, default=20000, help="side of the slide [pixels]; default: 20000")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of speed; default: 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    parser.add_argument(
+        "--work_dir", type=Path, metavar="DIR", help="keep what is made here; default: a temporary folder"
+    )
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.work_dir or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        given = options.checkpoint or write_model(
+            folder / "random.pt", markers=20, base_features=16, depth=3, patch_size=128, use_boundary_guidance=True
+        )
+        model = load_trained(given)
+        kind = model.config.model
+        found: dict[str, Any] = {
+            "machine": f"{model.device}, {torch.get_num_threads()} threads, {platform.machine()}, "
+            f"torch {torch.__version__}; load {os.getloadavg()[0]:.1f} at the start",
+            "network": f"{kind.base_features} base features, depth {kind.depth}"
+            + ("" if options.checkpoint else ", random weights"),
+        }
+        if "speed" in options.only:
+            found["speed"] = speed(folder, model, options.size, options.repeats)
+        if "memory" in options.only:
+            found["memory"] = memory(folder, options.sizes)
+        if "seams" in options.only:
+            found["seams"] = seams(model, options.size, crops=24)
+        if "slide" in options.only:
+            found["slide"] = slide(folder, options.slide, keep=options.work_dir is not None)
+    print(report(found))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What predict reads and writes: its inputs, the names of its outputs, and what a run in several steps has finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orion_unet.data.channels import NAMES_FILE
+from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
+from orion_unet.errors import InputError, RunError
+from orion_unet.inference.images import SUFFIXES
+from orion_unet.run_log import read_document, write_atomic, write_json
+
+RESULT_SUFFIX = {"npy": ".npy", "ome-tiff": ".ome.tiff"}
+RECORD_FILE = ".predict.partial.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input and its outputs; ``fingerprint`` is all that decides the prediction's values."""
+
+    source: Path
+    name: str
+    result: Path
+    overview: Path | None
+    fingerprint: dict[str, Any]
+
+
+def find_inputs(given: Sequence[str | Path]) -> list[Path]:
+    """The images that files and folders name; of a folder its ``NAME_HE.npy``, or else every readable image.
+
+    Raises InputError that lists everything missing or empty.
+    """
+    found: list[Path] = []
+    problems = []
+    for path in map(Path, given):
+        try:
+            images = _images(path) if path.is_dir() else [path]
+        except OSError as error:
+            problems.append(f"{path}: cannot be read ({error.strerror})")
+            continue
+        if not images:
+            problems.append(f"{path}: holds no image ({', '.join(SUFFIXES)})")
+        elif not images[0].exists():
+            problems.append(f"{path}: does not exist")
+        found += images
+    if problems:
+        raise InputError.listing("--input cannot be used:", problems)
+    return list(dict.fromkeys(found))
+
+
+def _images(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+    preferred = [path for path in files if path.name.endswith(HE_SUFFIX)]
+    readable = [path for path in files if path.suffix.lower() in SUFFIXES and not path.name.endswith(ORION_SUFFIX)]
+    return preferred or readable
+
+
+def output_name(source: Path) -> str:
+    """Name of an image without its endings: core_1 of core_1_HE.npy, slide of slide.ome.tif."""
+    name = source.stem
+    if name.lower().endswith(".ome"):
+        name = name[: -len(".ome")]
+    return name.removesuffix("_HE") or name
+
+
+def plan_jobs(
+    sources: Sequence[Path],
+    output_dir: Path,
+    kind: str,
+    overview: bool,
+    decisive: dict[str, Any],
+) -> list[Job]:
+    """A job per input. ``decisive`` are the options and the checkpoint that decide the values.
+
+    Raises InputError where two inputs would have one output, or an output would replace an input.
+    """
+    jobs, problems = [], []
+    taken: dict[str, Path] = {}
+    inputs = {path.resolve() for path in sources}
+    for source in sources:
+        name = output_name(source)
+        if name in taken:
+            problems.append(f"{taken[name]} and {source}: both would become {name}; predict them into two folders")
+            continue
+        taken[name] = source
+        stat = source.stat()
+        seen = {"file": source.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        result = output_dir / f"{name}{RESULT_SUFFIX[kind]}"
+        if result.resolve() in inputs:
+            problems.append(f"{result}: is an input, and would be replaced; name another --output_dir")
+        drawn = output_dir / f"{name}_overview.png" if overview else None
+        if drawn and drawn.resolve() in inputs:
+            problems.append(f"{drawn}: is an input, and would be replaced; name another --output_dir")
+        # Through JSON and back, as it will be compared.
+        fingerprint = json.loads(json.dumps({"input": seen, **decisive}))
+        jobs.append(Job(source, name, result, drawn, fingerprint))
+    if problems:
+        raise InputError.listing("--input cannot be used:", problems)
+    return jobs
+
+
+class Record:
+    """Which of several inputs are done, kept in the folder until all are, so that the same command can go on."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / RECORD_FILE
+        self._finished: dict[str, Any] = {}
+        with suppress(OSError):
+            document, _ = read_document(self.path)
+            finished = (document or {}).get("finished")
+            self._finished = finished if isinstance(finished, dict) else {}
+
+    def holds(self, job: Job) -> bool:
+        """Whether an earlier, interrupted command has finished this very job, and its outputs are still there."""
+        outputs = [job.result, *([job.overview] if job.overview else [])]
+        return self._finished.get(job.result.name) == job.fingerprint and all(path.exists() for path in outputs)
+
+    def add(self, job: Job) -> None:
+        """Note that a job is done."""
+        self._finished[job.result.name] = job.fingerprint
+        try:
+            write_json(self.path, {"finished": self._finished})
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+
+    def close(self) -> None:
+        """Forget: everything is done."""
+        self.path.unlink(missing_ok=True)
+
+
+def prepare_folder(output_dir: Path) -> None:
+    """Make the folder, and see that it can be written to; raises InputError."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {output_dir}: cannot be made ({error.strerror})") from None
+    if not os.access(output_dir, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {output_dir}: cannot be written to")
+
+
+def refuse_existing(jobs: Sequence[Job], names_file: tuple[Path, str] | None) -> None:
+    """Raise InputError that lists every output that exists; ``names_file`` is one with the content it should have."""
+    found = [str(path) for job in jobs for path in (job.result, job.overview) if path is not None and path.exists()]
+    if names_file is not None and names_file[0].exists() and _text(names_file[0]) != names_file[1]:
+        found.append(f"{names_file[0]} (of other markers)")
+    if found:
+        raise InputError.listing(
+            "these outputs exist:", found, "Add --overwrite to replace them, or name another --output_dir.", limit=10
+        )
+
+
+def names_file(output_dir: Path, names: Sequence[str]) -> tuple[Path, str]:
+    """The file that names the channels of .npy outputs, in the form that training reads, and its content."""
+    return output_dir / NAMES_FILE, "".join(f"{name}\n" for name in names)
+
+
+def write_names(path: Path, content: str) -> None:
+    """Write channel_names.txt unless it is there already; raises RunError."""
+    if _text(path) == content:
+        return
+    try:
+        write_atomic(path, content.encode())
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None

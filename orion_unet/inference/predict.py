@@ -1,0 +1,43 @@
+"""From an H&E image in memory to its predicted markers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from orion_unet.inference.images import ArrayImage
+from orion_unet.inference.model import TrainedModel
+from orion_unet.inference.tiling import TiledPrediction, choose_tiling
+from orion_unet.inference.units import Unit
+
+
+def predict(
+    he: np.ndarray,
+    model: TrainedModel,
+    *,
+    normalized: bool = False,
+    tta: bool = False,
+    tissue_only: bool = False,
+    tile: int | None = None,
+    overlap: int | None = None,
+    batch_size: int | None = None,
+) -> np.ndarray:
+    """Predict the markers of an H&E image of any size, by the same blended tiles as ``python -m orion_unet predict``.
+
+    ``he`` is (H, W, 3) or (3, H, W): uint8, uint16, or floats in [0, 1] or [0, 255]. ``model`` comes from
+    ``orion_unet.load_model``. Returns (C, H, W) float32 in the order of ``model.names`` and in the unit of the
+    training data, or in [0, 1] with ``normalized``. ``tta`` averages over the eight flips and turns, ``tissue_only``
+    leaves tiles of blank glass at 0; ``tile`` and ``overlap`` are in pixels. Raises InputError for an array of
+    another kind, or numbers that do not fit the network.
+    """
+    array = np.asarray(he)
+    image = ArrayImage(Path("he"), lambda: array)
+    tiling = choose_tiling(model, image.shape, tile, overlap)
+    tiles = TiledPrediction(model, image, tiling, tissue_only=tissue_only, augmented=tta, batch_size=batch_size)
+    markers = np.empty((len(model.names), *image.shape), np.float32)
+    unit = Unit(model.normalization, range(len(model.names)), normalized)
+    for y, rows in tiles.run():
+        for channel, values in enumerate(rows):
+            markers[channel, y : y + rows.shape[1]] = unit.stored(values, channel).cpu().numpy()
+    return markers

@@ -1,0 +1,232 @@
+"""From files of H&E images, of any size, to files of predicted markers."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orion_unet import __version__
+from orion_unet.errors import InputError, RunError
+from orion_unet.inference.images import HeImage, open_he
+from orion_unet.inference.model import TrainedModel
+from orion_unet.inference.outputs import (
+    Job,
+    Record,
+    find_inputs,
+    names_file,
+    plan_jobs,
+    prepare_folder,
+    refuse_existing,
+    write_names,
+)
+from orion_unet.inference.progress import Progress, duration
+from orion_unet.inference.thumbnails import box_size, thumbnail
+from orion_unet.inference.tiling import TiledPrediction, choose_tiling
+from orion_unet.inference.units import LEVELS, Unit
+from orion_unet.inference.working_file import WorkingFile
+
+# Values that are brought to their unit and written at a time: so few that they stay in the processor's cache, or so
+# many that a GPU is not kept waiting.
+CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How to predict and what to write; None stands for what suits the input."""
+
+    format: str = "npy"
+    dtype: str = "uint16"
+    normalized: bool = False
+    markers: str | None = None
+    pixel_size_um: float | None = None
+    tissue_only: bool | None = None
+    tta: bool = False
+    tile: int | None = None
+    overlap: int | None = None
+    batch_size: int | None = None
+    overwrite: bool = False
+    overview: bool = True
+
+
+def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir: Path, options: PredictOptions) -> int:
+    """Predict every image of ``inputs`` (files and folders) into ``output_dir``; returns how many could not be.
+
+    Outputs are NAME.npy or NAME.ome.tiff and NAME_overview.png, beside channel_names.txt for .npy; each appears
+    under its name only when it is whole. What an interrupted call with the same options has done is kept: it goes
+    on at the tile row where it was left. An image that cannot be read is told of, and the others go on. Raises
+    InputError for options that cannot be used or outputs that exist, RunError where the disk or memory fails.
+    """
+    choose_tiling(model, (1, 1), options.tile, options.overlap)
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(f"--batch_size {options.batch_size}: must be at least 1")
+    kept = chosen_markers(options.markers, model.names)
+    names = [model.names[index] for index in kept]
+    jobs = plan_jobs(find_inputs(inputs), output_dir, options.format, options.overview, _decisive(model, options))
+    prepare_folder(output_dir)
+    record, progress = Record(output_dir), Progress()
+    waiting = [job for job in jobs if not record.holds(job)]
+    listed = names_file(output_dir, names) if options.format == "npy" else None
+    if not options.overwrite:
+        refuse_existing(waiting, listed)
+    if len(waiting) < len(jobs):
+        progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} images were finished before")
+    if listed is not None:
+        write_names(*listed)
+    failed = 0
+    for job in waiting:
+        try:
+            with open_he(job.source) as image:
+                _predict_image(model, image, job, kept, options, progress)
+        except InputError as error:
+            if len(jobs) == 1:
+                raise
+            failed += 1
+            progress.end()
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        finally:
+            progress.end()
+        if len(jobs) > 1:
+            record.add(job)
+    if not failed:
+        record.close()
+    return failed
+
+
+def chosen_markers(given: str | None, names: Sequence[str]) -> list[int]:
+    """Indices of the markers that ``--markers NAME,NAME`` names, in that order; all where None. Raises InputError."""
+    if given is None:
+        return list(range(len(names)))
+    wanted = [name.strip() for name in given.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in names]
+    if unknown or not wanted or len(set(wanted)) < len(wanted):
+        what = f"no marker {', '.join(unknown)}" if unknown else "name each marker once, and at least one"
+        raise InputError(f"--markers {given}: {what}; the model predicts {', '.join(names)}")
+    return [names.index(name) for name in wanted]
+
+
+def _decisive(model: TrainedModel, options: PredictOptions) -> dict[str, Any]:
+    """All but the input that decides the values of an output: what a resumed call must have in common."""
+    with open(model.path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "version": __version__,
+        "checkpoint": digest,
+        "precision": str(model.precision),
+        "format": options.format,
+        "dtype": options.dtype,
+        "normalized": options.normalized,
+        "markers": options.markers,
+        "tissue_only": options.tissue_only,
+        "tta": options.tta,
+        "tile": options.tile,
+        "overlap": options.overlap,
+    }
+
+
+def _predict_image(
+    model: TrainedModel, image: HeImage, job: Job, kept: list[int], options: PredictOptions, progress: Progress
+) -> None:
+    began = time.monotonic()
+    tiles = TiledPrediction(
+        model,
+        image,
+        choose_tiling(model, image.shape, options.tile, options.overlap),
+        kept=kept,
+        tissue_only=image.is_slide if options.tissue_only is None else options.tissue_only,
+        augmented=options.tta,
+        batch_size=options.batch_size,
+    )
+    unit = Unit(model.normalization, kept, options.normalized)
+    quantized = options.format == "ome-tiff" and options.dtype == "uint16"
+    shape = (len(kept), *image.shape)
+    with WorkingFile(job.result.parent, job.name, shape, "<u2" if quantized else "<f4", job.fingerprint) as working:
+        first = working.finished_rows
+        if first:
+            progress.say(f"{job.name}: going on at tile row {first + 1} of {len(tiles.rows)}")
+        columns = len(tiles.columns)
+        at_once = max(1, CHUNK_VALUES[model.device.type] // image.shape[1])
+        progress.start(job.name, len(tiles.rows) * columns, first * columns)
+        try:
+            for done, (y, rows) in enumerate(tiles.run(first, progress.advance), first + 1):
+                for channel, start in product(range(len(kept)), range(0, rows.shape[1], at_once)):
+                    values = unit.stored(rows[channel, start : start + at_once], channel)
+                    values = unit.quantized(values) if quantized else values
+                    working.write(channel, y + start, values.cpu().numpy())
+                working.finish_row(done)
+        except InputError:
+            # The image is damaged further down: there is nothing to go on with.
+            working.remove()
+            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise RunError(
+                f"{job.source}: too little memory for tiles of {tiles.tiling.tile} pixels: lower --batch_size or --tile"
+            ) from error
+        finally:
+            progress.end()
+        _write_outputs(model, image, job, working, unit, options, progress)
+    pixels = image.shape[0] * image.shape[1]
+    progress.say(
+        f"{job.result.name}: {image.shape[1]:,} x {image.shape[0]:,} pixels, {len(kept)} markers, "
+        f"{duration(time.monotonic() - began)} ({pixels / 1e6 / (time.monotonic() - began):.2f} MP/s)"
+    )
+
+
+def _write_outputs(
+    model: TrainedModel,
+    image: HeImage,
+    job: Job,
+    working: WorkingFile,
+    unit: Unit,
+    options: PredictOptions,
+    progress: Progress,
+) -> None:
+    """The output under its final name, and its overview."""
+    pixel_size_um = options.pixel_size_um or image.pixel_size_um
+    # Measured first: the working file may become the output.
+    pictures = _thumbnails(image, working, unit) if job.overview else None
+    if options.format == "npy":
+        working.become(job.result)
+    else:
+        from orion_unet.inference.ome_tiff import write_ome_tiff
+
+        if pixel_size_um is None:
+            progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
+        meaning = "[0, 1]" if unit.normalized else f"the unit of the training data, where {unit.high:g} is white"
+        write_ome_tiff(
+            job.result,
+            working.open(),
+            unit.names,
+            pixel_size_um=pixel_size_um,
+            dtype=options.dtype,
+            # Levels are stored as they are.
+            high=LEVELS if working.dtype.kind == "u" else unit.high,
+            description=f"Predicted from {job.source.name} by {model.path.name} of epoch {model.epoch}, in {meaning}",
+        )
+        working.remove()
+    if job.overview and pictures:
+        from orion_unet.inference.overview import write_overview
+
+        shown = pixel_size_um * box_size(image.shape) if pixel_size_um else None
+        write_overview(job.overview, *pictures, unit.names, pixel_size_um=shown)
+
+
+def _thumbnails(image: HeImage, working: WorkingFile, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
+    """H&E (h, w, 3) and markers (C, h, w), both in [0, 1]."""
+    scale = unit.high / LEVELS if working.dtype.kind == "u" else 1.0
+    markers = [
+        unit.displayed(thumbnail(partial(working.rows, channel), image.shape) * scale, channel)
+        for channel in range(len(unit.names))
+    ]
+    he = thumbnail(lambda rows: image.read(rows.start, 0, rows.stop - rows.start, image.shape[1]), image.shape)
+    return he, np.stack(markers)

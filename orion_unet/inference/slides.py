@@ -1,0 +1,241 @@
+"""TIFF of every kind (OME-TIFF, pyramids, ImageScope's SVS): the full-resolution level, decoded by tile or strip."""
+
+from __future__ import annotations
+
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orion_unet.distributed import usable_cores
+from orion_unet.errors import InputError
+from orion_unet.inference.images import ArrayImage, HeImage, believable, needed
+
+# Decoded tiles that are kept for the next region, which overlaps this one. One tile or strip alone may be
+# larger than the cache, but not than LARGEST_SEGMENT: that is a slide in one compressed piece.
+CACHE_BYTES, LARGEST_SEGMENT = 1 << 27, 1 << 29
+# TIFF's numbers for what the pixels mean and how they are compressed.
+GRAY, RGB, YCBCR = 1, 2, 6
+JPEGS, YCBCR_JPEG_2000 = (6, 7, 34892, 33007), 33003
+MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+
+
+class TiffImage(HeImage):
+    """Level 0 of a TIFF whose pixels are in one page (interleaved or planar) or in one page per channel."""
+
+    is_slide = True
+
+    def __init__(self, path: Path, tiff: Any, planes: list[Any], pixel_size_um: float | None) -> None:
+        page = self._page = planes[0].keyframe
+        white = float(np.iinfo(page.dtype).max)
+        super().__init__(path, (page.imagelength, page.imagewidth), white, pixel_size_um)
+        self._tiff, self._planes = tiff, planes
+        self._planar = len(planes) > 1 or (page.planarconfig == 2 and page.samplesperpixel > 1)
+        if page.is_tiled:
+            self._side = (page.tilelength, page.tilewidth)
+        else:
+            self._side = (min(page.rowsperstrip, page.imagelength), page.imagewidth)
+        self._grid = tuple(-(-length // side) for length, side in zip(self.shape, self._side, strict=True))
+        self._check()
+        self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._decoders = ThreadPoolExecutor(max_workers=min(8, usable_cores()))
+
+    def _check(self) -> None:
+        """Refuse what cannot be read in bounded memory, and a file that ends before its pixels do."""
+        samples = 1 if self._planar else self._page.samplesperpixel
+        segment = self._side[0] * self._side[1] * samples * self._page.dtype.itemsize
+        if segment > LARGEST_SEGMENT:
+            raise InputError(
+                f"{self.path}: its pixels are compressed in pieces of {segment / 1e9:.1f} GB, too large to be read by "
+                "region: save it as a tiled TIFF"
+            )
+        per_page = self._grid[0] * self._grid[1] * (3 if self._planar and len(self._planes) == 1 else 1)
+        size = self._tiff.filehandle.size
+        for plane in self._planes:
+            offsets, counts = plane.dataoffsets, plane.databytecounts
+            if min(len(offsets), len(counts)) < per_page:
+                raise InputError(f"{self.path}: is damaged, it lists {len(offsets)} of its {per_page} tiles or strips")
+            if max(map(sum, zip(offsets, counts, strict=False))) > size:
+                raise InputError(f"{self.path}: is truncated, its pixels go on behind the end of the file")
+
+    def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
+        # A tile that the file leaves out is empty slide.
+        region = np.full((height, width, 3), int(self.white), self._page.dtype)
+        if 0 in region.shape:
+            return region
+        rows = range(y // self._side[0], -(-(y + height) // self._side[0]))
+        columns = range(x // self._side[1], -(-(x + width) // self._side[1]))
+        places = [
+            (channel, row, column) for channel in range(3 if self._planar else 1) for row in rows for column in columns
+        ]
+        for (channel, row, column), pixels in zip(places, self._decoders.map(self._segment, places), strict=True):
+            if pixels is None:
+                continue
+            top, left = row * self._side[0], column * self._side[1]
+            up, down = max(top, y), min(top + pixels.shape[0], y + height)
+            start, end = max(left, x), min(left + pixels.shape[1], x + width)
+            part = pixels[up - top : down - top, start - left : end - left]
+            if self._planar:
+                region[up - y : down - y, start - x : end - x, channel] = part[..., 0]
+            else:
+                region[up - y : down - y, start - x : end - x] = part[..., :3]
+        self._forget(places)
+        return region
+
+    def _segment(self, place: tuple[int, int, int]) -> np.ndarray | None:
+        """Decoded tile or strip, (h, w, samples); None where the file holds nothing for it."""
+        channel, row, column = place
+        found = self._cache.get(place)
+        if found is not None:
+            return found
+        one_page = len(self._planes) == 1
+        plane = self._planes[0 if one_page else channel]
+        index = row * self._grid[1] + column
+        if one_page:
+            index += channel * self._grid[0] * self._grid[1]
+        offset, count = plane.dataoffsets[index], plane.databytecounts[index]
+        if not count:
+            return None
+        tables = {"jpegtables": plane.jpegtables, "jpegheader": self._page.jpegheader}
+        try:
+            data = os.pread(self._tiff.filehandle.fileno(), count, offset)
+            if len(data) < count:
+                raise ValueError("the file ends here")
+            pixels = self._page.decode(data, index, **(tables if self._page.compression in JPEGS else {}))[0]
+        except Exception as error:
+            # Decoders raise nearly anything on damaged bytes.
+            raise InputError(
+                f"{self.path}: is damaged or truncated at row {row * self._side[0]}, column "
+                f"{column * self._side[1]} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            ) from None
+        if pixels is None:
+            return None
+        self._cache[place] = pixels[0]
+        return pixels[0]
+
+    def _forget(self, used: list[tuple[int, int, int]]) -> None:
+        """Keep the segments used last, as many as the cache may hold but at least one."""
+        for place in used:
+            if place in self._cache:
+                self._cache.move_to_end(place)
+        held = sum(pixels.nbytes for pixels in self._cache.values())
+        while held > CACHE_BYTES and len(self._cache) > 1:
+            held -= self._cache.popitem(last=False)[1].nbytes
+
+    def close(self) -> None:
+        self._decoders.shutdown()
+        self._tiff.close()
+
+
+def open_slide(path: Path) -> HeImage:
+    """Open a TIFF at full resolution; raises InputError where it is damaged or holds no RGB image."""
+    tifffile = needed("tifffile")
+    # Without it only some compressions could be read, and the others would look damaged.
+    needed("imagecodecs")
+    try:
+        tiff = tifffile.TiffFile(path)
+    except Exception as error:
+        # Its reader raises nearly anything on damaged bytes.
+        raise InputError(f"{path}: is damaged, truncated or no TIFF ({error})") from None
+    try:
+        return _open(path, tiff)
+    except Exception as error:
+        tiff.close()
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is damaged or of a kind that cannot be read ({error})") from None
+
+
+def _open(path: Path, tiff: Any) -> HeImage:
+    series = tiff.series[0].levels[0]
+    page = series.keyframe
+    planes = [page] if len(series.pages) == 1 else list(series.pages)
+    refused = _refusal(series, page, planes)
+    if refused:
+        raise InputError(f"{path}: {refused}")
+    pixel_size_um = _pixel_size(tiff, page)
+    if series.dataoffset is not None and (len(planes) == 3 or page.samplesperpixel == 3):
+        image = _mapped(path, tiff, series, page, planes, pixel_size_um)
+        tiff.close()
+        return image
+    return TiffImage(path, tiff, planes, pixel_size_um)
+
+
+def _refusal(series: Any, page: Any, planes: list[Any]) -> str:
+    """Why this cannot be an H&E, or nothing."""
+    samples, meaning = page.samplesperpixel, int(page.photometric)
+    if page.imagedepth > 1 or None in planes:
+        return f"holds a stack of shape {series.shape}, not one image"
+    if len(planes) > 1:
+        if len(planes) != 3 or samples != 1 or series.axes[0] not in "CSQ" or meaning not in (GRAY, RGB):
+            return f"holds {len(planes)} planes of {samples} samples ({series.axes}); an H&E has 3 channels"
+    elif samples not in (3, 4) or meaning not in (GRAY, RGB, YCBCR) or (samples == 4 and meaning != RGB):
+        kind = getattr(page.photometric, "name", str(meaning)).lower()
+        return f"has {samples} samples a pixel ({kind}); an H&E has the three channels red, green, blue"
+    if page.dtype not in (np.uint8, np.uint16) or page.bitspersample not in (8, 16):
+        return f"has pixels of {page.bitspersample} bits ({page.dtype}); use uint8 or uint16"
+    if page.compression == YCBCR_JPEG_2000 or (meaning == YCBCR and page.compression not in JPEGS):
+        return f"has colours stored as YCbCr under {page.compression.name.lower()} compression: save it as RGB"
+    return ""
+
+
+def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pixel_size_um: float | None) -> HeImage:
+    """Pixels that lie in the file uncompressed and in one piece."""
+    planar = len(planes) == 3 or page.planarconfig == 2
+    size = (page.imagelength, page.imagewidth)
+    shape = (3, *size) if planar else (*size, 3)
+    dtype = page.dtype.newbyteorder(tiff.byteorder)
+    offset = int(series.dataoffset)
+    if offset + int(np.prod(shape)) * dtype.itemsize > tiff.filehandle.size:
+        raise InputError(f"{path}: is truncated, its pixels go on behind the end of the file")
+
+    def open_array() -> np.ndarray:
+        try:
+            return np.memmap(path, dtype, "r", offset, shape)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read any more, it has changed or gone ({error})") from None
+
+    image = ArrayImage(path, open_array, "chw" if planar else "hwc", pixel_size_um)
+    image.is_slide = True
+    return image
+
+
+def _pixel_size(tiff: Any, page: Any) -> float | None:
+    """Side of a pixel in micrometres from OME-XML, ImageScope's description, ImageJ's or the resolution tags."""
+    found = _ome_pixel_size(tiff.ome_metadata) if tiff.is_ome else None
+    if found is None:
+        scanned = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or "")
+        found = _positive(scanned.group(1)) if scanned else None
+    if found is None:
+        per_unit = page.resolution[0]
+        if tiff.is_imagej:
+            factor = MICROMETRES.get(str((tiff.imagej_metadata or {}).get("unit", "")).replace("\\u00B5", "µ"), 0.0)
+        else:
+            factor = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}.get(int(page.resolutionunit), 0.0)
+        found = factor / per_unit if per_unit > 0 else None
+    return believable(found)
+
+
+def _ome_pixel_size(xml: str | None) -> float | None:
+    try:
+        root = ElementTree.fromstring(xml or "")
+    except ElementTree.ParseError:
+        return None
+    pixels = next((element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"), None)
+    size = _positive(pixels.get("PhysicalSizeX", "")) if pixels is not None else None
+    if pixels is None or size is None:
+        return None
+    return size * MICROMETRES.get(pixels.get("PhysicalSizeXUnit", "µm"), 0.0)
+
+
+def _positive(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 < number < float("inf") else None

@@ -1,0 +1,223 @@
+"""Predicting an image of any size: overlapping tiles, blended, a row of tiles at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orion_unet.data.tissue import tissue_fraction
+from orion_unet.errors import InputError
+from orion_unet.inference.images import HeImage
+from orion_unet.inference.model import TrainedModel
+
+# Side of a tile where the network does not care (batch norm), and the memory that the blended row of tiles may take:
+# images too wide for it get smaller tiles.
+LARGEST_TILE, SMALLEST_TILE, ROW_BYTES = 640, 160, 11 * 10**8
+# Overlap of tiles in steps of the deepest level, 2**depth pixels.
+OVERLAP_STEPS = 6
+BATCH_CPU, BATCH_GPU = 1, 8
+# A tile's share of the prediction has fallen to this where the tile ends: its outermost pixels, which see least of
+# their surroundings, hardly count.
+SHARE_AT_BORDER = 0.001
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Square tiles of side ``tile`` that overlap their neighbours by ``overlap``, both multiples of 2**depth.
+
+    The grid begins ``overlap / 2`` (rounded to such a multiple) outside the image, whose edges are reflected, so
+    that the pixels at its edge lie as deep in a tile as any other.
+    """
+
+    tile: int
+    overlap: int
+    margin: int
+
+    @property
+    def stride(self) -> int:
+        """Distance between the starts of neighbouring tiles."""
+        return self.tile - self.overlap
+
+    def starts(self, length: int) -> list[int]:
+        """Starts of the tiles along an axis of ``length`` pixels, of which the first is negative."""
+        count = 1 + max(0, -(-(length + 2 * self.margin - self.tile) // self.stride))
+        return [index * self.stride - self.margin for index in range(count)]
+
+    def shares(self, count: int) -> np.ndarray:
+        """Share (count, tile) float32 of every tile along an axis; over the tiles at a pixel they add up to 1.
+
+        The weights are Gaussian, as nnU-Net's are (Isensee et al., Nature Methods 2021), but as wide as the overlap
+        allows: two neighbours trade places over the whole of it. The quotient of two such weights is a logistic
+        curve, from SHARE_AT_BORDER to its complement.
+        """
+        variance = self.stride * self.overlap / (2 * np.log((1 - SHARE_AT_BORDER) / SHARE_AT_BORDER))
+        centred = np.arange(self.tile) - (self.tile - 1) / 2
+        weight = np.exp(-(centred**2) / (2 * max(variance, 1.0)))
+        total = np.zeros((count - 1) * self.stride + self.tile)
+        for index in range(count):
+            total[index * self.stride :][: self.tile] += weight
+        return np.stack(
+            [weight / total[index * self.stride :][: self.tile] for index in range(count)], dtype=np.float32
+        )
+
+
+def choose_tiling(
+    model: TrainedModel, shape: tuple[int, int], tile: int | None = None, overlap: int | None = None
+) -> Tiling:
+    """The tiling for an image (H, W); ``tile`` and ``overlap`` are the person's, in pixels, or None.
+
+    With batch norm, tiles are large and divide the image evenly; group and instance norm measure the tile, so
+    that only tiles of the training's patch size look to the network as the patches did. Raises InputError for
+    impossible numbers.
+    """
+    multiple = 2**model.network.depth
+    patch = max(-(-model.config.data.patch_size // multiple), 4) * multiple
+    measured = model.config.model.norm != "batch"
+    if tile is not None and (tile < 4 * multiple or tile % multiple):
+        raise InputError(
+            f"--tile {tile}: must be a multiple of {multiple} for this network, and at least {4 * multiple}"
+        )
+    largest = tile or (patch if measured else _largest_tile(model, shape[1], multiple))
+    if overlap is None:
+        overlap = min(OVERLAP_STEPS * multiple, largest // (4 * multiple) * multiple)
+    elif not 0 < overlap <= largest // 2 or overlap % multiple:
+        raise InputError(
+            f"--overlap {overlap}: must be a multiple of {multiple} for this network, at most half of {largest}"
+        )
+    margin = -(-overlap // (2 * multiple)) * multiple
+    side = largest
+    if tile is None and not measured:
+        lengths = [length + 2 * margin - overlap for length in shape]
+        side = max(-(-length // -(-length // (largest - overlap))) for length in lengths) + overlap
+        side = max(-(-side // multiple) * multiple, 2 * overlap, 2 * multiple)
+    return Tiling(side, overlap, margin)
+
+
+def _largest_tile(model: TrainedModel, width: int, multiple: int) -> int:
+    side = LARGEST_TILE
+    while side > SMALLEST_TILE and len(model.names) * 4 * side * width > ROW_BYTES:
+        side //= 2
+    return max(side // multiple, 4) * multiple
+
+
+def reflected(start: int, count: int, length: int) -> np.ndarray:
+    """Indices (count,) into an axis of ``length`` pixels that is reflected at its ends, over and over if need be."""
+    period = max(2 * (length - 1), 1)
+    index = np.arange(start, start + count) % period
+    return np.where(index < length, index, period - index)
+
+
+class TiledPrediction:
+    """The prediction of one image, a row of tiles at a time: memory follows the image's width, never its height.
+
+    ``kept`` are the indices of the markers wanted. With ``tissue_only``, tiles that show nothing but glass are not
+    predicted and count as 0. With ``augmented``, the mean over the eight flips and turns of each tile is taken.
+    """
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        image: HeImage,
+        tiling: Tiling,
+        *,
+        kept: Sequence[int] | None = None,
+        tissue_only: bool = False,
+        augmented: bool = False,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model = model
+        self.image = image
+        self.tiling = tiling
+        self.tissue_only = tissue_only
+        self.augmented = augmented
+        self.batch_size = batch_size or (BATCH_GPU if model.device.type == "cuda" else BATCH_CPU)
+        self.rows, self.columns = (tiling.starts(length) for length in image.shape)
+        whole = kept is None or list(kept) == list(range(len(model.names)))
+        self._kept = None if whole else torch.tensor(kept, device=model.device)
+        self._channels = len(model.names) if whole or kept is None else len(kept)
+        down, across = (torch.from_numpy(tiling.shares(len(starts))) for starts in (self.rows, self.columns))
+        self._down, self._across = down.to(model.device), across.to(model.device)
+        self._sources = [reflected(start, tiling.tile, image.shape[1]) for start in self.columns]
+
+    def run(self, first: int = 0, progress: Callable[[int], None] = lambda tiles: None) -> Iterator[tuple[int, Tensor]]:
+        """Yield (y, rows) from the tile row ``first`` on: finished rows (C, h, W) float32 from row y on, in
+        [0, 1] but for rounding.
+
+        The rows lie on the model's device, and in a buffer that the next step overwrites. ``progress`` is told the
+        number of tiles after each batch.
+        """
+        if first >= len(self.rows):
+            return
+        tile, stride, margin = self.tiling.tile, self.tiling.stride, self.tiling.margin
+        height, width = self.image.shape
+        span = self.columns[-1] + margin + tile
+        blended = torch.zeros((self._channels, tile, span), device=self.model.device)
+        # The rows before ``first`` are done, but the last of them reaches into the next.
+        begin = max(first - 1, 0)
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            coming: Future[np.ndarray] = reader.submit(self._read, begin)
+            for row in range(begin, len(self.rows)):
+                strip = coming.result()
+                if row + 1 < len(self.rows):
+                    coming = reader.submit(self._read, row + 1)
+                self._add_row(blended, row, strip, progress if row >= first else lambda tiles: None)
+                last = row + 1 == len(self.rows)
+                y = self.rows[row]
+                top, bottom = max(y, 0), height if last else y + stride
+                if row >= first:
+                    yield top, blended[:, top - y : bottom - y, margin : margin + width]
+                overlap = self.tiling.overlap
+                blended[:, :overlap] = blended[:, stride:].clone()
+                blended[:, overlap:] = 0
+
+    def _read(self, row: int) -> np.ndarray:
+        """The image under a row of tiles as stored, (tile, W, 3), rows reflected."""
+        source = reflected(self.rows[row], self.tiling.tile, self.image.shape[0])
+        low, high = int(source.min()), int(source.max()) + 1
+        stored = self.image.stored(low, 0, high - low, self.image.shape[1])
+        return stored if len(stored) == len(source) and source[0] == low else stored[source - low]
+
+    def _add_row(self, blended: Tensor, row: int, strip: np.ndarray, progress: Callable[[int], None]) -> None:
+        wanted: list[int] = []
+        tiles: list[np.ndarray] = []
+        for column, source in enumerate(self._sources):
+            tile = strip[:, source]
+            if self.tissue_only and not tissue_fraction(tile, "hwc", self.image.white):
+                progress(1)
+            else:
+                wanted.append(column)
+                tiles.append(tile)
+            if len(wanted) == self.batch_size or (wanted and column + 1 == len(self._sources)):
+                predicted = self._predict(np.stack(tiles))
+                for one, place in zip(predicted, wanted, strict=True):
+                    share = self._down[row, :, None] * self._across[place]
+                    start = place * self.tiling.stride
+                    blended[:, :, start : start + self.tiling.tile].addcmul_(one, share)
+                progress(len(wanted))
+                wanted, tiles = [], []
+
+    def _predict(self, stored: np.ndarray) -> Tensor:
+        """Markers (B, C, tile, tile) in [0, 1] of tiles as stored, (B, tile, tile, 3)."""
+        if stored.dtype == np.uint16:
+            # torch moves uint16, but computes little with it.
+            stored = stored.astype(np.int32)
+        he = torch.from_numpy(stored).to(self.model.device, non_blocking=True)
+        he = he.permute(0, 3, 1, 2).float() / self.image.white
+        if not self.augmented:
+            return self._markers(he)
+        total = torch.zeros((), device=he.device)
+        for mirrored, quarters in product((False, True), range(4)):
+            seen = torch.rot90(he.flip(-1) if mirrored else he, quarters, (-2, -1))
+            back = torch.rot90(self._markers(seen), -quarters, (-2, -1))
+            total = total + (back.flip(-1) if mirrored else back)
+        return total / 8
+
+    def _markers(self, he: Tensor) -> Tensor:
+        predicted = self.model.predict(he)
+        return predicted if self._kept is None else predicted.index_select(1, self._kept)
