@@ -1,4 +1,7 @@
-"""Exit 0 when this interpreter holds what pyproject.toml asks for, with the extras named (test,inference); imports none."""
+"""Exit 0 when this interpreter holds what pyproject.toml asks for, with the extras named (test,inference).
+
+Imports none of it.
+"""
 
 import importlib.metadata
 import re

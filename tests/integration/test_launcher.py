@@ -291,7 +291,7 @@ def test_an_environment_is_made_once_from_the_pinned_versions(bare, copied):
     assert "making the Python environment .venv" in ended.err
     assert len(asked) == 1
     assert asked[0].startswith(f"pip {copied / 'constraints.txt'} ")
-    assert asked[0].endswith("--editable .[test]")
+    assert asked[0].endswith("--editable .[inference,test]")
     again, asked = bare("test")
     assert (again.code, again.err, len(asked)) == (0, "", 1)
     assert again.out == ended.out
