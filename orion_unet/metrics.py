@@ -44,6 +44,8 @@ class MarkerSums:
             )
         planes = max(1, BLOCK_VALUES[prediction.device.type] // (prediction.shape[2] * prediction.shape[3]))
         samples = max(1, planes // channels)
+        # Image by image in memory: the windows of the SSIM move along rows.
+        prediction, target = prediction.contiguous(), target.contiguous()
         for p, t in zip(prediction.split(samples), target.split(samples), strict=True):
             for first in range(0, channels, planes):
                 block = slice(first, first + planes)

@@ -29,7 +29,8 @@ NEIGHBOURHOOD = tuple((dy, dx) for dy in range(3) for dx in range(3))
 @dataclass
 class Batch:
     """A batch for the network: ``he`` (B, 3, P, P) and ``target`` (B, C, P, P) float32 in [0, 1], ``boundary``
-    (B, 1, P, P) bool, ``core`` (B,) the indices of the cores, on the CPU."""
+    (B, 1, P, P) bool, ``core`` (B,) the indices of the cores, on the CPU. Images lie in memory as the network wants
+    them."""
 
     he: Tensor
     target: Tensor
@@ -47,11 +48,12 @@ class BatchTransform:
         normalization: Normalization,
         noise_removal: bool,
         device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.formats = formats
         self.device = device
         self.noise_removal = noise_removal
-        self.memory_format = memory_format(device)
+        self.memory_format = memory_format
         self.log_transform = normalization.transform == "log1p"
         kept = table.kept_channels
         whole = kept == tuple(range(len(table.channel_names)))
@@ -102,11 +104,6 @@ class BatchTransform:
         for image, source, row in zip(images, moved, geometry, strict=True):
             image.copy_(turn(source, row))
         return images
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Layout in which the network runs on a device: channels last on GPUs, whose tensor cores want it."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def turn(image: Tensor, geometry: Sequence[bool]) -> Tensor:

@@ -13,9 +13,8 @@ from torch import Tensor
 from orion_unet import checkpoint
 from orion_unet.config import TrainConfig
 from orion_unet.data.normalization import Normalization
-from orion_unet.data.transforms import memory_format
 from orion_unet.errors import InputError
-from orion_unet.models.unet import SpatialUNet
+from orion_unet.models.unet import SpatialUNet, memory_format
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class TrainedModel:
 
         Any height and width. Runs under autocast where the model was loaded with mixed precision.
         """
-        he = he.to(self.device, non_blocking=True).contiguous(memory_format=memory_format(self.device))
+        layout = memory_format(self.config.model.norm, self.device)
+        he = he.to(self.device, non_blocking=True).contiguous(memory_format=layout)
         mixed = nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
         with mixed:
             prediction: Tensor = self.network(he)
@@ -76,7 +76,7 @@ def load_trained(path: str | Path, device: str = "auto", use_amp: bool = False) 
     if normalization.names != names:
         raise InputError(f"{path}: is damaged, its normalisation is of other markers than its model")
     network = network.eval().requires_grad_(False)
-    network = network.to(chosen, memory_format=memory_format(chosen))  # type: ignore[call-overload]
+    network = network.to(chosen, memory_format=memory_format(config.model.norm, chosen))  # type: ignore[call-overload]
     return TrainedModel(
         path,
         network,

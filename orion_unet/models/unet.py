@@ -106,6 +106,15 @@ class SpatialUNet(nn.Module):
         return F.pad(he, (0, right, 0, bottom), mode="replicate") if right or bottom else he
 
 
+def memory_format(norm: str, device: torch.device) -> torch.memory_format:
+    """Order in memory in which the network runs fastest: channels last.
+
+    On GPUs because their tensor cores want it; on CPUs, too, its convolutions, norms and pools are a tenth to a
+    third faster, but for instance norm, which is slower by about as much.
+    """
+    return torch.contiguous_format if device.type == "cpu" and norm == "instance" else torch.channels_last
+
+
 def _initialise(module: nn.Module) -> None:
     """Kaiming-normal weights (He et al., ICCV 2015), zero biases; norms keep scale 1 and shift 0."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

@@ -36,6 +36,19 @@ def build_optimizer(model: nn.Module, options: OptimisationOptions, device: torc
     )
 
 
+def align_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments of a restored optimiser the order in memory of their parameters.
+
+    The fused forms go through both as they lie in memory: moments saved in another order would be taken for those
+    of other weights.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    optimizer.state[parameter][name] = torch.empty_like(parameter).copy_(value)
+
+
 class LearningRateSchedule:
     """The learning rate of every optimiser step: linear warm-up, then constant, cosine or plateau.
 

@@ -28,6 +28,7 @@ from orion_unet.data.split import Split, make_split
 from orion_unet.data.transforms import BatchTransform
 from orion_unet.distributed import local_world_size, rank, world_size
 from orion_unet.errors import InputError
+from orion_unet.models.unet import memory_format
 
 
 @dataclass
@@ -104,7 +105,14 @@ def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -
     data, optimisation = config.data, config.optimisation
     on_gpu = device.type == "cuda"
     reader = PatchReader(prepared.table, prepared.scales, data.patch_size)
-    transform = BatchTransform(prepared.table, reader.formats, prepared.normalization, data.noise_removal, device)
+    transform = BatchTransform(
+        prepared.table,
+        reader.formats,
+        prepared.normalization,
+        data.noise_removal,
+        device,
+        memory_format(config.model.norm, device),
+    )
     workers = data.num_workers
     if workers is None:
         workers = automatic_workers(local_world_size(), on_gpu)

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from orion_unet.config import TrainConfig
-from orion_unet.data.transforms import memory_format
 from orion_unet.distributed import gather, rank, world_size
 from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
-from orion_unet.models.unet import SpatialUNet
+from orion_unet.models.unet import SpatialUNet, memory_format
 from orion_unet.training.ema import ModelEma
 from orion_unet.training.engine import Precision
-from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, build_optimizer
+from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, align_moments, build_optimizer
 from orion_unet.training.prepare import Prepared
 from orion_unet.training.statistics import RunningStatistics
 from orion_unet.training.steps import TrainSums
@@ -59,7 +58,7 @@ def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, s
     model = SpatialUNet.from_options(config.model, len(prepared.table.kept_channels))
     if config.model.output_start == "mean":
         model.start_at(torch.from_numpy(prepared.normalization.target_mean))
-    model = model.to(device, memory_format=memory_format(device))  # type: ignore[call-overload]
+    model = model.to(device, memory_format=memory_format(config.model.norm, device))  # type: ignore[call-overload]
     statistics = RunningStatistics(model)
     ema = ModelEma(model, optimisation.ema_decay) if optimisation.ema_decay > 0 else None
     return TrainState(
@@ -151,7 +150,10 @@ def _restore_rank(state: TrainState, ranks: list[dict[str, Any]], loss: Composit
 def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, model: nn.Module) -> dict[str, Any]:
     """Content of best.pt: one model, with all that it takes to predict with it and to judge it."""
     return {
-        "model": {name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
+        "model": {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in model.state_dict().items()
+        },
         "options": config.options(),
         "normalization": prepared.normalization.document(),
         "channel_names": list(prepared.table.kept_names),
@@ -182,6 +184,7 @@ def restore(state: TrainState, earlier: dict[str, Any], loss: CompositeLoss, dev
         if state.ema is not None:
             state.ema.load_state_dict(earlier["ema"])
         state.optimizer.load_state_dict(earlier["optimizer"])
+        align_moments(state.optimizer)
         state.schedule.load_state_dict(earlier["schedule"])
         state.early_stopping.load_state_dict(earlier["early_stopping"])
         if state.precision.scaler and earlier["scaler"]:

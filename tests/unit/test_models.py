@@ -1,6 +1,7 @@
 """The U-Net and its Sobel guidance: shapes, ranges, symmetry, initialisation, precision."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import ndimage
 
 from orion_unet.config import ModelOptions
 from orion_unet.models.blocks import ConvBlock, UpBlock, norm_layer, sobel_magnitude
-from orion_unet.models.unet import SpatialUNet, parameter_count
+from orion_unet.models.unet import SpatialUNet, memory_format, parameter_count
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +159,44 @@ def test_channels_last_gives_the_same_prediction():
         expected = model(he)
         model = model.to(memory_format=torch.channels_last)
         torch.testing.assert_close(model(he.to(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
+def test_channels_last_gives_the_same_gradients(norm):
+    gradients = []
+    he, target = torch.rand(3, 3, 32, 48), torch.rand(3, 2, 32, 48)
+    for form in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(1)
+        model = SpatialUNet(2, base_features=8, depth=2, norm=norm, use_boundary_guidance=True).to(memory_format=form)
+        images = [tensor.contiguous(memory_format=form) for tensor in (he, target)]
+        (model(images[0]) - images[1]).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        # The fused optimiser goes through weights and gradients side by side, as they lie in memory.
+        assert all(p.grad.stride() == p.stride() for p in model.parameters() if min(p.shape[1:], default=1) > 1)
+    for plain, last in zip(*gradients, strict=True):
+        torch.testing.assert_close(last, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_a_compiled_model_gives_the_same_prediction_and_gradients():
+    torch.manual_seed(1)
+    model = SpatialUNet(2, base_features=4, depth=1, use_boundary_guidance=True).to(memory_format=torch.channels_last)
+    he = torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    outcomes = []
+    for forward in (model, torch.compile(model, dynamic=False)):
+        model.zero_grad()
+        prediction = forward(he)
+        prediction.square().mean().backward()
+        outcomes.append([prediction.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for plain, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
+def test_the_order_in_memory_is_channels_last_but_for_instance_norm_on_a_cpu(norm):
+    last = torch.channels_last
+    assert memory_format(norm, torch.device("cuda")) is last
+    assert (memory_format(norm, torch.device("cpu")) is last) == (norm != "instance")
 
 
 def test_forward_is_captured_as_one_graph():

@@ -12,7 +12,7 @@ from torch import nn
 from orion_unet.config import OptimisationOptions
 from orion_unet.models.unet import SpatialUNet
 from orion_unet.training.ema import ModelEma
-from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, build_optimizer
+from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, align_moments, build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -41,6 +41,28 @@ def through_a_checkpoint(state):
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("saved_as", [torch.contiguous_format, torch.channels_last])
+def test_moments_saved_in_another_order_in_memory_go_with_the_right_weights(saved_as):
+    start = SpatialUNet(2, base_features=4, depth=2)
+    models = [copy.deepcopy(start).to(memory_format=form) for form in (saved_as, torch.channels_last)]
+    optimizers = [build_optimizer(model, OptimisationOptions(learning_rate=1e-2), CPU) for model in models]
+
+    def step():
+        for values in zip(*(model.parameters() for model in models), strict=True):
+            gradient = torch.randn(values[0].shape)
+            for value in values:
+                value.grad = torch.empty_like(value).copy_(gradient)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step()
+    optimizers[1].load_state_dict(through_a_checkpoint(optimizers[0].state_dict()))
+    align_moments(optimizers[1])
+    step()
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_only_kernels_decay_and_every_parameter_is_optimised_once():
