@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from data_pipeline import make_set
 
-from orion_unet.cli.arguments import Parser, run_command
+from orion_unet.cli.arguments import Parser, end_process, run_command
 from orion_unet.config import TrainConfig
 from orion_unet.distributed import from_main_process, is_main_process, process_group, world_size
 from orion_unet.training.devices import choose_device, describe_devices, keep_freed_memory, set_determinism
@@ -335,4 +335,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))
