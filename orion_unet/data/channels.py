@@ -9,6 +9,8 @@ from pathlib import Path
 from orion_unet.errors import InputError
 
 NAMES_FILE = "channel_names.txt"
+# Found in lower case anywhere in the name of a nuclear stain, the surest first.
+NUCLEAR_STAINS = ("hoechst", "dapi", "draq", "sytox", "dna", "nuclei", "nuclear")
 
 
 def channel_names(given: str | None, folder: Path, count: int) -> tuple[str, ...]:
@@ -48,6 +50,15 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a list of channel names ({error})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def nuclear_channel(names: Sequence[str]) -> int | None:
+    """Index of the channel whose name is that of a nuclear stain, None where there is none."""
+    for stain in NUCLEAR_STAINS:
+        for index, name in enumerate(names):
+            if stain in name.lower():
+                return index
+    return None
 
 
 def excluded_channels(given: str | None, names: Sequence[str]) -> set[int]:

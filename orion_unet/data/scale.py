@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orion_unet.data.measured import fingerprint, recall, remember
+from orion_unet.data.measured import file_state, fingerprint, recall, remember
 from orion_unet.data.pairs import PairTable
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
@@ -50,7 +50,7 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
         path = table.path(job[1], job[0])
         found = known.get(path)
         if found is None:
-            found = known.files[path.name] = (*_state(path), *_range(table.open(job[1], job[0])))
+            found = known.files[path.name] = (*file_state(path), *value_range(table.open(job[1], job[0])))
         step()
         return found[-2], found[-1]
 
@@ -71,7 +71,7 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
         }
         if of_modality:
             negative_ok = modality == "orion" and not bounded_targets
-            white = _declared_white(max(high for _, high in of_modality.values()), modality)
+            white = declared_white(max(high for _, high in of_modality.values()), modality)
             whites[modality] |= {"float16": white, "float32": white}
             problems += _outside(table, modality, of_modality, white, negative_ok)
     if problems:
@@ -84,8 +84,7 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
 
 
 class _Ranges:
-    """Ranges of a folder's float files by file name: size and time of change at which each was measured, minimum and
-    maximum."""
+    """Ranges of a folder's float files by file name: the state in which each was measured, minimum and maximum."""
 
     def __init__(self, table: PairTable) -> None:
         self._name = fingerprint((), "ranges", str(table.folder.resolve()))
@@ -94,25 +93,20 @@ class _Ranges:
         self.files: dict[str, tuple[float, ...]] = {
             name: tuple(found)
             for name, found in (stored.items() if isinstance(stored, dict) else ())
-            if isinstance(found, list) and len(found) == 4 and all(isinstance(value, int | float) for value in found)
+            if isinstance(found, list) and len(found) == 5 and all(isinstance(value, int | float) for value in found)
         }
         self._before = dict(self.files)
 
     def get(self, path: Path) -> tuple[float, ...] | None:
         """What is known of a file that has not changed since; else None."""
         found = self.files.get(path.name)
-        return found if found and found[:2] == _state(path) else None
+        return found if found and found[:-2] == file_state(path) else None
 
     def keep(self) -> None:
         """Remember for the next run what was measured in this one. Files with NaN or infinity must be mended first."""
         if self.files != self._before:
-            usable = {name: found for name, found in self.files.items() if np.isfinite(found[2:]).all()}
+            usable = {name: found for name, found in self.files.items() if np.isfinite(found[-2:]).all()}
             remember(self._name, {"files": usable})
-
-
-def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def _float_cores(table: PairTable, modality: str) -> Iterator[int]:
@@ -121,7 +115,7 @@ def _float_cores(table: PairTable, modality: str) -> Iterator[int]:
             yield core
 
 
-def _range(array: np.ndarray) -> tuple[float, float]:
+def value_range(array: np.ndarray) -> tuple[float, float]:
     """Minimum and maximum in one pass; NaN and infinity come through in either."""
     flat = array.reshape(-1) if array.flags.c_contiguous else array.T.reshape(-1)
     size = CHUNK_BYTES // array.itemsize
@@ -132,7 +126,8 @@ def _range(array: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _declared_white(high: float, modality: str) -> float:
+def declared_white(high: float, modality: str) -> float:
+    """Stored value of full intensity that floats up to ``high`` declare; modality is ``he`` or ``orion``."""
     levels = (1.0, 255.0) if modality == "he" else (1.0, 255.0, 65535.0)
     return next((level for level in levels if high <= level * 1.0001), levels[-1])
 

@@ -11,13 +11,13 @@ from orion_unet.inference.cells import Cells
 from orion_unet.inference.scores import overall, pearson
 
 CELL_METRICS = ("pearson", "auc", "average_precision", "f1", "fraction_positive")
-# MIPHEI-ViT (Balezo et al., 2025): F1 of positive cells on held-out ORION colorectal slides.
+# MIPHEI-ViT (Balezo et al., 2025): F1 of positive cells on ORION colorectal slides.
 PUBLISHED_F1 = {"Pan-CK": 0.88, "CD3e": 0.57, "SMA": 0.56, "CD68": 0.36, "CD20": 0.30}
 PUBLISHED_NOTE = (
     "MIPHEI-ViT on ORION colorectal slides: another data set, other cells and thresholds; an order of magnitude, not "
     "a like-for-like comparison"
 )
-_SAME = {"panck": "Pan-CK", "pancytokeratin": "Pan-CK", "ck": "Pan-CK", "cd3": "CD3e", "asma": "SMA", "αsma": "SMA"}
+_SAME = {"pancytokeratin": "Pan-CK", "ck": "Pan-CK", "cd3": "CD3e", "asma": "SMA", "αsma": "SMA"}
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from orion_unet.data.channels import nuclear_channel
 from orion_unet.errors import InputError
 from orion_unet.run_log import open_regular
 
-# Found in lower case anywhere in the name of a marker, in this order.
-NUCLEAR_NAMES = ("hoechst", "dapi", "dna", "draq", "sytox", "nucle")
 LABEL_SUFFIXES = ("_LABELS.npy", "_LABELS.tif")
 # Of the smoothing before the threshold, in pixels (ORION: 0.325 um each).
 SMOOTHING_SD = 1.0
@@ -50,10 +49,9 @@ def nuclear_marker(names: Sequence[str], given: str | None) -> int:
         if given not in names:
             raise InputError(f"--nuclear_marker {given}: is not scored; there are {', '.join(names)}")
         return list(names).index(given)
-    for word in NUCLEAR_NAMES:
-        for index, name in enumerate(names):
-            if word in name.lower():
-                return index
+    found = nuclear_channel(names)
+    if found is not None:
+        return found
     raise InputError(
         f"--cells: no marker's name tells of nuclei ({', '.join(names)}); name it with --nuclear_marker, or give the "
         "folder of label files as --cells DIR"

@@ -114,7 +114,10 @@ def evaluate(options: EvaluateOptions, say: Say, progress: Progress = no_progres
         write_files(found, output_dir)
     except OSError as error:
         raise RunError(f"{output_dir}: cannot be written ({error.strerror or error})") from None
-    show(marker_table(found.card), f"{len(found.cores)} cores, epoch {model.epoch} of {model.path}")
+    show(
+        marker_table(found.card),
+        f"{len(found.cores)} core{'s' * (len(found.cores) != 1)}, epoch {model.epoch} of {model.path}",
+    )
     for sentence in verdicts(found.card):
         say(sentence)
     say(f"Baselines: {found.baselines.note}.")

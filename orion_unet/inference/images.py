@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from orion_unet.data.scale import WHITE
+from orion_unet.data.scale import WHITE, declared_white, value_range
 from orion_unet.errors import InputError
 from orion_unet.run_log import open_regular
 
@@ -19,8 +19,6 @@ ARRAYS, PICTURES, SLIDES = (".npy",), (".png", ".jpg", ".jpeg"), (".tif", ".tiff
 SUFFIXES = ARRAYS + PICTURES + SLIDES
 # A PNG or JPEG can only be decoded whole, at about seven bytes a pixel while it is done.
 LARGEST_PICTURE = 16384**2
-# Rows of a float array looked at in one piece when its range is measured.
-SCAN_BYTES = 1 << 24
 # A resolution tag outside these is that of a screen or a printer, not of a microscope.
 SMALLEST_PIXEL_UM, LARGEST_PIXEL_UM = 0.05, 20.0
 
@@ -158,14 +156,10 @@ def _white(path: Path, array: np.ndarray) -> float:
         return white
     if array.dtype.kind != "f":
         raise InputError(f"{path}: has dtype {array.dtype}; use uint8, uint16 or floats in [0, 1] or [0, 255]")
-    low, high = np.inf, -np.inf
-    step = max(1, SCAN_BYTES // max(1, array[:1].nbytes))
-    for start in range(0, len(array), step):
-        part = array[start : start + step]
-        low, high = np.minimum(low, part.min()), np.maximum(high, part.max())
+    low, high = value_range(array)
     if not np.isfinite([low, high]).all():
         raise InputError(f"{path}: holds NaN or infinity")
-    white = 1.0 if high <= 1.0001 else 255.0
+    white = declared_white(high, "he")
     if high > white * 1.0001 or low < -1e-4 * white:
         raise InputError(f"{path}: holds values from {low:g} to {high:g}; floats must lie in [0, 1] or [0, 255]")
     return white

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from orion_unet import __version__
+from orion_unet.data.channels import nuclear_channel
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import fsync_folder
@@ -28,7 +29,6 @@ WAITING_BYTES = 1 << 26
 # A classic TIFF addresses 4 GiB. Compression is not counted on; the pyramid is a third more.
 CLASSIC_BYTES = 3 * (1 << 30)
 NUCLEAR_BLUE = (0, 90, 255)
-NUCLEAR_NAMES = ("hoechst", "dapi", "dna", "draq5", "nuclei")
 
 
 def write_ome_tiff(
@@ -221,15 +221,8 @@ def release(array: np.ndarray) -> None:
 def channel_colours(names: Sequence[str]) -> list[tuple[int, int, int]]:
     """An RGB colour in 0..255 for each channel, told apart on black; a nuclear stain is blue, and nothing else is."""
     palette = iter(_palette(len(names)))
-    blue_given = False
-    colours = []
-    for name in names:
-        if not blue_given and any(word in name.lower() for word in NUCLEAR_NAMES):
-            colours.append(NUCLEAR_BLUE)
-            blue_given = True
-        else:
-            colours.append(next(palette))
-    return colours
+    nuclear = nuclear_channel(names)
+    return [NUCLEAR_BLUE if index == nuclear else next(palette) for index in range(len(names))]
 
 
 @cache

@@ -22,13 +22,22 @@ RECORD_FILE = ".predict.partial.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One input and its outputs; ``fingerprint`` is all that decides the prediction's values."""
+    """One input and its outputs; ``fingerprint`` is all that decides the prediction's values.
+
+    ``pixel_size_um`` is the one asked for: it is written into an output, and changes none of its values.
+    """
 
     source: Path
     name: str
     result: Path
     overview: Path | None
     fingerprint: dict[str, Any]
+    pixel_size_um: float | None = None
+
+    @property
+    def done(self) -> dict[str, Any]:
+        """What a finished output is known by."""
+        return {**self.fingerprint, "pixel_size_um": self.pixel_size_um}
 
 
 def find_inputs(given: Sequence[str | Path]) -> list[Path]:
@@ -75,6 +84,7 @@ def plan_jobs(
     kind: str,
     overview: bool,
     decisive: dict[str, Any],
+    pixel_size_um: float | None = None,
 ) -> list[Job]:
     """A job per input. ``decisive`` are the options and the checkpoint that decide the values.
 
@@ -99,7 +109,7 @@ def plan_jobs(
             problems.append(f"{drawn}: is an input, and would be replaced; name another --output_dir")
         # Through JSON and back, as it will be compared.
         fingerprint = json.loads(json.dumps({"input": seen, **decisive}))
-        jobs.append(Job(source, name, result, drawn, fingerprint))
+        jobs.append(Job(source, name, result, drawn, fingerprint, pixel_size_um))
     if problems:
         raise InputError.listing("--input cannot be used:", problems)
     return jobs
@@ -119,11 +129,11 @@ class Record:
     def holds(self, job: Job) -> bool:
         """Whether an earlier, interrupted command has finished this very job, and its outputs are still there."""
         outputs = [job.result, *([job.overview] if job.overview else [])]
-        return self._finished.get(job.result.name) == job.fingerprint and all(path.exists() for path in outputs)
+        return self._finished.get(job.result.name) == job.done and all(path.exists() for path in outputs)
 
     def add(self, job: Job) -> None:
         """Note that a job is done."""
-        self._finished[job.result.name] = job.fingerprint
+        self._finished[job.result.name] = job.done
         try:
             write_json(self.path, {"finished": self._finished})
         except OSError as error:

@@ -71,7 +71,8 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
         raise InputError(f"--batch_size {options.batch_size}: must be at least 1")
     kept = chosen_markers(options.markers, model.names)
     names = [model.names[index] for index in kept]
-    jobs = plan_jobs(find_inputs(inputs), output_dir, options.format, options.overview, _decisive(model, options))
+    decisive = _decisive(model, options)
+    jobs = plan_jobs(find_inputs(inputs), output_dir, options.format, options.overview, decisive, options.pixel_size_um)
     prepare_folder(output_dir)
     record, progress = Record(output_dir), Progress()
     waiting = [job for job in jobs if not record.holds(job)]
@@ -147,6 +148,8 @@ def _predict_image(
         augmented=options.tta,
         batch_size=options.batch_size,
     )
+    if options.format == "ome-tiff" and (options.pixel_size_um or image.pixel_size_um) is None:
+        progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
     unit = Unit(model.normalization, kept, options.normalized)
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)
@@ -200,8 +203,6 @@ def _write_outputs(
     else:
         from orion_unet.inference.ome_tiff import write_ome_tiff
 
-        if pixel_size_um is None:
-            progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
         meaning = "[0, 1]" if unit.normalized else f"the unit of the training data, where {unit.high:g} is white"
         write_ome_tiff(
             job.result,

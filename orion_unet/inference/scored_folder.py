@@ -22,7 +22,8 @@ from orion_unet.data.transforms import BatchTransform
 from orion_unet.errors import InputError
 from orion_unet.inference.model import TrainedModel
 
-# Square windows of twice the training patch; a sixteenth of a window is only context on every inner side.
+# Square windows of twice the training patch (but of one where the norm measures the window itself, and would see
+# another spread than in training); a sixteenth of a window is only context on every inner side.
 WINDOW_PATCHES, CONTEXT_FRACTION = 2, 1 / 16
 
 
@@ -117,7 +118,8 @@ class ScoredFolder:
             torch.empty(len(self.names), height, width, device=device),
         )
         index = torch.tensor(self.channels, device=device)
-        side = min(WINDOW_PATCHES * self.model.config.data.patch_size, *full)
+        config = self.model.config
+        side = min((WINDOW_PATCHES if config.model.norm == "batch" else 1) * config.data.patch_size, *full)
         for y, own_y in _windows(full[0], side, top, height):
             for x, own_x in _windows(full[1], side, left, width):
                 he, measured = self.read(core, y, x, side)

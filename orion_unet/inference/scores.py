@@ -21,7 +21,7 @@ from orion_unet.metrics import CONSTANT_SPREAD, MarkerSums
 SUM_METRICS = ("pearson", "pearson_boxes", "mae", "psnr_db", "ssim")
 RANK_METRICS = ("spearman", "auc", "average_precision")
 METRICS = (*SUM_METRICS, *RANK_METRICS, "fraction_positive")
-# GigaTIME (Valanarasu et al., 2025) correlates means over boxes of this many pixels a side.
+# GigaTIME (Valanarasu et al., Cell) correlates means over boxes of this many pixels a side.
 BOX_PIXELS = 8
 # A pixel is positive above this share of the normalised range: with dataset quantiles, half-way from background to
 # the brightest thousandth of the training pixels.

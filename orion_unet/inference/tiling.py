@@ -53,18 +53,15 @@ class Tiling:
         """Share (count, tile) float32 of every tile along an axis; over the tiles at a pixel they add up to 1.
 
         The weights are Gaussian, as nnU-Net's are (Isensee et al., Nature Methods 2021), but as wide as the overlap
-        allows: two neighbours trade places over the whole of it. The quotient of two such weights is a logistic
-        curve, from SHARE_AT_BORDER to its complement.
+        allows: two neighbours trade places over the whole of it. Of two such weights the share is a logistic curve,
+        from SHARE_AT_BORDER to its complement, which is written down as such: far from its centre a Gaussian is 0.
         """
-        variance = self.stride * self.overlap / (2 * np.log((1 - SHARE_AT_BORDER) / SHARE_AT_BORDER))
-        centred = np.arange(self.tile) - (self.tile - 1) / 2
-        weight = np.exp(-(centred**2) / (2 * max(variance, 1.0)))
-        total = np.zeros((count - 1) * self.stride + self.tile)
-        for index in range(count):
-            total[index * self.stride :][: self.tile] += weight
-        return np.stack(
-            [weight / total[index * self.stride :][: self.tile] for index in range(count)], dtype=np.float32
-        )
+        steepness = np.log((1 - SHARE_AT_BORDER) / SHARE_AT_BORDER)
+        rising = 1 / (1 + np.exp(-steepness * (2 * np.arange(self.overlap) + 1 - self.overlap) / self.overlap))
+        shares = np.ones((count, self.tile), np.float32)
+        shares[1:, : self.overlap] = rising
+        shares[:-1, self.stride :] = rising[::-1]
+        return shares
 
 
 def choose_tiling(

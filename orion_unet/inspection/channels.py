@@ -12,7 +12,6 @@ QUANTILES = (0.01, 0.50, 0.99, 0.999)
 BACKGROUND_SD = 5.0
 # Pixels at the largest value count as saturated where so many, and such a share of all, have it; one always does.
 PLATEAU, PLATEAU_SHARE = 10, 1e-5
-NUCLEAR_NAMES = ("hoechst", "dapi", "draq5", "sytox", "dna", "nuclei", "nuclear")
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,6 @@ def describe_channel(name: str, values: np.ndarray, step: float) -> ChannelRow:
     return ChannelRow(
         name, low, high, quantiles, float(values.mean(dtype=np.float64)), threshold, positive, saturated, state
     )
-
-
-def nuclear_channel(names: Sequence[str]) -> str | None:
-    """The first name that is that of a nuclear stain, or None."""
-    return next((name for name in names if any(word in name.lower() for word in NUCLEAR_NAMES)), None)
 
 
 def most_varied(names: Sequence[str], sample: np.ndarray) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from orion_unet.config import DataOptions
+from orion_unet.data.channels import nuclear_channel
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.data.split import Split, make_split
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
-from orion_unet.inspection.channels import QUANTILES, ChannelRow, describe_channel, most_varied, nuclear_channel
+from orion_unet.inspection.channels import QUANTILES, ChannelRow, describe_channel, most_varied
 from orion_unet.inspection.cores import CoreView, sample_pixels, view_core
 from orion_unet.inspection.duplicates import Twins, find_twins
 from orion_unet.inspection.findings import Finding, find_all
@@ -127,7 +128,8 @@ def inspect_folder(
     if nuclear_marker is not None and nuclear_marker not in names:
         raise InputError(f"--nuclear_marker {nuclear_marker}: no such channel; there are {', '.join(names)}")
     scales = measure_scales(table, options.target_normalization == "none", progress)
-    nuclear = nuclear_marker or nuclear_channel(names)
+    stained = nuclear_channel(names)
+    nuclear = nuclear_marker or (None if stained is None else names[stained])
     position = table.channel_names.index(nuclear) if nuclear else None
 
     pixels = min(SAMPLED_PIXELS, SAMPLED_VALUES // len(names)) // len(table)

@@ -105,17 +105,21 @@ def marker_thumbnail(table: PairTable, scales: Scales, core: int, channel: int, 
     row = table.orion[core]
     step = -(-max(int(row["height"]), int(row["width"])) // side)
     rows = marker_rows(table, scales, core, [channel], int(row["height"]) // step)[0]
-    return block_means(rows, len(rows), int(row["width"]) // step)
+    return block_means(rows, len(rows), max(1, int(row["width"]) // step))
 
 
 def _smaller(image: np.ndarray, side: int) -> np.ndarray:
     step = -(-max(image.shape[:2]) // side)
-    return block_means(image, image.shape[0] // step, image.shape[1] // step)
+    return block_means(image, *(max(1, length // step) for length in image.shape[:2]))
 
 
 def block_means(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Means (rows, columns, ...) float32 over blocks of an image (H, W, ...) that is at least as large."""
+    """Means (rows, columns, ...) float32 over blocks of an image (H, W, ...); along a side with fewer pixels than
+    blocks, the pixel that each block lies in."""
     for axis, parts in enumerate((rows, columns)):
+        if parts > image.shape[axis]:
+            image = image.take(np.arange(parts) * image.shape[axis] // parts, axis).astype(np.float32)
+            continue
         edges = np.linspace(0, image.shape[axis], parts + 1).astype(int)
         shape = [-1 if each == axis else 1 for each in range(image.ndim)]
         sums = np.add.reduceat(image, edges[:-1], axis=axis, dtype=np.float32)

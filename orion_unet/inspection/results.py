@@ -34,7 +34,11 @@ def write_results(inspection: Inspection, folder: Path, progress: Progress = no_
         write_json(document, inspection.document(), durable=False)
     except OSError as error:
         raise RunError(f"{folder}: cannot be written to ({error.strerror or error})") from error
-    return [channels, cores, document, *write_contact_sheets(inspection, folder, progress)]
+    sheets = write_contact_sheets(inspection, folder, progress)
+    for sheet in set(folder.glob("contact_sheet_[0-9][0-9]*.png")) - set(sheets):
+        # Of an earlier inspection, which saw more cores.
+        sheet.unlink(missing_ok=True)
+    return [channels, cores, document, *sheets]
 
 
 def _csv(records: Sequence[dict[str, Any]]) -> bytes:

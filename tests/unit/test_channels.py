@@ -3,7 +3,7 @@
 import pytest
 
 from orion_unet.config import DataOptions
-from orion_unet.data.channels import channel_names, excluded_channels, parse_channel_weights
+from orion_unet.data.channels import channel_names, excluded_channels, nuclear_channel, parse_channel_weights
 from orion_unet.data.pairs import find_pairs
 from orion_unet.errors import InputError
 
@@ -99,3 +99,11 @@ def test_every_weight_at_fault_is_named_in_one_message():
 def test_weights_may_not_all_be_zero():
     with pytest.raises(InputError, match="all weights are 0"):
         parse_channel_weights("a=0,b=0", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(["CD3", "Hoechst1"], 1), (["DAPI-2", "DNA"], 0), (["DNA_1", "DAPI"], 1), (["CD3", "CD4"], None)],
+)
+def test_the_nuclear_stain_is_known_by_its_name_the_surest_first(names, expected):
+    assert nuclear_channel(names) == expected

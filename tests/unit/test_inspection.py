@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from orion_unet.inspection.channels import describe_channel, most_varied, nuclear_channel
+from orion_unet.inspection.channels import describe_channel, most_varied
 from orion_unet.inspection.cores import CoreView, block_means, he_thumbnail, marker_thumbnail, sample_pixels, view_core
 from orion_unet.inspection.duplicates import find_twins
 from orion_unet.inspection.findings import find_all, mismatched, named, shifted
@@ -142,13 +142,6 @@ def test_a_plateau_at_the_top_is_saturation_even_below_full_scale():
     values = np.minimum(rng.exponential(0.02, 50_000), 4095 / 65535)
     row = describe_channel("a", values.astype(np.float32), 1 / 65535)
     assert row.saturated == pytest.approx(np.exp(-4095 / 65535 / 0.02), rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"), [(["CD3", "Hoechst1"], "Hoechst1"), (["DAPI-2", "DNA"], "DAPI-2"), (["CD3", "CD4"], None)]
-)
-def test_the_nuclear_stain_is_known_by_its_name(names, expected):
-    assert nuclear_channel(names) == expected
 
 
 def test_the_most_varied_channel_is_not_the_brightest():

@@ -34,8 +34,8 @@ def fits(monkeypatch):
 def scans(monkeypatch):
     """Notes every float file that is really read."""
     calls = []
-    original = scale._range
-    monkeypatch.setattr(scale, "_range", lambda array: calls.append(array.shape) or original(array))
+    original = scale.value_range
+    monkeypatch.setattr(scale, "value_range", lambda array: calls.append(array.shape) or original(array))
     return calls
 
 
