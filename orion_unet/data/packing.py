@@ -61,6 +61,11 @@ class _Job:
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
+    @property
+    def temporary(self) -> Path:
+        """Where it grows. The same in every call, so that the next one clears what a killed one has left."""
+        return self.target.with_name(f".{self.target.name}.partial")
+
 
 def pack(options: DataOptions, output: Path, overwrite: bool = False) -> PackedFolder:
     """Rewrite the pairs of ``options.pairs_dir`` into ``output`` as (H, W, C) in C order, little-endian, same dtype.
@@ -73,15 +78,16 @@ def pack(options: DataOptions, output: Path, overwrite: bool = False) -> PackedF
     where a source changes meanwhile; RunError where the disk is too small, or fails.
     """
     table = find_pairs(options)
-    if output.exists() and output.samefile(table.folder):
-        raise InputError(f"--output_dir {output}: is the folder of the pairs itself; name another one")
     jobs = [_job(table, output, core, modality) for core in range(len(table)) for modality in ("he", "orion")]
     try:
         output.mkdir(parents=True, exist_ok=True)
+        itself = output.samefile(table.folder)
         handle = os.open(output, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"--output_dir {output}: cannot be used ({error.strerror or error})") from None
     try:
+        if itself:
+            raise InputError(f"--output_dir {output}: is the folder of the pairs itself; name another one")
         _lock(handle, output)
         record = _read_record(output)
         missing = [job for job in jobs if record.get(job.target.name) != job.origin or not _is_whole(job)]
@@ -133,6 +139,8 @@ def _read_record(output: Path) -> dict[str, Any]:
         lines = (output / RECORD_FILE).read_bytes().splitlines()
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise InputError(f"{output / RECORD_FILE}: cannot be read ({error.strerror})") from None
     found = [parse_object(line) for line in lines]
     return {str(line.get("file")): line.get("origin") for line in found if line is not None}
 
@@ -157,9 +165,10 @@ def _carried(folder: Path, output: Path) -> dict[str, bytes]:
         if (folder / name).is_file():
             try:
                 content = (folder / name).read_bytes()
+                alike = (output / name).is_file() and (output / name).read_bytes() == content
             except OSError as error:
-                raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from None
-            if not (output / name).is_file() or (output / name).read_bytes() != content:
+                raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
+            if not alike:
                 files[name] = content
     return files
 
@@ -189,6 +198,10 @@ def _refuse_others(
 
 
 def _check_space(output: Path, missing: list[_Job]) -> None:
+    for job in missing:
+        # What a killed call has left takes room that is there again.
+        with suppress(OSError):
+            job.temporary.unlink(missing_ok=True)
     replaced = [job.target.stat().st_size for job in missing if job.target.exists()]
     needed = sum(job.nbytes for job in missing) - sum(replaced)
     if replaced:
@@ -224,10 +237,8 @@ def _pack_all(table: PairTable, missing: list[_Job], carried: dict[str, bytes], 
 
 def _pack_file(table: PairTable, job: _Job, output: Path, bar: tqdm[Any]) -> None:
     """Write one array under a temporary name, note its source, and give it its name."""
-    # The name is the same in every call, so that the next one clears what a killed one has left.
-    temporary = job.target.with_name(f".{job.target.name}.partial")
     try:
-        with open(temporary, "wb") as file:
+        with open(job.temporary, "wb") as file:
             header = {
                 "descr": np.lib.format.dtype_to_descr(job.dtype),
                 "fortran_order": False,
@@ -244,11 +255,11 @@ def _pack_file(table: PairTable, job: _Job, output: Path, bar: tqdm[Any]) -> Non
         # A file under its final name is always the one on record: the old one goes first, the record before the new.
         job.target.unlink(missing_ok=True)
         _note(output, job)
-        os.replace(temporary, job.target)
+        os.replace(job.temporary, job.target)
         fsync_folder(output)
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            job.temporary.unlink(missing_ok=True)
 
 
 def _note(output: Path, job: _Job) -> None:

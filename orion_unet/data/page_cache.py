@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,36 @@ import numpy as np
 CACHE_SHARE = 0.6
 # Rows that lie closer together than this are asked for in one piece.
 GAP_BYTES = 4 * mmap.PAGESIZE
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Where Linux keeps the limits of control groups, and the names of those that this process belongs to.
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def memory_limit() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's."""
+    """Bytes of memory that this process may use: the machine's, or those of its container, job or service."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in CGROUP_LIMITS:
+    for path in _limit_files():
         with suppress(OSError, ValueError):
-            limits.append(int(Path(path).read_text(encoding="ascii")))
+            limits.append(int(path.read_text(encoding="ascii")))
     return min(limits)
+
+
+def _limit_files() -> Iterator[Path]:
+    """Files that may hold a limit: those of this process's control groups and of all groups around them."""
+    lines = ["0::/", "0:memory:/"]
+    with suppress(OSError, ValueError):
+        lines += OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        _, _, named = line.partition(":")
+        controllers, _, group = named.partition(":")
+        # The second version of control groups has one tree for all, the first one for each kind of limit.
+        if not controllers:
+            root, name = CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inner = PurePosixPath(group.lstrip("/"))
+        yield from (root / folder / name for folder in (inner, *inner.parents))
 
 
 def fits_page_cache(size: int) -> bool:

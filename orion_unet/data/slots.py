@@ -28,7 +28,7 @@ class BatchSlots:
     def __init__(self, reader: PatchReader, batch_size: int, workers: int) -> None:
         self._each = PREFETCH + 2 if workers else 2
         self._filled = 0
-        self._pinned: list[np.ndarray] = []
+        self._pinned: list[np.ndarray] | None = None
         self.buffers: list[dict[str, np.ndarray]] = []
         for _ in range(max(1, workers) * self._each):
             slot = {}
@@ -48,18 +48,23 @@ class BatchSlots:
 
         After the workers have been forked: what a driver does to its pages must not pass on to them.
         """
-        if self._pinned:
+        if self._pinned is not None:
             return
+        self._pinned = []
         runtime = torch.cuda.cudart()
         for buffer in (buffer for slot in self.buffers for buffer in slot.values()):
-            if int(runtime.cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0)) == 0:
-                self._pinned.append(buffer)
+            if int(runtime.cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0)) != 0:
+                # The next kernel would be blamed for it: let one that nobody needs take the blame.
+                with suppress(RuntimeError):
+                    torch.ones(1, device="cuda")
+                return
+            self._pinned.append(buffer)
 
     def unpin(self) -> None:
         """Unlock the memory."""
-        for buffer in self._pinned:
+        for buffer in self._pinned or ():
             torch.cuda.cudart().cudaHostUnregister(buffer.ctypes.data)
-        self._pinned.clear()
+        self._pinned = None
 
 
 def _shared_memory(size: int) -> mmap.mmap:

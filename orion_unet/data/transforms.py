@@ -87,7 +87,7 @@ class BatchTransform:
         # The mask is that of the tissue, not of the jitter.
         boundary = boundary_mask(he)
         if augment:
-            he = jitter_colour(he, raw.colour.to(self.device, non_blocking=True))
+            he = jitter_colour(he, raw.colour)
         return Batch(he.contiguous(memory_format=self.memory_format), target, boundary, raw.core)
 
     def _channels_first(self, stored: Tensor, modality: str, geometry: list[list[bool]] | None) -> Tensor:
@@ -123,16 +123,18 @@ def turn(image: Tensor, geometry: Sequence[bool]) -> Tensor:
 def jitter_colour(he: Tensor, drawn: Tensor) -> Tensor:
     """Change stain density, brightness and contrast of each H&E (B, 3, H, W) in [0, 1].
 
-    ``drawn`` (B, 8) in [-1, 1]: factor of three stains, offset of three stains, brightness, contrast; zeros leave
-    an image as it is. Stains are separated as in Ruifrok and Johnston (2001) and perturbed as in Tellez et al.,
-    Medical Image Analysis 2019.
+    ``drawn`` (B, 8) in [-1, 1], on the CPU or where ``he`` is: factor of three stains, offset of three stains,
+    brightness, contrast; zeros leave an image as it is. Stains are separated as in Ruifrok and Johnston (2001) and
+    perturbed as in Tellez et al., Medical Image Analysis 2019.
     """
-    stains = torch.tensor(STAINS, device=he.device)
+    # The few numbers are worked out where they were drawn: to invert a matrix on a GPU makes the host wait for it.
+    stains = torch.tensor(STAINS, device=drawn.device)
     stains = stains / stains.norm(dim=1, keepdim=True)
     separate = torch.linalg.inv(stains)
     factor = torch.diag_embed(1 + STAIN_SCALE * drawn[:, :3])
-    mix = separate @ factor @ stains
-    shift = (STAIN_SHIFT * drawn[:, 3:6]) @ stains
+    mix = (separate @ factor @ stains).to(he.device, non_blocking=True)
+    shift = ((STAIN_SHIFT * drawn[:, 3:6]) @ stains).to(he.device, non_blocking=True)
+    drawn = drawn.to(he.device, non_blocking=True)
     density = -torch.log(he.clamp(min=1 / 255))
     density = torch.einsum("bchw,bcd->bdhw", density, mix) + shift[:, :, None, None]
     jittered = torch.exp(-density)

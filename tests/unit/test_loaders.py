@@ -193,6 +193,48 @@ def test_memory_for_batches_is_made_once(opened):
     assert len(places) == 4
 
 
+class Runtime:
+    """Stands in for the CUDA runtime: refuses to lock memory after so many ranges."""
+
+    def __init__(self, room):
+        self.room = room
+        self.locked = []
+        self.asked = 0
+
+    def cudaHostRegister(self, address, size, flags):
+        self.asked += 1
+        if len(self.locked) == self.room:
+            return 2
+        self.locked.append(address)
+        return 0
+
+    def cudaHostUnregister(self, address):
+        self.locked.remove(address)
+        return 0
+
+
+@pytest.mark.parametrize(("room", "locked", "asked"), [(100, 4, 4), (1, 1, 2), (0, 0, 1)])
+def test_memory_that_cannot_be_locked_is_asked_for_once_and_no_kernel_is_blamed(
+    opened, monkeypatch, room, locked, asked
+):
+    runtime, blamed = Runtime(room), []
+
+    def kernel(*words, device):
+        blamed.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch, "ones", kernel)
+    dataset = TrainingSamples(opened.reader, CORES, patches_per_image=8, seed=11, augment=True)
+    loader = BatchLoader(dataset, TrainingOrder(len(dataset), 4, 0, 1, 11), 4, 0, pin=True)
+    assert len(list(loader)) == 6
+    assert (len(runtime.locked), runtime.asked) == (locked, asked)
+    # A refusal stays with the runtime until a kernel is started, which then fails for it.
+    assert blamed == (["cuda"] if room < 4 else [])
+    loader.close()
+    assert runtime.locked == []
+
+
 def test_workers_share_the_cores_of_the_machine(monkeypatch):
     monkeypatch.setattr("orion_unet.data.loaders.usable_cores", lambda: 16)
     assert automatic_workers(1, on_gpu=True) == 8

@@ -70,6 +70,40 @@ def test_what_changes_the_numbers_makes_a_new_fit(write_pairs, open_pairs, fits)
     assert changed.upper[0] < known(opened, train=np.array([0, 2])).upper[0] * 1.01
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_other_content_of_the_same_size_and_time_is_measured_anew(write_pairs, open_pairs, fits, scans, dtype):
+    """As a copying tool leaves it that keeps times, out of an archive whose files all have the same."""
+    folder = write_pairs(orion_dtype=dtype)
+    known(open_pairs(folder))
+    before = len(scans)
+    path = folder / "core_01_ORION.npy"
+    times = path.stat()
+    np.save(path, (np.load(path) / 2).astype(dtype))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    known(open_pairs(folder))
+    assert len(fits) == 2
+    assert len(scans) - before == (dtype == "float32")
+
+
+def test_another_version_measures_for_itself(write_pairs, open_pairs, fits, monkeypatch):
+    opened = open_pairs(write_pairs())
+    known(opened)
+    monkeypatch.setattr(measured, "__version__", "0.0.0")
+    known(opened)
+    assert len(fits) == 2
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_a_file_that_goes_meanwhile_is_named(write_pairs, dtype):
+    table = find_pairs_of(write_pairs(orion_dtype=dtype))
+    scales = measure_scales(find_pairs_of(write_pairs("other", orion_dtype=dtype)), False)
+    table.path(1, "orion").unlink()
+    with pytest.raises(InputError, match="core_01_ORION"):
+        if dtype == "float32":
+            measure_scales(table, False)
+        known_normalization(table, scales, TRAIN, "dataset", "linear")
+
+
 def test_a_change_in_a_held_out_core_keeps_the_fit_of_the_others(write_pairs, open_pairs, fits):
     folder = write_pairs()
     known(open_pairs(folder))
@@ -133,6 +167,24 @@ def test_without_a_place_to_keep_them_everything_is_measured(write_pairs, open_p
     opened = open_pairs(write_pairs(orion_dtype="float32"))
     assert known(opened).document() == known(opened).document()
     assert len(fits) == 2
+
+
+def test_a_user_without_a_home_measures_every_time(write_pairs, open_pairs, fits, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(measured.Path, "home", homeless)
+    opened = open_pairs(write_pairs(orion_dtype="float32"))
+    assert known(opened).document() == known(opened).document()
+    assert len(fits) == 2
+
+
+@pytest.mark.parametrize("given", ["", "relative/place"])
+def test_a_cache_folder_that_is_not_absolute_counts_as_not_given(monkeypatch, given, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert measured.cache_folder() == tmp_path / ".cache" / "orion_unet"
 
 
 def test_the_oldest_measurements_go_first(monkeypatch):

@@ -271,6 +271,13 @@ def test_an_output_that_is_a_file_is_refused(write_pairs, tmp_path):
     assert "--output_dir" in refusal(write_pairs(), tmp_path / "packed")
 
 
+def test_an_output_of_an_impossible_name_or_with_an_unreadable_record_is_refused(write_pairs, tmp_path):
+    source = write_pairs()
+    assert "--output_dir" in refusal(source, tmp_path / ("n" * 300))
+    (tmp_path / "packed" / RECORD_FILE).mkdir(parents=True)
+    assert RECORD_FILE in refusal(source, tmp_path / "packed")
+
+
 def test_two_packs_never_write_to_one_folder(write_pairs, tmp_path):
     source, output = write_pairs(), tmp_path / "packed"
     output.mkdir()
@@ -293,6 +300,21 @@ def test_too_small_a_disk_is_told_before_anything_is_written(write_pairs, tmp_pa
     assert not output.exists()
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage._replace(free=needed))
     packed(source, output)
+
+
+def test_the_room_that_a_killed_pack_holds_is_given_back_first(write_pairs, tmp_path, monkeypatch):
+    source, output = write_pairs(cores=1, size=(48, 40), channels=3), tmp_path / "packed"
+    room = 48 * 40 * 3 + 48 * 40 * 3 * 2
+    output.mkdir()
+    (output / ".core_00_HE.npy.partial").write_bytes(b"half")
+    usage = packing.shutil.disk_usage(tmp_path)
+
+    def small_disk(path):
+        return usage._replace(free=room - sum(file.stat().st_size for file in output.iterdir()))
+
+    monkeypatch.setattr(packing.shutil, "disk_usage", small_disk)
+    assert packed(source, output).written == 2
+    assert_packed(source, output)
 
 
 def test_a_write_that_fails_leaves_nothing_half_written_and_is_gone_on_with(write_pairs, tmp_path):

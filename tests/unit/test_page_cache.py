@@ -81,10 +81,34 @@ def test_the_memory_of_a_container_counts_where_it_is_less(tmp_path, monkeypatch
     whole = page_cache.memory_limit()
     assert whole > 2**28
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(page_cache, "CGROUP_LIMITS", (str(limit), str(tmp_path / "absent")))
+    monkeypatch.setattr(page_cache, "CGROUPS", tmp_path)
+    monkeypatch.setattr(page_cache, "OWN_CGROUPS", tmp_path / "absent")
     limit.write_text("268435456\n")
     assert page_cache.memory_limit() == 2**28
     assert page_cache.fits_page_cache(2**27)
     assert not page_cache.fits_page_cache(2**28)
     limit.write_text("max\n")
     assert page_cache.memory_limit() == whole
+
+
+@pytest.mark.parametrize(
+    ("listed", "limited"),
+    [
+        ("0::/system.slice/job_7/step_0", "system.slice/job_7/memory.max"),
+        ("0::/system.slice/job_7/step_0", "system.slice/job_7/step_0/memory.max"),
+        ("5:cpu:/a\n9:pids,memory:/slurm/job:7", "memory/slurm/job:7/memory.limit_in_bytes"),
+        ("9:memory:/docker/of/the/host", "memory/memory.limit_in_bytes"),
+        ("0::/", "memory.max"),
+        ("nonsense", "memory.max"),
+    ],
+)
+def test_the_memory_of_a_job_counts_wherever_around_the_process_it_is_limited(tmp_path, monkeypatch, listed, limited):
+    whole = page_cache.memory_limit()
+    monkeypatch.setattr(page_cache, "CGROUPS", tmp_path)
+    monkeypatch.setattr(page_cache, "OWN_CGROUPS", tmp_path / "cgroup")
+    (tmp_path / "cgroup").write_text(listed + "\n")
+    (tmp_path / limited).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / limited).write_text("268435456\n")
+    (tmp_path / "cpu" / "a").mkdir(parents=True)
+    (tmp_path / "cpu" / "a" / "memory.limit_in_bytes").write_text("1\n")
+    assert whole > page_cache.memory_limit() == 2**28

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from torch.overrides import TorchFunctionMode
 
 from orion_unet.data import transforms
 from orion_unet.data.normalization import LOG_CURVATURE, Normalization, fit_normalization
@@ -111,6 +112,28 @@ def test_colour_touches_the_he_alone(prepared):
     assert (plain.he - coloured.he).abs().max() > 0.02
     assert torch.equal(plain.target, coloured.target)
     assert torch.equal(plain.boundary, coloured.boundary)
+
+
+def test_nothing_makes_the_host_wait_for_the_device(write_pairs, open_pairs):
+    """On tensors without content whatever needs a content fails; what looks for errors on a device is named here."""
+    opened = open_pairs(write_pairs())
+    fitted = fit_normalization(opened.table, opened.scales, np.array([0, 1, 2]), "core", "log1p")
+    nowhere = torch.device("meta")
+    transform = BatchTransform(opened.table, opened.reader.formats, fitted, True, nowhere)
+    called = []
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if any(isinstance(arg, torch.Tensor) and arg.device == nowhere for arg in args):
+                called.append(getattr(function, "__name__", ""))
+            return function(*args, **(kwargs or {}))
+
+    raw = opened.reader.read([PatchPlace(core, 1, 2, (True, False, True), (0.5,) * 8) for core in range(3)])
+    with Calls():
+        batch = transform(raw, augment=True)
+    assert batch.he.device == nowhere and batch.he.shape == (3, 3, 16, 16)
+    assert "einsum" in called
+    assert not {"linalg_inv", "linalg_solve", "item", "tolist", "nonzero"} & set(called)
 
 
 def test_no_colour_drawn_leaves_an_image_as_it_is():
