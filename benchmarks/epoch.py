@@ -99,7 +99,8 @@ def on_ranks(count: int, options: argparse.Namespace) -> dict[str, Any]:
         check=True,
         timeout=3000,
     )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    # gloo speaks on the same stream.
+    result: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return result
 
 

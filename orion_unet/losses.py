@@ -125,7 +125,8 @@ class CompositeLoss(nn.Module):
                 denominators[index] = boundary_mask.sum(dtype=torch.float64) * prediction.shape[1]
             else:
                 continue
-            numerators[index] = values.sum(dtype=torch.float64)
+            # Each sample in float32, which torch adds pairwise: several times as fast as in float64 throughout.
+            numerators[index] = values.sum(dim=(1, 2, 3)).sum(dtype=torch.float64)
         return numerators, denominators
 
     def combine(self, numerators: Tensor, denominators: Tensor) -> tuple[float, dict[str, float | None]]:

@@ -74,7 +74,7 @@ class BatchTransform:
         he = self._channels_first(raw.he, "he", geometry).div_(self.formats["he"].white)
         target = self._channels_first(raw.orion, "orion", geometry)
         if self.kept is not None:
-            target = target.index_select(1, self.kept)
+            target = target.index_select(1, self.kept).contiguous(memory_format=self.memory_format)
         if self.noise_removal:
             target = remove_hot_pixels(target)
         factor, offset = self.factor, self.offset

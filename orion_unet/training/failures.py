@@ -26,7 +26,13 @@ def plain_failure(error: BaseException, config: TrainConfig) -> RunError | None:
             f"out of GPU memory: lower --batch_size ({config.optimisation.batch_size} now; --accumulate_steps keeps "
             "the global batch), --patch_size or --base_features, or add --use_amp"
         )
-    if isinstance(error, RuntimeError) and ("Bus error" in text or "shared memory" in text):
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return RunError(
+            f"a loader process was lost ({text.splitlines()[0].split('. ')[0]}): a file of --pairs_dir "
+            f"({config.data.pairs_dir}) was cut short or cannot be read any more, or the system ended the process for "
+            "lack of memory (lower --num_workers or --batch_size). The last checkpoint stands: go on with --resume auto"
+        )
+    if isinstance(error, RuntimeError) and "shared memory" in text:
         return RunError(
             "the shared memory of this machine (/dev/shm) is too small for the loader processes: lower --batch_size or "
             "--num_workers (0 needs none), or enlarge it (docker run --shm-size 8g)"

@@ -12,7 +12,11 @@ from orion_unet.training.failures import note_failure, noted_failures, plain_fai
     ("error", "advice"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "--batch_size (12 now"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--num_workers"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that shared memory"),
+            "(DataLoader worker (pid 7) is killed by signal: Bus error): a file of --pairs_dir (core_patches_npy)",
+        ),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "lack of memory (lower --num_workers"),
         (RuntimeError("unable to allocate shared memory(shm) for file"), "/dev/shm"),
         (OSError(errno.ENOSPC, "No space left on device", "/runs/a/metrics.jsonl"), "/runs/a/metrics.jsonl"),
         (OSError(errno.EROFS, "Read-only file system", "/runs/a/status.json"), "Read-only file system"),
