@@ -205,7 +205,7 @@ def _sample(table: PairTable, scales: Scales, core: int, pixels: int, kept: np.n
     values = stored[rows].reshape(-1, stored.shape[2]).T if row["layout"] == "hwc" else stored[:, rows]
     values = values.reshape(values.shape[0], -1)
     values = values[np.ix_(kept, np.arange(pixels) * values.shape[1] // pixels)]
-    return values.astype(np.float32) / np.float32(scales.orion[stored.dtype.newbyteorder("=").name])
+    return values.astype(np.float32) / np.float32(scales.white("orion", stored.dtype))
 
 
 def _target_mean(values: np.ndarray, low: float, high: float, transform: str) -> float:

@@ -79,12 +79,11 @@ class StoredFormat:
 def stored_format(table: PairTable, scales: Scales, modality: str) -> StoredFormat:
     """The folder's own dtype and axis order where they are uniform; a mixed folder travels as float32 in [0, 1]."""
     rows = getattr(table, modality)
-    whites = getattr(scales, modality)
     dtypes = {np.dtype(text).newbyteorder("=") for text in set(rows["dtype"].tolist())}
     layout = str(rows["layout"][0])
     if len(dtypes) == 1:
         dtype = dtypes.pop()
-        return StoredFormat(dtype, layout, whites[dtype.name])
+        return StoredFormat(dtype, layout, scales.white(modality, dtype))
     return StoredFormat(np.dtype(np.float32), layout, 1.0)
 
 
@@ -161,10 +160,9 @@ class PatchReader:
         for modality in buffers:
             self._ask_for(modality, places)
         for modality, target in buffers.items():
-            whites = getattr(self.scales, modality)
             for row, place in enumerate(places):
                 patch = self.crop(modality, place.core, place.y, place.x)
-                white = whites[patch.dtype.newbyteorder("=").name]
+                white = self.scales.white(modality, patch.dtype)
                 if white == self.formats[modality].white:
                     target[row] = patch
                 else:
@@ -174,7 +172,7 @@ class PatchReader:
         """Share of a patch that is not blank glass (bright and unsaturated H&E), from a coarse grid of pixels."""
         self._ask_for("he", [PatchPlace(core, y, x)])
         patch = self.crop("he", core, y, x)
-        white = self.scales.he[patch.dtype.newbyteorder("=").name]
+        white = self.scales.white("he", patch.dtype)
         return tissue_fraction(patch, self.formats["he"].layout, white)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,17 @@ class Scales:
 
     he: dict[str, float]
     orion: dict[str, float]
+
+    def white(self, modality: str, dtype: np.dtype) -> float:
+        """Full intensity of the files of a modality with a dtype, in either byte order."""
+        levels: dict[str, float] = getattr(self, modality)
+        return levels[_native_name(dtype)]
+
+
+@cache
+def _native_name(dtype: np.dtype) -> str:
+    # NumPy puts the name together anew each time, which is felt where it is asked for every patch.
+    return dtype.newbyteorder("=").name
 
 
 def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress = no_progress) -> Scales:

@@ -86,7 +86,7 @@ class ScoredFolder:
             part = whole[rows, columns] if layout == "hwc" else whole[:, rows, columns]
             if layout != form.layout:
                 part = part.transpose(2, 0, 1) if form.layout == "chw" else part.transpose(1, 2, 0)
-            white = getattr(self.scales, modality)[part.dtype.newbyteorder("=").name]
+            white = self.scales.white(modality, part.dtype)
             if white == form.white:
                 part = np.array(part, dtype=form.dtype, order="C")
             else:

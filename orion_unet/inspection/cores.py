@@ -44,7 +44,7 @@ def view_core(
     he = table.open(core, "he")
     row = table.he[core]
     layout = str(row["layout"])
-    white = scales.he[he.dtype.newbyteorder("=").name]
+    white = scales.white("he", he.dtype)
     picture = he_thumbnail(table, scales, core, THUMBNAIL)
     registration = None
     if nuclear is not None:
@@ -89,14 +89,14 @@ def marker_rows(table: PairTable, scales: Scales, core: int, channels: list[int]
         if row["layout"] == "hwc"
         else stored[np.array(channels)[:, None], kept]
     )
-    return values.astype(np.float32) / np.float32(scales.orion[stored.dtype.newbyteorder("=").name])
+    return values.astype(np.float32) / np.float32(scales.white("orion", stored.dtype))
 
 
 def he_thumbnail(table: PairTable, scales: Scales, core: int, side: int) -> np.ndarray:
     """The H&E (h, w, 3) float32 in [0, 1], block means, its longer side at most ``side`` pixels."""
     he = table.open(core, "he")
     image = _channels_last(he, str(table.he[core]["layout"]))
-    white = scales.he[he.dtype.newbyteorder("=").name]
+    white = scales.white("he", he.dtype)
     return np.clip(_smaller(image, side) / white, 0, 1)
 
 
