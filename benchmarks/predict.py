@@ -287,7 +287,7 @@ def main() -> None:
         folder = options.work_dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         given = options.checkpoint or write_model(
-            folder / "random.pt", markers=20, base_features=16, depth=3, patch_size=128, use_boundary_guidance=True
+            folder / "random.pt", markers=20, use_boundary_guidance=True
         )
         model = load_trained(given)
         kind = model.config.model

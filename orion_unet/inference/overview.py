@@ -23,7 +23,7 @@ MOST_MARKERS = 60
 # Widest and tallest figure, tallest cell; margins, gap between cells and the line of text over each. In inches.
 WIDTH, HEIGHT, TALLEST_CELL = 22.0, 12.0, 4.0
 MARGIN, GAP, TITLE = 0.08, 0.06, 0.24
-DPI = 120
+DPI = 90
 FONT_SIZE = 9
 LETTER_INCHES = 0.62 * FONT_SIZE / 72
 # The scale bar is the longest round length of at most this share of the H&E's width.
