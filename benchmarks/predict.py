@@ -286,9 +286,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.work_dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        given = options.checkpoint or write_model(
-            folder / "random.pt", markers=20, use_boundary_guidance=True
-        )
+        given = options.checkpoint or write_model(folder / "random.pt", markers=20, use_boundary_guidance=True)
         model = load_trained(given)
         kind = model.config.model
         found: dict[str, Any] = {
