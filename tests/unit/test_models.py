@@ -173,8 +173,10 @@ def test_channels_last_gives_the_same_gradients(norm):
         gradients.append([parameter.grad for parameter in model.parameters()])
         # The fused optimiser goes through weights and gradients side by side, as they lie in memory.
         assert all(p.grad.stride() == p.stride() for p in model.parameters() if min(p.shape[1:], default=1) > 1)
+    # A shift that the next norm takes away has no gradient but rounding: the largest of the model is the measure.
+    largest = max(float(plain.abs().max()) for plain in gradients[0])
     for plain, last in zip(*gradients, strict=True):
-        torch.testing.assert_close(last, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+        torch.testing.assert_close(last, plain, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
@@ -188,8 +190,9 @@ def test_a_compiled_model_gives_the_same_prediction_and_gradients():
         prediction = forward(he)
         prediction.square().mean().backward()
         outcomes.append([prediction.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    largest = max(float(plain.abs().max()) for plain in outcomes[0][1:])
     for plain, compiled in zip(*outcomes, strict=True):
-        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "instance"])
