@@ -1,0 +1,122 @@
+"""Figures of the stability benchmark."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+COLOURS = {"former": "#c0392b", "stable": "#2471a3", "best": "#1e8449"}
+GREY = "#7f8c8d"
+REGRESSION = "regression from colours"
+
+
+def kind(name: str) -> str:
+    """The kind of a set: "real, Lung1 held out" is real."""
+    return name.split(",")[0]
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def draw_curves(results: list[dict[str, Any]], sets: list[str], path: Path) -> None:
+    """Own validation loss, and the squared error that all have in common, of every seed."""
+    figure = _figure(11, 2.9 * len(sets))
+    grid = figure.subplots(len(sets), 2, squeeze=False)
+    quantities = (("val", "own validation loss"), ("val_mse", "validation squared error"))
+    for row, name in zip(grid, sets, strict=True):
+        for axes, (column, title) in zip(row, quantities, strict=True):
+            for recipe, colour in COLOURS.items():
+                runs = [result for result in results if result["set"] == name and result["recipe"] == recipe]
+                for index, result in enumerate(runs):
+                    values = [np.nan if each[column] is None else each[column] for each in result["epochs"]]
+                    axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.7, linewidth=1.2,
+                              label=recipe if index == 0 else None)  # fmt: skip
+            axes.set_yscale("log")
+            axes.set_title(f"{name}: {title}", fontsize=10)
+            axes.set_xlabel("epoch")
+            _tidy(axes)
+    grid[0][0].legend(frameon=False)
+    figure.savefig(path)
+
+
+def draw_comparison(
+    found: dict[tuple[str, str], list[dict[str, float]]], kinds: list[str], names: list[str], path: Path
+) -> None:
+    """Median and range of movement and quality of every recipe, one line each."""
+    names = [name for name in names if any((each, name) in found for each in kinds)]
+    figure = _figure(12, 0.9 + 0.34 * len(names) * len(kinds) + 0.5 * len(kinds))
+    grid = figure.subplots(len(kinds), 3, squeeze=False, sharey="row")
+    quantities = (
+        ("movement", "movement of the validation loss, last 10 epochs"),
+        ("mse", "squared error, held-out cores"),
+        ("pearson", "Pearson, held-out cores"),
+    )
+    for row, each in zip(grid, kinds, strict=True):
+        for axes, (column, title) in zip(row, quantities, strict=True):
+            for place, name in enumerate(names):
+                values = [r[column] for r in found.get((each, name), []) if math.isfinite(r[column])]
+                if values:
+                    colour = COLOURS.get(name, GREY)
+                    axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=2, alpha=0.5)
+                    axes.plot(median(values), place, "o", color=colour)
+            axes.set_title(f"{each}: {title}", fontsize=9)
+            axes.set_yticks(range(len(names)), names, fontsize=9)
+            if column == "mse":
+                axes.set_xscale("log")
+            _tidy(axes)
+        row[0].invert_yaxis()
+    figure.savefig(path)
+
+
+def draw_markers(results: list[dict[str, Any]], kinds: list[str], names: list[str], path: Path) -> None:
+    """Correlation per marker: the best recipe, peers and the regression."""
+    shown = [name for name in ("best", "stable", "BasicUNet, MSE, Adam", "best, all three") if name in names]
+    figure = _figure(12, 3.4 * len(kinds))
+    grid = figure.subplots(len(kinds), 1, squeeze=False)
+    for axes, each in zip(grid[:, 0], kinds, strict=True):
+        bars: dict[str, list[dict[str, Any]]] = {}
+        for result in results:
+            if kind(result["set"]) == each:
+                if result["recipe"] in shown and "scores" in result:
+                    bars.setdefault(result["recipe"], []).append(result["scores"])
+                for name in (REGRESSION,):
+                    if result.get("baselines"):
+                        bars.setdefault(name, []).append(result["baselines"][name])
+        if not bars:
+            continue
+        order = [name for name in (*shown, REGRESSION) if name in bars]
+        markers = next(iter(bars.values()))[0]["names"]
+        colours = [COLOURS.get(name, tone) for name, tone in
+                   zip(order, ("#1e8449", "#2471a3", "#d68910", "#8e44ad", GREY), strict=False)]  # fmt: skip
+        for place, (name, colour) in enumerate(zip(order, colours, strict=True)):
+            columns = [[score["pearson"][index] for score in bars[name]] for index in range(len(markers))]
+            values = [[v for v in column if v is not None] for column in columns]
+            heights = [median(v) if v else 0 for v in values]
+            low = [h - min(v) if v else 0 for h, v in zip(heights, values, strict=True)]
+            high = [max(v) - h if v else 0 for h, v in zip(heights, values, strict=True)]
+            width = 0.8 / len(order)
+            at = np.arange(len(markers)) + (place - (len(order) - 1) / 2) * width
+            axes.bar(at, heights, width, color=colour, yerr=[low, high], error_kw={"linewidth": 0.7}, label=name)
+        axes.set_xticks(range(len(markers)), markers, rotation=45, ha="right", fontsize=9)
+        axes.set_ylabel("Pearson r")
+        axes.set_title(each, fontsize=10)
+        axes.axhline(0, color="black", linewidth=0.6)
+        _tidy(axes)
+    grid[0][0].legend(frameon=False, ncols=3, fontsize=8)
+    figure.savefig(path)

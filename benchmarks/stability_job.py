@@ -1,0 +1,183 @@
+"""One training of the stability benchmark, in a process of its own: train as the recipe says, then score.
+
+    python benchmarks/stability_job.py JOB.json
+
+The job is a JSON object: ``options`` of the trainer, ``changes`` (names of CHANGES: what no option of the product
+does), ``scored`` (names of the cores that every recipe is judged by), ``baselines`` (whether to score those, too) and
+``result`` (the file to write). The trainer runs as
+ever and leaves its ordinary run folder; what is changed is changed in this process alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from orion_unet.checkpoint import BEST, checkpoint_path
+from orion_unet.config import TrainConfig
+from orion_unet.data.transforms import Batch, BatchTransform
+from orion_unet.inference.baselines import fit_baselines
+from orion_unet.inference.model import TrainedModel, load_trained
+from orion_unet.inference.scored_folder import FolderOptions, ScoredFolder, open_folder
+from orion_unet.inference.scores import score_core, sum_scores
+from orion_unet.losses import CompositeLoss
+from orion_unet.models import unet
+from orion_unet.run_log import METRICS_FILE, write_json
+from orion_unet.training import run
+from orion_unet.training.run import DIVERGED, FINISHED
+
+# HEXIF takes its loss over so many pixels in the middle of a patch.
+CENTRE = 12
+
+
+class BasicUNet(nn.Module):
+    """MONAI's network as its users take it: the plain output, without a sigmoid. Of our network's width."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        from monai.networks.nets import BasicUNet as Monai
+
+        widths = [width * 2**level for level in range(5)]
+        self.network = Monai(spatial_dims=2, in_channels=3, out_channels=channels, features=(*widths, width))
+        self.depth = 4
+
+    def forward(self, he: Tensor) -> Tensor:
+        found: Tensor = self.network(he)
+        return found.float()
+
+
+def default_initialisation() -> None:
+    """Weights as torch draws them where nothing else is said."""
+    unet._initialise = lambda module: None
+
+
+def basic_unet() -> None:
+    """MONAI's BasicUNet in the place of our network."""
+    build = classmethod(lambda cls, options, channels: BasicUNet(channels, options.base_features))
+    unet.SpatialUNet.from_options = build
+
+
+def geometry_of_he_alone() -> None:
+    """Turn and flip the H&E, and leave the markers as they were."""
+    original = BatchTransform._channels_first
+
+    def changed(self: BatchTransform, stored: Tensor, modality: str, geometry: Any) -> Tensor:
+        return original(self, stored, modality, geometry if modality == "he" else None)
+
+    BatchTransform._channels_first = changed
+
+
+def patch_normalisation() -> None:
+    """Stretch the targets of every training patch, marker by marker, to [0, 1]."""
+    original = BatchTransform.__call__
+
+    def changed(self: BatchTransform, raw: Any, augment: bool) -> Batch:
+        batch = original(self, raw, augment)
+        if augment:
+            low, high = batch.target.amin((2, 3), keepdim=True), batch.target.amax((2, 3), keepdim=True)
+            batch.target = (batch.target - low) / (high - low).clamp_min(1e-6)
+        return batch
+
+    BatchTransform.__call__ = changed
+
+
+def loss_in_the_centre() -> None:
+    """Train on the middle of each patch alone; validation sees all of it."""
+    original = CompositeLoss.forward
+
+    def changed(self: CompositeLoss, prediction: Tensor, target: Tensor, mask: Any = None, count: Any = None) -> Any:
+        top, left = ((side - CENTRE) // 2 for side in prediction.shape[2:])
+        middle = (..., slice(top, top + CENTRE), slice(left, left + CENTRE))
+        return original(self, prediction[middle], target[middle], None if mask is None else mask[middle])
+
+    CompositeLoss.forward = changed
+
+
+CHANGES: dict[str, Callable[[], None]] = {
+    "default initialisation": default_initialisation,
+    "BasicUNet": basic_unet,
+    "geometry of the H&E alone": geometry_of_he_alone,
+    "normalisation of each patch": patch_normalisation,
+    "loss in the centre": loss_in_the_centre,
+}
+
+
+def trained_model(run_dir: Path) -> TrainedModel:
+    """The best model of a run, of whatever network. Scored on targets as they were measured, hot pixels and all."""
+    model = load_trained(run_dir, "cpu")
+    return replace(model, config=replace(model.config, data=replace(model.config.data, noise_removal=False)))
+
+
+def score(folder: ScoredFolder, cores: list[str], predict: Callable[[Any], Tensor]) -> dict[str, Any]:
+    """Per marker, over all pixels of the cores: mean squared error, Pearson r, and Pearson r of 8 x 8 boxes."""
+    places = [folder.table.names.tolist().index(name) for name in cores]
+    thresholds, nothing = torch.full((len(folder.names),), 0.5), np.zeros(0, np.int64)
+    parts = []
+    for core in places:
+        region = folder.region(core)
+        parts.append(score_core(predict(region).clamp(0, 1), region.measured, thresholds, nothing))
+    sums, boxes = sum(part.sums for part in parts), sum(part.boxes for part in parts)
+    found = sum_scores(sums, boxes)
+    values = {"mse": sums[7] / sums[0], "pearson": found["pearson"], "pearson_boxes": found["pearson_boxes"]}
+    return {
+        "names": list(folder.names),
+        **{name: [None if np.isnan(value) else float(value) for value in column] for name, column in values.items()},
+    }
+
+
+def main() -> int:
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    for name in job["changes"]:
+        CHANGES[name]()
+    config = TrainConfig.from_options(job["options"])
+    run_dir = Path(config.output.output_dir)
+    started = time.perf_counter()
+    code = run.run(config)
+    seconds = time.perf_counter() - started
+    if code not in (FINISHED, DIVERGED):
+        # Interrupted: to be done again.
+        return code
+    result: dict[str, Any] = {"job": job, "exit_code": code, "train_s": seconds}
+    result["epochs"] = [
+        {
+            "epoch": record["epoch"],
+            "lr": record["lr"],
+            "train": record["train"]["loss"],
+            "val": record["val"]["loss"],
+            "train_mse": record["train"]["terms"]["mse"],
+            "val_mse": record["val"]["terms"]["mse"],
+            "val_pearson": record["val"]["metrics"]["pearson"],
+        }
+        for record in map(json.loads, (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines())
+    ]
+    if checkpoint_path(run_dir, BEST).exists():
+        model = trained_model(run_dir)
+        folder = open_folder(model, Path(config.data.pairs_dir), FolderOptions())
+        result["best_epoch"] = model.epoch
+        result["scores"] = score(folder, job["scored"], lambda region: region.predicted)
+        if job["baselines"]:
+            baselines = fit_baselines(folder)
+            result["baselines"] = {
+                "training mean": score(folder, job["scored"], lambda region: baselines.predict_mean(region.measured)),
+                "regression from colours": score(
+                    folder, job["scored"], lambda region: baselines.predict_regression(region.he)
+                ),
+            }
+    write_json(Path(job["result"]), result)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What the stability benchmark trains: the sets, and the recipes by name.
+
+A recipe is the launcher's stable one with some options changed, and sometimes with changes that are no options
+(``stability_job.CHANGES``).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orion_unet.data.demo import make_demo
+from orion_unet.run_log import write_json
+
+# As in train_stable_learning.sh.
+STABLE: dict[str, Any] = {
+    "epochs": 30, "learning_rate": 1e-4, "batch_size": 12, "val_split": 0.20,
+    "mse_weight": 0.8, "l1_weight": 0.3, "boundary_weight": 0.1, "focal_weight": 0.0, "variance_weight": 0.1,
+    "scheduler": "plateau", "lr_factor": 0.5, "lr_patience": 5, "early_stopping_patience": 10,
+    "use_amp": True, "use_boundary_guidance": True, "noise_removal": True,
+}  # fmt: skip
+# What the toolkit's users came from, change by change. Their focal term had a weight that is not on record: 0.1.
+FORMER_CHANGES: dict[str, dict[str, Any]] = {
+    "learning rate 1e-4": {"learning_rate": 5e-4},
+    "batch of 12": {"batch_size": 8},
+    "a fifth held out": {"val_split": 0.15},
+    "30 epochs": {"epochs": 20},
+    "no focal term": {"focal_weight": 0.1},
+    "gentle variance term": {"variance_weight": 0.5, "variance_form": "exponential"},
+    "plateau 0.5 / 5": {"lr_factor": 0.7, "lr_patience": 3},
+    "initialisation": {"output_start": "half", "changes": ("default initialisation",)},
+}
+HEXIF = ("geometry of the H&E alone", "normalisation of each patch", "loss in the centre")
+# Small enough for hundreds of trainings on two cores.
+SMALL: dict[str, Any] = {
+    "base_features": 8, "depth": 3, "patch_size": 64, "num_workers": 0, "gpus": 0, "sanity_check_freq": 0,
+    "overwrite": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named training: options beside those of STABLE, and changes that are no options."""
+
+    name: str
+    group: str
+    options: dict[str, Any] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
+
+
+def _recipe(name: str, group: str, *changes: dict[str, Any], **options: Any) -> Recipe:
+    merged = {key: value for change in (*changes, options) for key, value in change.items()}
+    return Recipe(name, group, merged, tuple(merged.pop("changes", ())))
+
+
+def recipes() -> list[Recipe]:
+    """Every recipe, in the order of the tables."""
+    former = list(FORMER_CHANGES.values())
+    found = [_recipe("former", "main", *former), _recipe("stable", "main")]
+    for name, change in FORMER_CHANGES.items():
+        found.append(_recipe(f"former, {name}", "ablation", *(other for other in former if other is not change)))
+    found += [_recipe(name, "improvement", options) for name, options in IMPROVEMENTS.items()]
+    found.append(_recipe("best", "best", BEST))
+    found.append(
+        _recipe(
+            "BasicUNet, MSE, Adam", "peer", epochs=30, learning_rate=1e-3, weight_decay=0.0, scheduler="constant",
+            mse_weight=1.0, l1_weight=0.0, boundary_weight=0.0, variance_weight=0.0, use_boundary_guidance=False,
+            noise_removal=False, output_start="half", early_stopping_patience=0, changes=("BasicUNet",),
+        )
+    )  # fmt: skip
+    for change in HEXIF:
+        found.append(_recipe(f"best, {change}", "peer", BEST, changes=(change,)))
+    found.append(_recipe("best, all three", "peer", BEST, changes=HEXIF))
+    return found
+
+
+IMPROVEMENTS: dict[str, dict[str, Any]] = {
+    "learning rate 3e-4": {"learning_rate": 3e-4},
+    "learning rate 1e-3": {"learning_rate": 1e-3},
+    "learning rate 4e-3": {"learning_rate": 4e-3},
+    "EMA 0.95": {"ema_decay": 0.95},
+    "cosine": {"scheduler": "cosine", "warmup_epochs": 1},
+    "no L1": {"l1_weight": 0.0},
+    "output starts at a half": {"output_start": "half"},
+    "log1p targets": {"target_transform": "log1p"},
+    "dropout 0.2": {"dropout": 0.2},
+    "no boundary guidance": {"use_boundary_guidance": False},
+    "no noise removal": {"noise_removal": False},
+    "group norm": {"norm": "group"},
+}
+BEST: dict[str, Any] = {
+    "learning_rate": 4e-3, "scheduler": "cosine", "warmup_epochs": 1, "ema_decay": 0.95, "l1_weight": 0.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Pairs, the options that suit them, and who is held out: ``scored`` are held out by every recipe.
+
+    ``wider`` are held out beside them where a recipe holds out a fifth (None: the split is given by the slides).
+    """
+
+    name: str
+    pairs_dir: Path
+    train: tuple[str, ...]
+    scored: tuple[str, ...]
+    wider: tuple[str, ...]
+    options: dict[str, Any]
+
+    def split_file(self, folder: Path, val_split: float) -> Path:
+        """The split of a recipe, written to a file."""
+        held_out = self.scored + (self.wider if val_split >= 0.2 else ())
+        trained = [name for name in (*self.train, *self.wider) if name not in held_out]
+        path = folder / f"{self.name.replace(' ', '_')}_{len(held_out)}.json"
+        rows = {side: [{"core": name, "group": name} for name in names]
+                for side, names in (("train", trained), ("val", list(held_out)))}  # fmt: skip
+        write_json(path, {"schema": 1, **rows})
+        return path
+
+
+def demo_set(folder: Path, cores: int = 40, per_image: int = 6) -> TrainingSet:
+    """Generated tissue: 15 % of the patients are held out, 20 % by recipes that ask for that."""
+    pairs = folder / "demo"
+    names = make_demo(pairs, cores=cores, size=256, seed=0)
+    first, second = (2 * round(cores * share / 2) for share in (0.15, 0.20))
+    second = max(second, first + 2)
+    options = {**SMALL, "patches_per_image": per_image}
+    return TrainingSet(
+        "demo", pairs, tuple(names[second:]), tuple(names[:first]), tuple(names[first:second]), options
+    )  # fmt: skip
+
+
+def real_sets(source: Path, folder: Path, per_image: int = 32) -> list[TrainingSet]:
+    """Real pairs of several slides: each slide in turn is held out. The pairs are linked to, never copied."""
+    rows = [line.split(",") for line in (source / "groups.csv").read_text(encoding="utf-8").split()[1:]]
+    slides = sorted({slide for _, slide in rows})
+    pairs = folder / "real"
+    pairs.mkdir(parents=True, exist_ok=True)
+    for core, _ in rows:
+        for kind in ("HE", "ORION"):
+            link = pairs / f"{core}_{kind}.npy"
+            if not link.exists():
+                link.symlink_to((source / link.name).resolve())
+    shutil.copyfile(source / "channel_names.txt", pairs / "channel_names.txt")
+    options = {**SMALL, "patches_per_image": per_image, "patches_per_image_val": 0}
+    return [
+        TrainingSet(
+            f"real, {held} held out",
+            pairs,
+            tuple(core for core, slide in rows if slide != held),
+            tuple(core for core, slide in rows if slide == held),
+            (),
+            options,
+        )
+        for held in slides
+    ]

@@ -1,0 +1,200 @@
+"""The stability benchmark: its quick form end to end, its measures by hand, and the handling of data it re-creates."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 200
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """The rooms of the benchmark import each other by name."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def quick(output, *words):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "stability.py"), "--quick", "--output_dir", str(output), *words],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+def test_the_quick_form_goes_all_the_way_and_repeats_nothing(tmp_path):
+    words = ("--only", "former", "stable", "best, loss in the centre", "--seeds", "1")
+    done = quick(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    for recipe in ("former", "stable", "best, loss in the centre", "*regression from colours*"):
+        assert f"| {recipe} |" in done.stdout
+    assert done.stdout.strip() == (tmp_path / "stability.md").read_text(encoding="utf-8").strip()
+    for name in ("curves", "ablation", "markers"):
+        assert (tmp_path / f"stability_{name}.png").stat().st_size > 5000
+    results = {path: path.read_bytes() for path in tmp_path.glob("*/*/seed_0/result.json")}
+    assert len(results) == 3
+    epochs = [len(json.loads(content)["epochs"]) for content in results.values()]
+    assert epochs == [2, 2, 2]
+
+    # One that was lost is done again, and only that; the rest of the report stays as it was.
+    lost = next(iter(results))
+    lost.unlink()
+    again = quick(tmp_path, *words)
+    assert "1 of 3 trainings" in again.stderr
+    assert lost.exists()
+    assert all(path.read_bytes() == content for path, content in results.items() if path != lost)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("monai") is not None, reason="MONAI is installed, so nothing fails")
+def test_a_recipe_that_fails_is_named_and_the_others_go_on(tmp_path):
+    done = quick(tmp_path, "--only", "stable", "BasicUNet, MSE, Adam", "--seeds", "1")
+    assert done.returncode == 1
+    assert "- BasicUNet, MSE, Adam (demo): ModuleNotFoundError: No module named 'monai'" in done.stdout
+    assert "| stable |" in done.stdout
+
+
+def test_an_unknown_recipe_is_refused(tmp_path):
+    done = quick(tmp_path, "--only", "stabel")
+    assert done.returncode == 2
+    assert "--only stabel: is no recipe; there are former, stable" in done.stderr
+
+
+def test_the_stable_recipe_is_the_launcher_s():
+    from stability_recipes import STABLE
+
+    script = (ROOT / "train_stable_learning.sh").read_text(encoding="utf-8")
+    words = re.search(r"^recipe=\(\n(.*?)^\)", script, re.S | re.M).group(1).split()
+    told = {}
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            following = words[place + 1] if place + 1 < len(words) else "--"
+            told[word[2:]] = True if following.startswith("--") else following
+    assert told.pop("output_dir").startswith("runs_sep6v1/")
+    assert {name: value if value is True else type(STABLE[name])(value) for name, value in told.items()} == STABLE
+
+
+def test_former_differs_from_stable_by_every_single_change_and_each_ablation_lacks_one():
+    from stability_recipes import FORMER_CHANGES, STABLE, recipes
+
+    known = {recipe.name: recipe for recipe in recipes()}
+    former = known["former"]
+    assert all(STABLE.get(name) != value for name, value in former.options.items())
+    for name, change in FORMER_CHANGES.items():
+        ablation = known[f"former, {name}"]
+        lacking = former.options.keys() - ablation.options.keys()
+        assert lacking == change.keys() - {"changes"}
+        assert all(former.options[key] == value for key, value in ablation.options.items())
+
+
+def made(train, val, error):
+    epochs = [
+        {"epoch": place + 1, "train": a, "val": b, "val_mse": c}
+        for place, (a, b, c) in enumerate(zip(train, val, error, strict=True))
+    ]
+    return {"epochs": epochs, "scores": {"mse": [0.1, 0.3], "pearson": [0.5, None], "pearson_boxes": [0.6, None]}}
+
+
+def test_measures_are_those_a_hand_calculates():
+    from stability_report import measures
+
+    # Validation falls by 0.01 an epoch and zigzags by 0.002 about that.
+    val = [0.5 - 0.01 * epoch + 0.002 * (-1) ** epoch for epoch in range(20)]
+    train = [0.4 - 0.01 * epoch for epoch in range(20)]
+    found = measures(made(train, val, [0.3] * 4 + [0.1] * 16), level=0.2)
+    assert found["movement"] == pytest.approx(0.09 + 0.004)
+    assert found["improvement"] == pytest.approx(0.19)
+    assert found["relative improvement"] == pytest.approx(0.19 / 0.4)
+    assert found["gap"] == pytest.approx(0.1 - 0.002)
+    assert found["relative gap"] == pytest.approx((0.1 - 0.002) / val[-1])
+    assert found["best loss"] == pytest.approx(val[-1])
+    assert found["epochs to level"] == 5
+    assert found["mse"] == pytest.approx(0.2)
+    assert found["pearson"] == 0.5
+    time = np.arange(10)
+    residual = np.array(val[-10:]) - np.poly1d(np.polyfit(time, val[-10:], 1))(time)
+    assert found["noise"] == pytest.approx(math.sqrt((residual**2).sum() / 8))
+    assert math.isinf(measures(made(train, val, [0.3] * 20), level=0.2)["epochs to level"])
+
+
+def test_an_undefined_loss_leaves_its_measures_undefined():
+    from stability_report import measures
+
+    found = measures({"epochs": [{"epoch": 1, "train": None, "val": None, "val_mse": None}]}, level=0.2)
+    assert math.isnan(found["improvement"]) and math.isnan(found["mse"])
+    assert math.isnan(measures({"epochs": []}, level=0.2)["movement"])
+
+
+def transformed(write_pairs, change, augment=True):
+    from orion_unet.config import DataOptions
+    from orion_unet.data.normalization import fit_normalization
+    from orion_unet.data.pairs import find_pairs
+    from orion_unet.data.patches import PatchPlace, PatchReader
+    from orion_unet.data.scale import measure_scales
+    from orion_unet.data.transforms import BatchTransform
+
+    change()
+    table = find_pairs(DataOptions(pairs_dir=str(write_pairs()), patch_size=16))
+    scales = measure_scales(table, False)
+    reader = PatchReader(table, scales, 16)
+    normalization = fit_normalization(table, scales, np.arange(len(table)), "dataset", "linear")
+    transform = BatchTransform(table, reader.formats, normalization, False, torch.device("cpu"))
+    plain, turned = (
+        reader.read([PatchPlace(0, 0, 0, flips, (0.0,) * 8)]) for flips in ((False,) * 3, (True, False, True))
+    )
+    return transform(plain, augment), transform(turned, augment)
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """The changes, undone after the test."""
+    import stability_job
+
+    from orion_unet.data.transforms import BatchTransform
+    from orion_unet.losses import CompositeLoss
+
+    for owner, name in ((BatchTransform, "_channels_first"), (BatchTransform, "__call__"), (CompositeLoss, "forward")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    return stability_job.CHANGES
+
+
+def test_geometry_of_the_he_alone_leaves_the_markers_as_they_were(write_pairs, changed):
+    plain, turned = transformed(write_pairs, changed["geometry of the H&E alone"])
+    assert torch.equal(plain.target, turned.target)
+    torch.testing.assert_close(turned.he, plain.he.flip(-2).transpose(-1, -2))
+    assert not torch.equal(turned.he, plain.he)
+
+
+def test_patches_are_normalised_by_themselves_in_training_alone(write_pairs, changed):
+    trained, _ = transformed(write_pairs, changed["normalisation of each patch"])
+    assert torch.equal(trained.target.amin((2, 3)), torch.zeros(1, trained.target.shape[1]))
+    assert trained.target.amax((2, 3)).numpy() == pytest.approx(1.0)
+
+
+def test_validation_is_not_normalised_patch_by_patch(write_pairs, changed):
+    validated, _ = transformed(write_pairs, changed["normalisation of each patch"], augment=False)
+    assert (validated.target.amin((2, 3)) > 0).any() or (validated.target.amax((2, 3)) < 1).any()
+
+
+def test_the_loss_in_the_centre_sees_144_pixels(changed):
+    from orion_unet.losses import CompositeLoss
+
+    changed["loss in the centre"]()
+    prediction, target = torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, 64, 64)
+    prediction[..., 26:38, 26:38] = 0.5
+    criterion = CompositeLoss({"mse": 1.0})
+    assert criterion(prediction, target)[0].item() == pytest.approx(0.25)
+    prediction[..., 25, :] = prediction[..., :, 38] = 1.0
+    assert criterion(prediction, target)[0].item() == pytest.approx(0.25)
+    assert criterion.sums(prediction, target)[1][0].item() == 2 * 64 * 64
