@@ -49,7 +49,7 @@ def write_run(folder: Path, epochs: int) -> None:
 def record(rng: random.Random, epoch: int) -> dict[str, object]:
     """One line of the log."""
     loss = 0.1 + 0.4 / (1 + epoch / 5) + rng.gauss(0, 0.002)
-    terms = {name: loss * rng.random() for name in ("mse", "l1", "boundary", "focal", "variance")}
+    terms = {name: loss * rng.random() for name in ("mse", "l1", "boundary", "focal", "variance", "correlation")}
     metrics = ("pearson", "mae", "psnr_db", "ssim")
     return {
         "schema": 1,

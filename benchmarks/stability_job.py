@@ -11,6 +11,7 @@ ever and leaves its ordinary run folder; what is changed is changed in this proc
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -20,19 +21,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orion_unet.checkpoint import BEST, checkpoint_path
 from orion_unet.config import TrainConfig
+from orion_unet.data import loaders, patches
+from orion_unet.data.normalization import LOG_CURVATURE
+from orion_unet.data.patches import PatchPlace, PatchReader
+from orion_unet.data.randomness import SAMPLE, counter_rng
 from orion_unet.data.transforms import Batch, BatchTransform
 from orion_unet.inference.baselines import fit_baselines
 from orion_unet.inference.model import TrainedModel, load_trained
 from orion_unet.inference.scored_folder import FolderOptions, ScoredFolder, open_folder
 from orion_unet.inference.scores import score_core, sum_scores
 from orion_unet.losses import CompositeLoss
-from orion_unet.models import unet
+from orion_unet.models import blocks, unet
 from orion_unet.run_log import METRICS_FILE, write_json
 from orion_unet.training import run
 from orion_unet.training.run import DIVERGED, FINISHED
@@ -104,12 +110,72 @@ def loss_in_the_centre() -> None:
     CompositeLoss.forward = changed
 
 
+def scarce_crops() -> None:
+    """Of four random crops, take the one that shows most of a marker drawn for it."""
+    original = patches.draw_training_patch
+
+    def changed(reader: PatchReader, core: int, seed: int, epoch: int, index: int, augment: bool) -> PatchPlace:
+        rng = counter_rng(seed, SAMPLE, epoch, index)
+        drawn = original(reader, core, seed, epoch, index, augment)
+        size = reader.table.he[core]
+        room = [int(size[side]) - reader.patch_size + 1 for side in ("height", "width")]
+        marker = int(rng.choice(np.array(reader.table.kept_channels)))
+        hwc = reader.formats["orion"].layout == "hwc"
+
+        def shown(corner: tuple[int, int]) -> float:
+            crop = reader.crop("orion", core, *corner)
+            plane = crop[::2, ::2, marker] if hwc else crop[marker, ::2, ::2]
+            return float(plane.mean(dtype=np.float64))
+
+        corners = [(int(rng.integers(room[0])), int(rng.integers(room[1]))) for _ in range(4)]
+        y, x = max(corners, key=shown)
+        return replace(drawn, y=y, x=x)
+
+    patches.draw_training_patch = loaders.draw_training_patch = changed
+
+
+def pyramid() -> None:
+    """Add the squared errors of means over 2 x 2 and 4 x 4 pixels, half as heavy each: blind to small shifts."""
+    original = CompositeLoss.forward
+
+    def changed(self: CompositeLoss, prediction: Tensor, target: Tensor, *rest: Any) -> Any:
+        loss, terms = original(self, prediction, target, *rest)
+        for side in (2, 4):
+            coarse = (F.avg_pool2d(each.float(), side) for each in (prediction, target))
+            loss = loss + 0.5 * F.mse_loss(*coarse)
+        return loss, terms
+
+    CompositeLoss.forward = changed
+
+
+def residual() -> None:
+    """Give every block of two convolutions a way round it, a 1 x 1 convolution."""
+
+    class Residual(blocks.ConvBlock):
+        def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
+            super().__init__(in_channels, out_channels, norm)
+            self.way_round = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x
+            for name, module in self.named_children():
+                if name != "way_round":
+                    y = module(y)
+            found: Tensor = y + self.way_round(x)
+            return found
+
+    blocks.ConvBlock = unet.ConvBlock = Residual
+
+
 CHANGES: dict[str, Callable[[], None]] = {
     "default initialisation": default_initialisation,
     "BasicUNet": basic_unet,
     "geometry of the H&E alone": geometry_of_he_alone,
     "normalisation of each patch": patch_normalisation,
     "loss in the centre": loss_in_the_centre,
+    "crops with scarce markers": scarce_crops,
+    "pyramid of errors": pyramid,
+    "residual blocks": residual,
 }
 
 
@@ -123,10 +189,15 @@ def score(folder: ScoredFolder, cores: list[str], predict: Callable[[Any], Tenso
     """Per marker, over all pixels of the cores: mean squared error, Pearson r, and Pearson r of 8 x 8 boxes."""
     places = [folder.table.names.tolist().index(name) for name in cores]
     thresholds, nothing = torch.full((len(folder.names),), 0.5), np.zeros(0, np.int64)
+    # Where targets were bent, both sides are straightened: the yardstick is one for all.
+    bent = math.log1p(LOG_CURVATURE) if folder.normalization.transform == "log1p" else 0.0
     parts = []
     for core in places:
         region = folder.region(core)
-        parts.append(score_core(predict(region).clamp(0, 1), region.measured, thresholds, nothing))
+        images = [predict(region).clamp(0, 1), region.measured]
+        if bent:
+            images = [torch.expm1(image * bent) / LOG_CURVATURE for image in images]
+        parts.append(score_core(images[0], images[1], thresholds, nothing))
     sums, boxes = sum(part.sums for part in parts), sum(part.boxes for part in parts)
     found = sum_scores(sums, boxes)
     values = {"mse": sums[7] / sums[0], "pearson": found["pearson"], "pearson_boxes": found["pearson_boxes"]}

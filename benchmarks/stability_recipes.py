@@ -61,37 +61,50 @@ def recipes() -> list[Recipe]:
     found = [_recipe("former", "main", *former), _recipe("stable", "main")]
     for name, change in FORMER_CHANGES.items():
         found.append(_recipe(f"former, {name}", "ablation", *(other for other in former if other is not change)))
-    found += [_recipe(name, "improvement", options) for name, options in IMPROVEMENTS.items()]
+    found += [_recipe(f"stable, {name}", "improvement", options) for name, options in IMPROVEMENTS.items()]
     found.append(_recipe("best", "best", BEST))
-    found.append(
-        _recipe(
-            "BasicUNet, MSE, Adam", "peer", epochs=30, learning_rate=1e-3, weight_decay=0.0, scheduler="constant",
-            mse_weight=1.0, l1_weight=0.0, boundary_weight=0.0, variance_weight=0.0, use_boundary_guidance=False,
-            noise_removal=False, output_start="half", early_stopping_patience=0, changes=("BasicUNet",),
-        )
-    )  # fmt: skip
-    for change in HEXIF:
-        found.append(_recipe(f"best, {change}", "peer", BEST, changes=(change,)))
+    found += [_recipe(f"best, {name}", "variation", BEST, options) for name, options in VARIATIONS.items()]
+    found.append(_recipe("BasicUNet, MSE, Adam", "peer", PEER))
+    found += [_recipe(f"best, {change}", "peer", BEST, changes=(change,)) for change in HEXIF]
     found.append(_recipe("best, all three", "peer", BEST, changes=HEXIF))
+    for epochs in (8, 30, 120):
+        for rate in ("1e-3", "4e-3", "1.6e-2"):
+            found.append(_recipe(f"{rate}, {epochs} epochs", "rate", BEST, learning_rate=float(rate), epochs=epochs,
+                                 early_stopping_patience=0))  # fmt: skip
     return found
 
 
+# Single changes of the stable recipe.
 IMPROVEMENTS: dict[str, dict[str, Any]] = {
-    "learning rate 3e-4": {"learning_rate": 3e-4},
     "learning rate 1e-3": {"learning_rate": 1e-3},
     "learning rate 4e-3": {"learning_rate": 4e-3},
-    "EMA 0.95": {"ema_decay": 0.95},
-    "cosine": {"scheduler": "cosine", "warmup_epochs": 1},
     "no L1": {"l1_weight": 0.0},
-    "output starts at a half": {"output_start": "half"},
-    "log1p targets": {"target_transform": "log1p"},
-    "dropout 0.2": {"dropout": 0.2},
-    "no boundary guidance": {"use_boundary_guidance": False},
-    "no noise removal": {"noise_removal": False},
-    "group norm": {"norm": "group"},
+    "correlation 0.1": {"correlation_weight": 0.1},
 }
 BEST: dict[str, Any] = {
     "learning_rate": 4e-3, "scheduler": "cosine", "warmup_epochs": 1, "ema_decay": 0.95, "l1_weight": 0.0,
+    "correlation_weight": 0.1,
+}  # fmt: skip
+# Single changes of the best: what it would lose without a part, and what else was tried.
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "without EMA": {"ema_decay": 0.0},
+    "plateau": {"scheduler": "plateau", "warmup_epochs": 0},
+    "L1 0.3": {"l1_weight": 0.3},
+    "without correlation": {"correlation_weight": 0.0},
+    "starts at a half": {"output_start": "half"},
+    "without boundary guidance": {"use_boundary_guidance": False},
+    "without noise removal": {"noise_removal": False},
+    "log1p targets": {"target_transform": "log1p"},
+    "dropout 0.2": {"dropout": 0.2},
+    "group norm": {"norm": "group"},
+    "crops with scarce markers": {"changes": ("crops with scarce markers",)},
+    "pyramid of errors": {"changes": ("pyramid of errors",)},
+    "residual blocks": {"changes": ("residual blocks",)},
+}
+PEER: dict[str, Any] = {
+    "learning_rate": 1e-3, "weight_decay": 0.0, "scheduler": "constant", "early_stopping_patience": 0,
+    "mse_weight": 1.0, "l1_weight": 0.0, "boundary_weight": 0.0, "variance_weight": 0.0, "noise_removal": False,
+    "use_boundary_guidance": False, "output_start": "half", "changes": ("BasicUNet",),
 }  # fmt: skip
 
 

@@ -128,6 +128,9 @@ class LossOptions:
     boundary_weight: float = option(0.1, "weight of the squared error on tissue boundaries", minimum=0)
     focal_weight: float = option(0.0, "weight of focal-R, which stresses large errors", minimum=0)
     variance_weight: float = option(0.1, "weight of the penalty on flat predictions", minimum=0)
+    correlation_weight: float = option(
+        0.0, "weight of 1 - Pearson r of each marker over the pixels of the batch", minimum=0
+    )
     variance_form: str = option(
         "target",
         "target: relu(target_variance - v)^2; exponential: exp(-100 v), unstable, kept for comparison",
@@ -147,6 +150,7 @@ class LossOptions:
             "boundary": self.boundary_weight,
             "focal": self.focal_weight,
             "variance": self.variance_weight,
+            "correlation": self.correlation_weight,
         }
 
 
@@ -247,11 +251,12 @@ class TrainConfig:
     def changes_from(self, earlier: dict[str, Any]) -> list[str]:
         """Differences from the options of a run to be resumed that would silently change what it trains."""
         now = self.options()
-        fixed = [f.name for group in GROUPS.values() for f in fields(group) if f.metadata["fixed"]]
+        # A run from before an option was there has trained with its default.
+        fixed = {f.name: f.default for group in GROUPS.values() for f in fields(group) if f.metadata["fixed"]}
         return [
-            f"--{name}: {earlier.get(name)} in the run, {now[name]} now"
-            for name in fixed
-            if earlier.get(name) != now[name]
+            f"--{name}: {earlier.get(name, default)} in the run, {now[name]} now"
+            for name, default in fixed.items()
+            if earlier.get(name, default) != now[name]
         ]
 
     def problems(self) -> list[str]:

@@ -76,6 +76,11 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over ranks, in place; the tensor itself alone."""
+    return all_reduce_sum(tensor).div_(world_size())
+
+
 def any_rank(flag: bool) -> bool:
     """True where the flag is set on any rank: how a decision that could part the ranks is taken once."""
     if not dist.is_initialized():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 
 from orion_unet.errors import InputError
 
-TERMS = ("mse", "l1", "boundary", "focal", "variance")
+TERMS = ("mse", "l1", "boundary", "focal", "variance", "correlation")
 VARIANCE_FORMS = ("target", "exponential")
 
 # Slope of focal-R's scaling, as in the authors' own experiments (their exponent gamma is 1).
 FOCAL_BETA = 0.2
 # Rate of the exponential variance penalty, per unit of variance.
 EXPONENTIAL_RATE = 100.0
+# Added to both variances of a correlation: a marker that varies by less than a hundredth of its range has none.
+FLAT_VARIANCE = 1e-4
 
 
 class CompositeLoss(nn.Module):
@@ -30,6 +33,10 @@ class CompositeLoss(nn.Module):
       0.0997, so this term is small beside ``mse``.
     - ``variance``, per sample and channel over the spatial variance v of the prediction (biased: divided by H·W):
       relu(τ − v)² (``variance_form="target"``, τ = ``target_variance``) or exp(−100 v) (``"exponential"``).
+    - ``correlation``, per channel over all pixels of the batch: 1 − cov(p, t) / √((var p + 10⁻⁴)(var t + 10⁻⁴)), one
+      minus a Pearson r that fades to 0 where either side is flat. What is dark in most patches and bright in few is
+      told by whole batches, not by single patches: with several ranks the batch is that of all of them
+      (``mean_over_ranks`` gives the mean of a small tensor over them); accumulated batches count one by one.
 
     ``weights`` maps names of TERMS to weights ≥ 0; a name left out weighs 0. ``channel_weights`` (C,) ≥ 0 multiply
     every term's values per channel, after scaling to mean 1; without them each term is its plain definition.
@@ -46,6 +53,7 @@ class CompositeLoss(nn.Module):
         variance_form: str = "target",
         target_variance: float = 0.01,
         channel_weights: Tensor | None = None,
+        mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         unknown = sorted(set(weights) - set(TERMS))
@@ -66,6 +74,7 @@ class CompositeLoss(nn.Module):
         self.weights = {name: float(weights.get(name, 0.0)) for name in TERMS}
         self.variance_form = variance_form
         self.target_variance = target_variance
+        self.mean_over_ranks = mean_over_ranks
         self.register_buffer("channel_weights", channel_weights, persistent=False)
 
     def forward(
@@ -99,24 +108,32 @@ class CompositeLoss(nn.Module):
                 count = boundary_mask.sum() if boundary_count is None else boundary_count
                 count = torch.where(count > 0, count * prediction.shape[1], 1).float()
                 term = self._values(name, errors, boundary_mask).sum() / count
+            elif name == "correlation":
+                moments = _moments(errors)
+                term = self._uncorrelated(self._shared(moments))
             else:
                 term = self._values(name, errors).mean()
             loss = loss + weight * term
             terms[name] = term.detach()
+            if name == "correlation":
+                # Where another rank's batch has spoilt it, this rank's is not to blame.
+                terms[name] = torch.where(moments.isfinite().all(), terms[name].nan_to_num(), terms[name])
         return loss, terms
 
     @torch.no_grad()
     def sums(self, prediction: Tensor, target: Tensor, boundary_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Numerators and denominators of every term, two float64 tensors (5,) in the order of TERMS.
+        """Numerators and denominators of every term, two float64 tensors (6,) in the order of TERMS.
 
         Added over batches and ranks and handed to ``combine`` they give the value of one batch that holds all.
-        Terms of weight 0 are computed too. Without a mask the boundary term has numerator and denominator 0.
-        Arguments and ValueError as in ``forward``; carries no gradient.
+        Terms of weight 0 are computed too. Without a mask the boundary term has numerator and denominator 0, as the
+        correlation has, which follows from moments. Arguments and ValueError as in ``forward``; carries no gradient.
         """
         errors = _Errors(*_as_float32(prediction, target))
         numerators = torch.zeros(len(TERMS), dtype=torch.float64, device=prediction.device)
         denominators = torch.zeros_like(numerators)
         for index, name in enumerate(TERMS):
+            if name == "correlation":
+                continue
             if name != "boundary":
                 values = self._values(name, errors)
                 denominators[index] = values.numel()
@@ -129,17 +146,40 @@ class CompositeLoss(nn.Module):
             numerators[index] = values.sum(dim=(1, 2, 3)).sum(dtype=torch.float64)
         return numerators, denominators
 
-    def combine(self, numerators: Tensor, denominators: Tensor) -> tuple[float, dict[str, float | None]]:
+    def combine(
+        self, numerators: Tensor, denominators: Tensor, moments: Tensor
+    ) -> tuple[float, dict[str, float | None]]:
         """Loss and unweighted terms from added ``sums``. Reads the tensors, so it waits for the device.
 
+        ``moments`` (6, C) are number of pixels, Σp, Σt, Σp², Σt² and Σpt, as ``MarkerSums.state`` begins.
         A term that covered nothing is None and counts as 0 in the loss.
         """
         pairs = zip(TERMS, numerators.tolist(), denominators.tolist(), strict=True)
         terms = {name: total / count if count > 0 else None for name, total, count in pairs}
+        if float(moments[0, 0]) > 0:
+            terms["correlation"] = float(self._uncorrelated(moments))
         loss = sum(
             weight * value for name, weight in self.weights.items() if weight > 0 and (value := terms[name]) is not None
         )
         return float(loss), terms
+
+    def _shared(self, moments: Tensor) -> Tensor:
+        """The moments of all ranks' batches (their mean), with the gradient of this rank's own.
+
+        Averaged over ranks, as DistributedDataParallel does, that is the gradient of the one batch.
+        """
+        if self.mean_over_ranks is None:
+            return moments
+        own = moments.detach()
+        return moments + (self.mean_over_ranks(own.clone()) - own)
+
+    def _uncorrelated(self, moments: Tensor) -> Tensor:
+        """1 − r from moments (6, C), its mean over the channels."""
+        p, t, pp, tt, pt = moments[1:] / moments[0]
+        # Rounding can leave the difference of two nearly equal numbers below 0.
+        spread = ((pp - p * p).clamp_min(0) + FLAT_VARIANCE) * ((tt - t * t).clamp_min(0) + FLAT_VARIANCE)
+        values = 1 - (pt - p * t) / spread.sqrt()
+        return (values if self.channel_weights is None else values * self.channel_weights).mean()
 
     def _values(self, name: str, errors: _Errors, mask: Tensor | None = None) -> Tensor:
         """What the term averages: (B, C, H, W); (B, C, 1, 1) for the variance; for the boundary the sum over the
@@ -176,6 +216,14 @@ class _Errors:
     @cached_property
     def squared(self) -> Tensor:
         return self.plain.square()
+
+
+def _moments(errors: _Errors) -> Tensor:
+    """Number of pixels, Σp, Σt, Σp², Σt² and Σpt per channel, (6, C)."""
+    p, t = errors.prediction, errors.target
+    sums = torch.stack([each.sum(dim=(0, 2, 3)) for each in (p, t, p * p, t * t, p * t)])
+    count = sums.new_full((1, p.shape[1]), p.numel() // p.shape[1])
+    return torch.cat([count, sums])
 
 
 def _as_float32(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from orion_unet.run_log import METRICS_FILE, SCHEMA, open_regular, parse_object
 
-TERMS = ("mse", "l1", "boundary", "focal", "variance")
+TERMS = ("mse", "l1", "boundary", "focal", "variance", "correlation")
 METRICS = ("pearson", "mae", "psnr_db", "ssim")
 COLUMNS = (
     "epoch",

@@ -19,7 +19,10 @@ def unstable(options: Mapping[str, Any]) -> tuple[str, ...]:
     if _value(options, "variance_weight", 0.1) > 0:
         found.append("--variance_weight 0")
     if any(_value(options, f"{term}_weight", default) > 0 for term, default in _OTHER_TERMS.items()):
-        found.append("--mse_weight 1 --l1_weight 0 --boundary_weight 0 --focal_weight 0 --variance_weight 0")
+        found.append(
+            "--mse_weight 1 --l1_weight 0 --boundary_weight 0 --focal_weight 0 --variance_weight 0 "
+            "--correlation_weight 0"
+        )
     return tuple(found)
 
 
@@ -43,7 +46,7 @@ def overfitting(options: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-_OTHER_TERMS = {"l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1}
+_OTHER_TERMS = {"l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1, "correlation": 0.0}
 
 
 def _value(options: Mapping[str, Any], name: str, default: float) -> float:

@@ -25,7 +25,9 @@ BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#777777"
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 STYLES = ("-", "--", "-.", ":")
-TERM_LOOKS = dict(zip(TERMS, ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), (BLACK, "--")), strict=True))
+TERM_LOOKS = dict(
+    zip(TERMS, ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"), (BLACK, "--"), (SKY, "-")), strict=True)
+)
 
 SIZE_INCHES = (15.0, 9.0)
 DPI = 100

@@ -210,16 +210,14 @@ def evaluate(
     for batch in batches:
         with precision.autocast(device):
             prediction = model(batch.he)
-        numerators, denominators = loss.sums(prediction, batch.target, batch.boundary)
-        sums[0] += numerators
-        sums[1] += denominators
+        sums += torch.stack(loss.sums(prediction, batch.target, batch.boundary))
         markers.update(prediction, batch.target)
         patches += len(batch.he)
         on_batch(len(batch.he))
     count = torch.tensor([patches], dtype=torch.float64, device=device)
-    together = all_reduce_sum(torch.cat([sums.flatten(), markers.state.flatten(), count]))
-    sums = together[: sums.numel()].view_as(sums)
-    markers.state = together[sums.numel() : -1].view_as(markers.state)
-    value, terms = loss.combine(sums[0], sums[1])
+    parts = [sums, markers.state, count]
+    together = all_reduce_sum(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+    sums, markers.state, count = (whole.view_as(part) for whole, part in zip(together, parts, strict=True))
+    value, terms = loss.combine(sums[0], sums[1], markers.state[:6])
     metrics, per_channel = markers.compute(names)
-    return Validation(value, terms, metrics, per_channel, int(together[-1]), time.perf_counter() - started)
+    return Validation(value, terms, metrics, per_channel, int(count), time.perf_counter() - started)

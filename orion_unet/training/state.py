@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from orion_unet.config import TrainConfig
-from orion_unet.distributed import gather, rank, world_size
+from orion_unet.distributed import gather, mean_over_ranks, rank, world_size
 from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
 from orion_unet.models.unet import SpatialUNet, memory_format
@@ -90,6 +90,7 @@ def build_loss(config: TrainConfig, prepared: Prepared, device: torch.device) ->
         config.loss.variance_form,
         config.loss.target_variance,
         None if weights is None else torch.tensor(weights),
+        mean_over_ranks if world_size() > 1 else None,
     )
     return loss.to(device)
 

@@ -21,6 +21,7 @@ from orion_unet.distributed import (
     from_main_process,
     gather,
     is_main_process,
+    mean_over_ranks,
     process_group,
     rank,
     world_size,
@@ -34,7 +35,7 @@ from orion_unet.training.statistics import RunningStatistics
 
 CPU = torch.device("cpu")
 MARKERS = ("Hoechst", "CD45", "Pan-CK")
-WEIGHTS = {"mse": 0.8, "l1": 0.3, "boundary": 0.5, "focal": 0.2, "variance": 0.1}
+WEIGHTS = {"mse": 0.8, "l1": 0.3, "boundary": 0.5, "focal": 0.2, "variance": 0.1, "correlation": 0.3}
 GLOBAL_BATCH = 4
 PATCHES = 21
 
@@ -70,7 +71,7 @@ def build(norm):
 
 def train(norm, batches, **options):
     model, wrapped, statistics, optimizer = build(norm)
-    loss = CompositeLoss(WEIGHTS)
+    loss = CompositeLoss(WEIGHTS, mean_over_ranks=mean_over_ranks if world_size() > 1 else None)
     reports = []
     given = {"statistics": statistics, "steps": len(batches), "on_step": reports.append, **options}
     done = train_one_epoch(wrapped, batches, loss, optimizer, CPU, **given)

@@ -120,6 +120,7 @@ def test_a_run_under_torchrun_logs_what_one_rank_with_the_double_batch_logs(call
         "norm": "group",
         "learning_rate": 1e-3,
         "focal_weight": 0.1,
+        "correlation_weight": 0.2,
         "patch_size": 16,
         "patches_per_image_val": 21,
     }

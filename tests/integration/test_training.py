@@ -19,7 +19,7 @@ from orion_unet.errors import InputError
 from orion_unet.models.unet import SpatialUNet
 from orion_unet.training.run import Run, run
 
-TERMS = {"mse", "l1", "boundary", "focal", "variance"}
+TERMS = {"mse", "l1", "boundary", "focal", "variance", "correlation"}
 METRICS = {"pearson", "mae", "psnr_db", "ssim"}
 
 
@@ -176,6 +176,7 @@ EFFECTS = {
     "boundary_weight": {"boundary_weight": 0.0},
     "focal_weight": {"focal_weight": 0.5},
     "variance_weight": {"variance_weight": 0.0},
+    "correlation_weight": {"correlation_weight": 0.5},
     "variance_form": {"variance_form": "exponential"},
     "target_variance": {"target_variance": 0.02},
     "channel_weights": {"channel_weights": "channel_01=4"},
@@ -530,4 +531,6 @@ def test_the_documented_command_line_is_accepted_as_written():
     )
     config = parse_train_config(words.split())
     assert (config.optimisation.epochs, config.optimisation.batch_size) == (25, 12)
-    assert config.loss.weights == {"mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1}
+    assert config.loss.weights == {
+        "mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1, "correlation": 0.0,
+    }  # fmt: skip

@@ -45,6 +45,7 @@ DEFAULTS = {
         "boundary_weight": 0.1,
         "focal_weight": 0.0,
         "variance_weight": 0.1,
+        "correlation_weight": 0.0,
         "variance_form": "target",
         "target_variance": 0.01,
         "channel_weights": None,

@@ -20,7 +20,7 @@ from orion_unet.training.steps import DIVERGED_AFTER, Diverged
 
 CPU = torch.device("cpu")
 MARKERS = ("Hoechst", "CD45")
-ALL_TERMS = {"mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.2, "variance": 0.1}
+ALL_TERMS = {"mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.2, "variance": 0.1, "correlation": 0.3}
 
 
 def batch(seed, size=2, side=16):
@@ -71,7 +71,8 @@ def assert_same(first, second):
 
 
 def test_two_half_batches_accumulated_give_the_gradient_of_the_whole_batch():
-    weights = {**ALL_TERMS, "boundary": 0.0}
+    # The masks of the halves differ in size, and a correlation is that of a batch.
+    weights = {**ALL_TERMS, "boundary": 0.0, "correlation": 0.0}
     halves = [batch(1, 3), batch(2, 3)]
     split, whole = Trained("group", weights), Trained("group", weights)
     in_parts = split.epoch(halves, accumulate_steps=2)
@@ -107,7 +108,9 @@ def test_the_reported_loss_and_terms_are_the_means_over_the_batches():
 def test_a_term_of_weight_zero_is_reported_as_none():
     found = Trained(weights={"mse": 1.0}).epoch([batch(0)]).sums.reduced()
     assert found["terms"]["mse"] == pytest.approx(found["loss"])
-    assert [name for name, value in found["terms"].items() if value is None] == ["l1", "boundary", "focal", "variance"]
+    assert [name for name, value in found["terms"].items() if value is None] == [
+        "l1", "boundary", "focal", "variance", "correlation",
+    ]  # fmt: skip
 
 
 def spoiled(seed, where="target"):

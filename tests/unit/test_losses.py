@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 from orion_unet.errors import InputError
 from orion_unet.losses import TERMS, CompositeLoss
+from orion_unet.metrics import MarkerSums
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +25,12 @@ def batch(samples=4, channels=3, height=9, width=11):
     return prediction, target, mask
 
 
+def moments(prediction, target):
+    found = MarkerSums(prediction.shape[1])
+    found.update(prediction, target)
+    return found.state[:6]
+
+
 def alone(name, **options):
     return CompositeLoss({name: 1.0}, **options)
 
@@ -32,6 +40,13 @@ def by_hand(name, prediction, target, mask, factor=1.0):
     p, t = prediction.double().numpy(), target.double().numpy()
     m = np.broadcast_to(mask.numpy(), p.shape).astype(float)
     error = p - t
+    if name == "correlation":
+        each = np.broadcast_to(factor, (1, p.shape[1], 1, 1)).ravel()
+        found = []
+        for channel in range(p.shape[1]):
+            (pp, pt), (_, tt) = np.cov(p[:, channel].ravel(), t[:, channel].ravel(), bias=True)
+            found.append(1 - pt / np.sqrt((pp + 1e-4) * (tt + 1e-4)))
+        return (np.array(found) * each).mean()
     if name == "boundary":
         return (m * error**2 * factor).sum() / m.sum()
     scaling = 2 / (1 + np.exp(-0.2 * np.abs(error))) - 1
@@ -97,6 +112,35 @@ def test_variance_pushes_a_nearly_flat_prediction_apart(form):
     assert moved.var() > prediction.var()
 
 
+def test_correlation_is_one_minus_pearson_over_the_whole_batch():
+    # Within each patch the prediction is noise, but it tells bright patches from dark ones.
+    rng = np.random.default_rng(0)
+    target = torch.tensor(rng.random((6, 1, 16, 16)) * 0.2 + np.linspace(0, 0.8, 6)[:, None, None, None])
+    prediction = torch.tensor(rng.random((6, 1, 16, 16)) * 0.2 + np.linspace(0, 0.8, 6)[:, None, None, None])
+    r = stats.pearsonr(prediction.numpy().ravel(), target.numpy().ravel()).statistic
+    assert r > 0.9
+    assert alone("correlation")(prediction, target)[0].item() == pytest.approx(1 - r, abs=2e-3)
+
+
+def test_a_flat_marker_has_no_correlation_and_a_finite_gradient():
+    prediction, target, _ = batch()
+    prediction[:, 1], target[:, 2] = 0.25, 0.0
+    prediction.requires_grad_()
+    loss, _ = alone("correlation")(prediction, target)
+    expected = by_hand("correlation", prediction.detach(), target, torch.ones(4, 1, 9, 11))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert prediction.grad.isfinite().all()
+    assert prediction.grad[:, 2].abs().max() < 1e-6
+
+
+def test_correlation_does_not_care_for_brightness_or_contrast():
+    _, target, _ = batch()
+    loss, _ = alone("correlation")(0.3 + 0.5 * target, target)
+    assert loss.item() == pytest.approx(0, abs=4e-3)
+    assert alone("correlation")(1 - target, target)[0].item() == pytest.approx(2, abs=4e-3)
+
+
 @pytest.mark.parametrize("name", TERMS)
 def test_every_term_alone_equals_its_definition_in_training_and_in_validation(name):
     prediction, target, mask = batch()
@@ -106,13 +150,15 @@ def test_every_term_alone_equals_its_definition_in_training_and_in_validation(na
     loss, terms = criterion(prediction, target, mask)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert set(terms) == {name}
-    validation_loss, validation_terms = criterion.combine(*criterion.sums(prediction, target, mask))
+    validation_loss, validation_terms = criterion.combine(
+        *criterion.sums(prediction, target, mask), moments(prediction, target)
+    )
     assert validation_loss == pytest.approx(expected, rel=1e-5)
     assert validation_terms[name] == validation_loss
 
 
 def test_the_loss_is_the_weighted_sum_of_the_unweighted_terms():
-    weights = {"mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.7, "variance": 0.2}
+    weights = {"mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.7, "variance": 0.2, "correlation": 0.4}
     criterion = CompositeLoss(weights, target_variance=0.2)
     prediction, target, mask = batch()
     loss, terms = criterion(prediction, target, mask)
@@ -126,10 +172,11 @@ def test_terms_of_weight_zero_are_not_computed_in_training_but_in_validation():
     prediction, target, mask = batch()
     computed = []
     original = criterion._values
+    criterion._uncorrelated = lambda moments: pytest.fail("computed in training") if moments.requires_grad else 1.0
     criterion._values = lambda name, *rest: computed.append(name) or original(name, *rest)
     _, terms = criterion(prediction, target)
     assert computed == ["mse"] and list(terms) == ["mse"]
-    loss, terms = criterion.combine(*criterion.sums(prediction, target, mask))
+    loss, terms = criterion.combine(*criterion.sums(prediction, target, mask), moments(prediction, target))
     assert list(terms) == list(TERMS) and None not in terms.values()
     assert loss == terms["mse"]
 
@@ -144,14 +191,14 @@ def test_terms_carry_no_gradient_and_the_loss_does():
 def test_sums_over_split_batches_combine_to_the_value_of_the_whole():
     criterion = CompositeLoss(dict.fromkeys(TERMS, 1.0), target_variance=0.2)
     prediction, target, mask = batch(samples=7)
-    whole, whole_terms = criterion.combine(*criterion.sums(prediction, target, mask))
+    whole, whole_terms = criterion.combine(*criterion.sums(prediction, target, mask), moments(prediction, target))
     parts = [
         criterion.sums(prediction[rows], target[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 5), slice(5, 7))
     ]
     numerators, denominators = (sum(part) for part in zip(*parts, strict=True))
-    assert numerators.shape == denominators.shape == (5,)
+    assert numerators.shape == denominators.shape == (6,)
     assert numerators.dtype == denominators.dtype == torch.float64
-    loss, terms = criterion.combine(numerators, denominators)
+    loss, terms = criterion.combine(numerators, denominators, moments(prediction, target))
     assert loss == pytest.approx(whole, rel=1e-12)
     assert terms == pytest.approx(whole_terms, rel=1e-12)
 
@@ -160,10 +207,10 @@ def test_a_term_that_covered_nothing_is_none_and_counts_zero():
     criterion = CompositeLoss({"mse": 1.0, "boundary": 1.0})
     prediction, target, mask = batch()
     for no_mask in (None, torch.zeros_like(mask)):
-        loss, terms = criterion.combine(*criterion.sums(prediction, target, no_mask))
+        loss, terms = criterion.combine(*criterion.sums(prediction, target, no_mask), moments(prediction, target))
         assert terms["boundary"] is None
         assert loss == terms["mse"] > 0
-    empty, terms = criterion.combine(torch.zeros(5), torch.zeros(5))
+    empty, terms = criterion.combine(torch.zeros(6), torch.zeros(6), torch.zeros(6, 3))
     assert empty == 0 and set(terms.values()) == {None}
 
 
@@ -203,7 +250,9 @@ def test_channel_weights_multiply_every_term_and_keep_mean_one(name):
     expected = by_hand(name, prediction, target, mask, factor)
     assert expected != pytest.approx(by_hand(name, prediction, target, mask), rel=1e-3)
     assert criterion(prediction, target, mask)[0].item() == pytest.approx(expected, rel=1e-5)
-    assert criterion.combine(*criterion.sums(prediction, target, mask))[0] == pytest.approx(expected, rel=1e-5)
+    assert criterion.combine(*criterion.sums(prediction, target, mask), moments(prediction, target))[
+        0
+    ] == pytest.approx(expected, rel=1e-5)
 
 
 def test_equal_channel_weights_change_nothing():
