@@ -131,7 +131,7 @@ def plan(sets: list[TrainingSet], chosen: list[Recipe], options: argparse.Namesp
     """All trainings, one seed of everything before the next."""
     for seed in range(options.seeds):
         for each in sets:
-            for recipe in chosen:
+            for recipe in (recipe for recipe in chosen if seed < recipe.seeds):
                 merged = {**STABLE, **each.options, **recipe.options, "seed": seed, "pairs_dir": str(each.pairs_dir)}
                 if options.quick:
                     merged |= {"epochs": 2, "warmup_epochs": 0, "base_features": 2}

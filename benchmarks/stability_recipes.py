@@ -6,6 +6,7 @@ A recipe is the launcher's stable one with some options changed, and sometimes w
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,11 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     changes: tuple[str, ...] = ()
 
+    @property
+    def seeds(self) -> float:
+        """With how many seeds it is trained at most: long trainings with one."""
+        return 1 if self.group == "length" else math.inf
+
 
 def _recipe(name: str, group: str, *changes: dict[str, Any], **options: Any) -> Recipe:
     merged = {key: value for change in (*changes, options) for key, value in change.items()}
@@ -67,10 +73,13 @@ def recipes() -> list[Recipe]:
     found.append(_recipe("BasicUNet, MSE, Adam", "peer", PEER))
     found += [_recipe(f"best, {change}", "peer", BEST, changes=(change,)) for change in HEXIF]
     found.append(_recipe("best, all three", "peer", BEST, changes=HEXIF))
-    for epochs in (8, 30, 120):
+    for epochs in (8, 120):
         for rate in ("1e-3", "4e-3", "1.6e-2"):
-            found.append(_recipe(f"{rate}, {epochs} epochs", "rate", BEST, learning_rate=float(rate), epochs=epochs,
-                                 early_stopping_patience=0))  # fmt: skip
+            options = {"learning_rate": float(rate), "epochs": epochs, "early_stopping_patience": 0}
+            found.append(_recipe(f"best, {epochs} epochs, learning rate {rate}", "length", BEST, options))
+    for rate in ("1e-4", "1e-3"):
+        options = {"learning_rate": float(rate), "epochs": 120, "early_stopping_patience": 0}
+        found.append(_recipe(f"stable, 120 epochs, learning rate {rate}", "length", options))
     return found
 
 
@@ -80,6 +89,8 @@ IMPROVEMENTS: dict[str, dict[str, Any]] = {
     "learning rate 4e-3": {"learning_rate": 4e-3},
     "no L1": {"l1_weight": 0.0},
     "correlation 0.1": {"correlation_weight": 0.1},
+    "EMA 0.95": {"ema_decay": 0.95},
+    "cosine": {"scheduler": "cosine", "warmup_epochs": 1},
 }
 BEST: dict[str, Any] = {
     "learning_rate": 4e-3, "scheduler": "cosine", "warmup_epochs": 1, "ema_decay": 0.95, "l1_weight": 0.0,
@@ -87,6 +98,8 @@ BEST: dict[str, Any] = {
 }  # fmt: skip
 # Single changes of the best: what it would lose without a part, and what else was tried.
 VARIATIONS: dict[str, dict[str, Any]] = {
+    "learning rate 1e-3": {"learning_rate": 1e-3},
+    "learning rate 1.6e-2": {"learning_rate": 1.6e-2},
     "without EMA": {"ema_decay": 0.0},
     "plateau": {"scheduler": "plateau", "warmup_epochs": 0},
     "L1 0.3": {"l1_weight": 0.3},
@@ -139,7 +152,7 @@ def demo_set(folder: Path, cores: int = 40, per_image: int = 6) -> TrainingSet:
     names = make_demo(pairs, cores=cores, size=256, seed=0)
     first, second = (2 * round(cores * share / 2) for share in (0.15, 0.20))
     second = max(second, first + 2)
-    options = {**SMALL, "patches_per_image": per_image}
+    options = {**SMALL, "patches_per_image": per_image, "patches_per_image_val": 4}
     return TrainingSet(
         "demo", pairs, tuple(names[second:]), tuple(names[:first]), tuple(names[first:second]), options
     )  # fmt: skip

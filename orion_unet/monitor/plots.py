@@ -234,15 +234,17 @@ def _finish(
     _epoch_axis(axes, report)
     handles, _ = axes.get_legend_handles_labels()
     if legend and handles:
+        crowded = len(handles) > 5
         box = axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 0.985),
             ncols=6,
-            fontsize=9,
+            fontsize=8 if crowded else 9,
             frameon=False,
             borderaxespad=0,
-            handlelength=1.8,
-            columnspacing=1.2,
+            handlelength=1.4 if crowded else 1.8,
+            handletextpad=0.4 if crowded else 0.8,
+            columnspacing=0.8 if crowded else 1.2,
         )
         for text in box.get_texts():
             text.set_parse_math(False)
