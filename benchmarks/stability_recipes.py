@@ -52,7 +52,7 @@ class Recipe:
 
     @property
     def seeds(self) -> float:
-        """With how many seeds it is trained at most: long trainings with one."""
+        """With how many seeds it is trained at most: long trainings and wide networks with one."""
         return 1 if self.group == "length" else math.inf
 
 
@@ -77,6 +77,9 @@ def recipes() -> list[Recipe]:
         for rate in ("1e-3", "4e-3", "1.6e-2"):
             options = {"learning_rate": float(rate), "epochs": epochs, "early_stopping_patience": 0}
             found.append(_recipe(f"best, {epochs} epochs, learning rate {rate}", "length", BEST, options))
+    for rate in ("1e-3", "4e-3", "1.6e-2"):
+        options = {"learning_rate": float(rate), "epochs": 8, "early_stopping_patience": 0, "base_features": 32}
+        found.append(_recipe(f"best, 8 epochs, base 32, learning rate {rate}", "length", BEST, options))
     for rate in ("1e-4", "1e-3"):
         options = {"learning_rate": float(rate), "epochs": 120, "early_stopping_patience": 0}
         found.append(_recipe(f"stable, 120 epochs, learning rate {rate}", "length", options))

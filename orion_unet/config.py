@@ -161,7 +161,9 @@ class OptimisationOptions:
     epochs: int = option(30, "number of epochs", minimum=1, fixed=False)
     batch_size: int = option(12, "training patches per GPU and step", minimum=1, fixed=False)
     val_batch_size: int = option(8, "validation patches per GPU and step", minimum=1, fixed=False)
-    learning_rate: float = option(1e-4, "peak learning rate", above=0, maximum=1)
+    learning_rate: float | None = option(
+        1e-4, "peak learning rate; auto = from the number of optimiser steps", above=0, maximum=1, metavar="N|auto"
+    )
     weight_decay: float = option(2e-4, "decoupled weight decay; norms and biases have none", minimum=0)
     scheduler: str = option("plateau", "learning-rate schedule", choices=("plateau", "cosine", "constant"))
     lr_factor: float = option(0.5, "plateau: factor of a reduction", above=0, below=1)
@@ -174,6 +176,13 @@ class OptimisationOptions:
     accumulate_steps: int = option(1, "batches whose gradients make one optimiser step", minimum=1)
     ema_decay: float = option(0.0, "decay of the averaged weights used in validation; 0 = off", minimum=0, below=1)
     seed: int = option(42, "seed of everything random", minimum=0, maximum=2**63 - 1)
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate, once it is known; raises ValueError where it is still auto."""
+        if self.learning_rate is None:
+            raise ValueError("the learning rate has not been worked out yet")
+        return self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -251,12 +260,13 @@ class TrainConfig:
     def changes_from(self, earlier: dict[str, Any]) -> list[str]:
         """Differences from the options of a run to be resumed that would silently change what it trains."""
         now = self.options()
-        # A run from before an option was there has trained with its default.
-        fixed = {f.name: f.default for group in GROUPS.values() for f in fields(group) if f.metadata["fixed"]}
+        # A run from before an option was there has trained with its default; what is left open follows the run.
+        fixed = [f for group in GROUPS.values() for f in fields(group) if f.metadata["fixed"]]
         return [
-            f"--{name}: {earlier.get(name, default)} in the run, {now[name]} now"
-            for name, default in fixed.items()
-            if earlier.get(name, default) != now[name]
+            f"--{f.name}: {earlier.get(f.name, f.default)} in the run, {now[f.name]} now"
+            for f in fixed
+            if earlier.get(f.name, f.default) != now[f.name]
+            and not (now[f.name] is None and f.metadata["metavar"] == "N|auto")
         ]
 
     def problems(self) -> list[str]:

@@ -15,6 +15,9 @@ from orion_unet.config import OptimisationOptions
 # and a reduction smaller than this is not made.
 PLATEAU_THRESHOLD = 1e-4
 SMALLEST_REDUCTION = 1e-8
+# Of automatic_rate: rate times steps, and the rates between which it keeps. Of LITTLE_TRAVEL a person is told.
+TRAVEL, LITTLE_TRAVEL = 8.0, 0.5
+LOWEST_RATE, HIGHEST_RATE = 1e-4, 1e-2
 
 
 def build_optimizer(model: nn.Module, options: OptimisationOptions, device: torch.device) -> AdamW:
@@ -31,9 +34,20 @@ def build_optimizer(model: nn.Module, options: OptimisationOptions, device: torc
     ]
     return AdamW(
         [group for group in groups if group["params"]],
-        lr=options.learning_rate,
+        lr=options.rate,
         fused=device.type in ("cpu", "cuda"),
     )
+
+
+def automatic_rate(steps: int) -> float:
+    """A peak learning rate for a run of so many optimiser steps.
+
+    Adam moves a weight by about the learning rate in a step, whatever the size of its gradient (Kingma & Ba, ICLR
+    2015), so that rate times steps is how far a weight can travel. TRAVEL is what the best runs of
+    ``benchmarks/stability.py`` had in common; beyond HIGHEST_RATE steps are too coarse, under LOWEST_RATE a run is
+    long enough for any.
+    """
+    return float(f"{min(HIGHEST_RATE, max(LOWEST_RATE, TRAVEL / steps)):.1e}")
 
 
 def align_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -69,7 +83,7 @@ class LearningRateSchedule:
         options = self.options
         position = epoch_index0 * self.steps_per_epoch + step
         warmup = round(options.warmup_epochs * self.steps_per_epoch)
-        rate = options.learning_rate * self.scale
+        rate = options.rate * self.scale
         if position < warmup:
             return rate * (position + 1) / warmup
         if options.scheduler == "cosine":
@@ -92,7 +106,7 @@ class LearningRateSchedule:
         if self.bad_epochs <= self.options.lr_patience:
             return False
         self.bad_epochs = 0
-        reduction = self.options.learning_rate * self.scale * (1 - self.options.lr_factor)
+        reduction = self.options.rate * self.scale * (1 - self.options.lr_factor)
         if reduction <= SMALLEST_REDUCTION:
             return False
         self.scale *= self.options.lr_factor

@@ -88,6 +88,13 @@ def _check_batches(config: TrainConfig, split: Split, ranks: int) -> None:
         )
 
 
+def planned_steps(config: TrainConfig, prepared: Prepared) -> int:
+    """Optimiser steps of the whole run."""
+    options = config.optimisation
+    batches = len(prepared.split.train) * config.data.patches_per_image // (options.batch_size * world_size())
+    return math.ceil(batches / options.accumulate_steps) * options.epochs
+
+
 @dataclass
 class Feeds:
     """The training and validation batches of this rank."""

@@ -10,6 +10,8 @@ from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import utc_now
 from orion_unet.training.devices import describe_devices, memory_bytes
 from orion_unet.training.engine import TrainEpoch, Validation
+from orion_unet.training.optim import LITTLE_TRAVEL, automatic_rate
+from orion_unet.training.prepare import planned_steps
 from orion_unet.training.state import global_batch
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def greeting(run: Run) -> str:
     """What a person wants to know before the first epoch."""
     config, split, known = run.config, run.prepared.split, facts(run)
     precision = run.state.precision.dtype
+    rate, steps = config.optimisation.rate, planned_steps(config, run.prepared)
     amp = f", AMP {str(precision).removeprefix('torch.')}" if precision else ""
     accumulated = config.optimisation.accumulate_steps
     lines = [
@@ -41,11 +44,17 @@ def greeting(run: Run) -> str:
         f"loader processes per rank: {run.feeds.workers}",
         f"patches         {run.steps * global_batch(config)} training per epoch ({run.steps} steps), "
         f"{len(run.prepared.validation)} validation, {config.data.patch_size} x {config.data.patch_size} pixels",
+        f"steps           {steps} optimiser steps, learning rate up to {rate:.2g}",
         f"model           {known['parameters']:,} parameters",
         f"run folder      {run.run_dir}",
         f"monitor with    python monitor_training.py --output_dir {run.run_dir} --watch",
     ]
     lines += [f"warning: {warning}" for warning in run.prepared.warnings]
+    if rate * steps < LITTLE_TRAVEL and rate < automatic_rate(steps):
+        lines.append(
+            f"note: {steps} steps at a learning rate of {rate:.2g} move a weight by {rate * steps:.2g} at most, "
+            f"which is little to learn in; --learning_rate auto would be {automatic_rate(steps):.2g}"
+        )
     if config.runtime.use_amp and run.device.type == "cpu":
         lines.append("note: mixed precision needs a GPU; training in float32")
     if run.earlier is not None:

@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +38,8 @@ from orion_unet.training.engine import TrainEpoch, Validation, evaluate, train_o
 from orion_unet.training.failures import note_failure, noted_failures, plain_failure
 from orion_unet.training.interrupts import Interrupts
 from orion_unet.training.lock import RunLock
-from orion_unet.training.prepare import Feeds, Prepared, build_feeds, prepare_data
+from orion_unet.training.optim import automatic_rate
+from orion_unet.training.prepare import Feeds, Prepared, build_feeds, planned_steps, prepare_data
 from orion_unet.training.sanity import SanityPanel
 from orion_unet.training.state import (
     TrainState,
@@ -74,6 +75,7 @@ def run(config: TrainConfig) -> int:
         console = Console()
         earlier = from_main_process(lambda: _earlier_run(config, console))
         prepared = from_main_process(lambda: prepare_data(config, world_size(), earlier, console.progress))
+        config = _with_rate(config, prepared, earlier)
         from_main_process(lambda: folder.make(run_dir))
         lock = RunLock(run_dir)
         from_main_process(lock.acquire)
@@ -91,6 +93,14 @@ def run(config: TrainConfig) -> int:
         finally:
             if is_main_process():
                 lock.release()
+
+
+def _with_rate(config: TrainConfig, prepared: Prepared, earlier: dict[str, Any] | None) -> TrainConfig:
+    """The options with a learning rate: the one given, that of the run continued, or one that suits the length."""
+    if config.optimisation.learning_rate is not None:
+        return config
+    rate = earlier["options"]["learning_rate"] if earlier else automatic_rate(planned_steps(config, prepared))
+    return replace(config, optimisation=replace(config.optimisation, learning_rate=rate))
 
 
 def _earlier_run(config: TrainConfig, console: Console) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Interrupted, killed and damaged runs go on as if nothing had happened, bit for bit."""
 
+import json
 import os
 import random
 import signal
@@ -23,9 +24,11 @@ from tiny_runs import (
 )
 
 from orion_unet import checkpoint
+from orion_unet.config import load_options
 from orion_unet.errors import InputError
 from orion_unet.run_log import MetricsWriter
 from orion_unet.training.folder import last_attempt
+from orion_unet.training.optim import automatic_rate
 from orion_unet.training.run import Run
 
 # Everything whose state a restart could lose: dropout, averages, accumulation, warm-up, plateau, early stopping.
@@ -292,6 +295,17 @@ def test_a_finished_run_may_be_given_more_epochs(train):
     assert train("short", epochs=4, resume="auto").code == 0
     assert losses(made.dir) == losses(whole.dir)
     assert differing(weights(made.dir), weights(whole.dir)) == []
+
+
+def test_an_automatic_learning_rate_stays_what_it_was_when_a_run_is_given_more_epochs(train):
+    made = train(learning_rate=None)
+    first = json.loads((made.dir / "config.json").read_text())["options"]["learning_rate"]
+    assert first == automatic_rate(2 * read_status(made.dir)["steps_per_epoch"])
+    assert train(learning_rate=None, epochs=6, resume="auto").code == 0
+    assert json.loads((made.dir / "config.json").read_text())["options"]["learning_rate"] == first
+    assert {record["lr"] for record in read_metrics(made.dir)} == {first}
+    # An earlier run's config.json gives the number, not the word.
+    assert load_options(made.dir / "config.json")["learning_rate"] == first
 
 
 def test_a_finished_run_resumed_trains_nothing(train):

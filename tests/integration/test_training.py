@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import fields
 from functools import partial
@@ -534,3 +535,12 @@ def test_the_documented_command_line_is_accepted_as_written():
     assert config.loss.weights == {
         "mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1, "correlation": 0.0,
     }  # fmt: skip
+
+
+def test_a_rate_too_small_for_the_length_of_the_run_is_told(train, capsys):
+    train("little", learning_rate=1e-4)
+    said = capsys.readouterr().out
+    assert re.search(r"note: \d+ steps at a learning rate of 0\.0001 move a weight by 0\.00\d* at most", said)
+    assert "--learning_rate auto would be 0.01" in said
+    train("enough", learning_rate=None)
+    assert "note:" not in capsys.readouterr().out

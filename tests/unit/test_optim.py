@@ -12,7 +12,13 @@ from torch import nn
 from orion_unet.config import OptimisationOptions
 from orion_unet.models.unet import SpatialUNet
 from orion_unet.training.ema import ModelEma
-from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, align_moments, build_optimizer
+from orion_unet.training.optim import (
+    EarlyStopping,
+    LearningRateSchedule,
+    align_moments,
+    automatic_rate,
+    build_optimizer,
+)
 
 CPU = torch.device("cpu")
 
@@ -63,6 +69,17 @@ def test_moments_saved_in_another_order_in_memory_go_with_the_right_weights(save
     step()
     for first, second in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(first, second)
+
+
+def test_an_automatic_rate_lets_a_weight_travel_equally_far_in_runs_of_any_usual_length():
+    assert automatic_rate(1000) == pytest.approx(8e-3)
+    assert automatic_rate(4000) * 4000 == automatic_rate(2000) * 2000 == automatic_rate(1000) * 1000
+    assert [automatic_rate(steps) for steps in (1, 800, 10**5, 10**7)] == [1e-2, 1e-2, 1e-4, 1e-4]
+
+
+def test_a_rate_that_is_not_known_yet_cannot_be_used():
+    with pytest.raises(ValueError, match="not been worked out"):
+        build_optimizer(tiny_model(), OptimisationOptions(learning_rate=None), CPU)
 
 
 def test_only_kernels_decay_and_every_parameter_is_optimised_once():
