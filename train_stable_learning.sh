@@ -24,12 +24,13 @@ recipe=(
   --output_dir runs_sep6v1/orion_stable_learning
 )
 # The demo: small patches and a small network, so that the whole of it takes minutes on a CPU. So few steps want a
-# higher learning rate than the recipe's, with averaged weights to keep it steady, and no L1 term: the optimum of that
-# is the median, which for sparse markers is dark.
+# higher learning rate than the recipe's, with averaged weights to keep it steady; a correlation term, which lifts the
+# scarce markers; and no L1 term: the optimum of that is the median, which for sparse markers is dark.
 demo=(
   --pairs_dir demo_pairs --output_dir runs/demo
   --patch_size 128 --patches_per_image 16 --base_features 12 --depth 3 --epochs 12 --batch_size 8
-  --learning_rate 4e-3 --scheduler cosine --warmup_epochs 1 --ema_decay 0.95 --l1_weight 0
+  --learning_rate auto --scheduler cosine --warmup_epochs 1 --ema_decay 0.95 --l1_weight 0
+  --correlation_weight 0.1
 )
 
 options=()
