@@ -40,6 +40,8 @@ from orion_unet.training.state import build_loss, build_state
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {"use_boundary_guidance": True, "noise_removal": True, "use_amp": True}
+# Where rank 0 leaves what it has measured, for the process that started it.
+RESULT = "ORION_EPOCH_RESULT"
 
 
 def main(argv: list[str]) -> int:
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
     if "RANK" in os.environ:
         result = compare(options)
         if is_main_process():
-            print(json.dumps(result))
+            Path(os.environ[RESULT]).write_text(json.dumps(result), encoding="utf-8")
         return 0
     with tempfile.TemporaryDirectory(prefix="orion_epoch_") as scratch:
         os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")
@@ -91,16 +93,17 @@ def on_ranks(count: int, options: argparse.Namespace) -> dict[str, Any]:
         for name in ("pairs_dir", "patch_size", "batch_size", "base_features", "steps", "repeats")
     ]
     launch = [sys.executable, "-m", "orion_unet.cli.launch", "--standalone", f"--nproc_per_node={count}"]
-    done = subprocess.run(
-        [*launch, __file__, *words, *(["--compile"] if options.compile else [])],
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=3000,
-    )
-    # gloo speaks on the same stream.
-    result: dict[str, Any] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    # Through a file: gloo speaks on the ranks' standard output.
+    with tempfile.TemporaryDirectory(prefix="orion_epoch_") as folder:
+        path = Path(folder) / "result.json"
+        subprocess.run(
+            [*launch, __file__, *words, *(["--compile"] if options.compile else [])],
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": str(ROOT), RESULT: str(path)},
+            stdout=subprocess.DEVNULL,
+            check=True,
+            timeout=3000,
+        )
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return result
 
 
