@@ -43,9 +43,9 @@ def automatic_rate(steps: int) -> float:
     """A peak learning rate for a run of so many optimiser steps.
 
     Adam moves a weight by about the learning rate in a step, whatever the size of its gradient (Kingma & Ba, ICLR
-    2015), so that rate times steps is how far a weight can travel. TRAVEL is what the best runs of
-    ``benchmarks/stability.py`` had in common; beyond HIGHEST_RATE steps are too coarse, under LOWEST_RATE a run is
-    long enough for any.
+    2015), so that rate times steps is about how far a weight can travel. TRAVEL lies among the best of three rates
+    that ``benchmarks/stability.py`` tries in runs of 100 to 2000 steps; HIGHEST_RATE and LOWEST_RATE keep shorter and
+    longer runs, of which less is known, to usual rates.
     """
     return float(f"{min(HIGHEST_RATE, max(LOWEST_RATE, TRAVEL / steps)):.1e}")
 

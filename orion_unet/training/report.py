@@ -52,7 +52,7 @@ def greeting(run: Run) -> str:
     lines += [f"warning: {warning}" for warning in run.prepared.warnings]
     if rate * steps < LITTLE_TRAVEL and rate < automatic_rate(steps):
         lines.append(
-            f"note: {steps} steps at a learning rate of {rate:.2g} move a weight by {rate * steps:.2g} at most, "
+            f"note: {steps} steps at a learning rate of {rate:.2g} move a weight by about {rate * steps:.2g}, "
             f"which is little to learn in; --learning_rate auto would be {automatic_rate(steps):.2g}"
         )
     if config.runtime.use_amp and run.device.type == "cpu":

@@ -540,7 +540,7 @@ def test_the_documented_command_line_is_accepted_as_written():
 def test_a_rate_too_small_for_the_length_of_the_run_is_told(train, capsys):
     train("little", learning_rate=1e-4)
     said = capsys.readouterr().out
-    assert re.search(r"note: \d+ steps at a learning rate of 0\.0001 move a weight by 0\.00\d* at most", said)
+    assert re.search(r"note: \d+ steps at a learning rate of 0\.0001 move a weight by about 0\.00\d*,", said)
     assert "--learning_rate auto would be 0.01" in said
     train("enough", learning_rate=None)
     assert "note:" not in capsys.readouterr().out
