@@ -230,6 +230,7 @@ def main() -> int:
             "train_mse": record["train"]["terms"]["mse"],
             "val_mse": record["val"]["terms"]["mse"],
             "val_pearson": record["val"]["metrics"]["pearson"],
+            "val_r2": record["val"]["metrics"]["r2"],
         }
         for record in map(json.loads, (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines())
     ]

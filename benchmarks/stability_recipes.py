@@ -52,8 +52,8 @@ class Recipe:
 
     @property
     def seeds(self) -> float:
-        """With how many seeds it is trained at most: long trainings and wide networks with one."""
-        return 1 if self.group == "length" else math.inf
+        """With how many seeds it is trained at most."""
+        return {"variation": 3, "advice": 2, "length": 1}.get(self.group, math.inf)
 
 
 def _recipe(name: str, group: str, *changes: dict[str, Any], **options: Any) -> Recipe:
@@ -73,6 +73,9 @@ def recipes() -> list[Recipe]:
     found.append(_recipe("BasicUNet, MSE, Adam", "peer", PEER))
     found += [_recipe(f"best, {change}", "peer", BEST, changes=(change,)) for change in HEXIF]
     found.append(_recipe("best, all three", "peer", BEST, changes=HEXIF))
+    for base, changes in ADVICE.items():
+        before = {"former": former, "stable": [], "best": [BEST]}[base]
+        found += [_recipe(f"{base}, {name}", "advice", *before, options) for name, options in changes.items()]
     for epochs in (8, 120):
         for rate in ("1e-3", "4e-3", "1.6e-2"):
             options = {"learning_rate": float(rate), "epochs": epochs, "early_stopping_patience": 0}
@@ -90,33 +93,56 @@ def recipes() -> list[Recipe]:
 IMPROVEMENTS: dict[str, dict[str, Any]] = {
     "learning rate 1e-3": {"learning_rate": 1e-3},
     "learning rate 4e-3": {"learning_rate": 4e-3},
+    "learning rate auto": {"learning_rate": None},
+    "starts at a half": {"output_start": "half"},
     "no L1": {"l1_weight": 0.0},
     "correlation 0.1": {"correlation_weight": 0.1},
     "EMA 0.95": {"ema_decay": 0.95},
     "cosine": {"scheduler": "cosine", "warmup_epochs": 1},
 }
+# A learning rate of None is --learning_rate auto.
 BEST: dict[str, Any] = {
-    "learning_rate": 4e-3, "scheduler": "cosine", "warmup_epochs": 1, "ema_decay": 0.95, "l1_weight": 0.0,
+    "learning_rate": None, "scheduler": "cosine", "warmup_epochs": 1, "ema_decay": 0.95, "l1_weight": 0.0,
     "correlation_weight": 0.1,
 }  # fmt: skip
 # Single changes of the best: what it would lose without a part, and what else was tried.
 VARIATIONS: dict[str, dict[str, Any]] = {
     "learning rate 1e-3": {"learning_rate": 1e-3},
-    "learning rate 1.6e-2": {"learning_rate": 1.6e-2},
+    "learning rate 4e-3": {"learning_rate": 4e-3},
     "without EMA": {"ema_decay": 0.0},
     "plateau": {"scheduler": "plateau", "warmup_epochs": 0},
     "L1 0.3": {"l1_weight": 0.3},
     "without correlation": {"correlation_weight": 0.0},
     "starts at a half": {"output_start": "half"},
     "without boundary guidance": {"use_boundary_guidance": False},
-    "without noise removal": {"noise_removal": False},
     "log1p targets": {"target_transform": "log1p"},
     "dropout 0.2": {"dropout": 0.2},
-    "group norm": {"norm": "group"},
     "crops with scarce markers": {"changes": ("crops with scarce markers",)},
     "pyramid of errors": {"changes": ("pyramid of errors",)},
     "residual blocks": {"changes": ("residual blocks",)},
 }
+# What the monitor advises: where the loss is unstable, where it is slow, where the network overfits.
+ADVICE: dict[str, dict[str, dict[str, Any]]] = {
+    "former": {
+        "learning rate 5e-5": {"learning_rate": 5e-5},
+        "learning rate 2e-5": {"learning_rate": 2e-5},
+        "batch of 16": {"batch_size": 16},
+        "no variance term": {"variance_weight": 0.0},
+        "squared error alone": {
+            "mse_weight": 1.0, "l1_weight": 0.0, "boundary_weight": 0.0, "focal_weight": 0.0, "variance_weight": 0.0,
+        },
+    },
+    "stable": {
+        "learning rate 2e-4": {"learning_rate": 2e-4},
+        "learning rate 3e-4": {"learning_rate": 3e-4},
+        "weight decay 5e-5": {"weight_decay": 5e-5},
+    },
+    "best": {
+        "a quarter held out": {"val_split": 0.25},
+        "weight decay 1e-3": {"weight_decay": 1e-3},
+        "base 6": {"base_features": 6},
+    },
+}  # fmt: skip
 PEER: dict[str, Any] = {
     "learning_rate": 1e-3, "weight_decay": 0.0, "scheduler": "constant", "early_stopping_patience": 0,
     "mse_weight": 1.0, "l1_weight": 0.0, "boundary_weight": 0.0, "variance_weight": 0.0, "noise_removal": False,
@@ -128,7 +154,7 @@ PEER: dict[str, Any] = {
 class TrainingSet:
     """Pairs, the options that suit them, and who is held out: ``scored`` are held out by every recipe.
 
-    ``wider`` are held out beside them where a recipe holds out a fifth (None: the split is given by the slides).
+    ``wider`` are held out beside them, as many as a recipe's val_split asks for; none where slides give the split.
     """
 
     name: str
@@ -140,7 +166,10 @@ class TrainingSet:
 
     def split_file(self, folder: Path, val_split: float) -> Path:
         """The split of a recipe, written to a file."""
-        held_out = self.scored + (self.wider if val_split >= 0.2 else ())
+        held_out = self.scored
+        if self.wider:
+            cores = len(self.train) + len(self.wider) + len(self.scored)
+            held_out += self.wider[: _pairs_of_cores(cores, val_split) - len(self.scored)]
         trained = [name for name in (*self.train, *self.wider) if name not in held_out]
         path = folder / f"{self.name.replace(' ', '_')}_{len(held_out)}.json"
         rows = {side: [{"core": name, "group": name} for name in names]
@@ -150,15 +179,19 @@ class TrainingSet:
 
 
 def demo_set(folder: Path, cores: int = 40, per_image: int = 6) -> TrainingSet:
-    """Generated tissue: 15 % of the patients are held out, 20 % by recipes that ask for that."""
+    """Generated tissue, two cores a patient: 15 % are held out, up to 25 % by recipes that ask for more."""
     pairs = folder / "demo"
     names = make_demo(pairs, cores=cores, size=256, seed=0)
-    first, second = (2 * round(cores * share / 2) for share in (0.15, 0.20))
-    second = max(second, first + 2)
+    first, second = (_pairs_of_cores(cores, share) for share in (0.15, 0.25))
     options = {**SMALL, "patches_per_image": per_image, "patches_per_image_val": 4}
     return TrainingSet(
         "demo", pairs, tuple(names[second:]), tuple(names[:first]), tuple(names[first:second]), options
     )  # fmt: skip
+
+
+def _pairs_of_cores(cores: int, share: float) -> int:
+    """How many cores make about that share of whole patients."""
+    return 2 * round(cores * share / 2)
 
 
 def real_sets(source: Path, folder: Path, per_image: int = 32) -> list[TrainingSet]:

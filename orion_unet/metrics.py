@@ -64,8 +64,10 @@ class MarkerSums:
           where patches are smaller than the window.
 
         Over all markers: for each metric its mean over the markers that have a value (None without any), and under
-        ``<metric>_markers`` how many those are. What is not finite is None. Raises ValueError when ``names`` does
-        not name every channel.
+        ``<metric>_markers`` how many those are. And ``r2``, 1 − Σ(p−t)² / Σ(t − mean of the marker)², both sums over
+        all markers: the share of their variance that is explained, 1 at most, 0 for each marker's mean as the
+        prediction, below 0 where it is worse than that; None where no marker varies. What is not finite is None.
+        Raises ValueError when ``names`` does not name every channel.
         """
         columns = self.state.T.tolist()
         if len(names) != len(columns):
@@ -76,6 +78,7 @@ class MarkerSums:
             known = [value for values in per_channel.values() if (value := values[metric]) is not None]
             overall[metric] = math.fsum(known) / len(known) if known else None
             overall[f"{metric}_markers"] = len(known)
+        overall["r2"] = _explained(columns)
         return overall, per_channel
 
 
@@ -89,13 +92,23 @@ def _metrics(column: list[float]) -> dict[str, float | None]:
     }
 
 
+def _explained(columns: list[list[float]]) -> float | None:
+    """Coefficient of determination over all markers, each about its own mean."""
+    spreads = [_spread(pixels, sum_t, sum_tt) for pixels, _, sum_t, _, sum_tt, *_ in columns]
+    total = math.fsum(spreads)
+    return _finite(1 - math.fsum(column[7] for column in columns) / total) if total > 0 else None
+
+
+def _spread(pixels: float, total: float, squares: float) -> float:
+    """Sum of squares about the mean; 0 where that is the rounding of a constant."""
+    spread = squares - total * total / pixels if pixels else 0.0
+    return spread if spread > CONSTANT_SPREAD**2 * squares else 0.0
+
+
 def _pearson(pixels: float, sum_p: float, sum_t: float, sum_pp: float, sum_tt: float, sum_pt: float) -> float | None:
     """Pearson r from raw moments: in float64, right to 1e-6 down to the spread that counts as constant."""
-    if not pixels:
-        return None
-    spread_p = sum_pp - sum_p * sum_p / pixels
-    spread_t = sum_tt - sum_t * sum_t / pixels
-    if not (spread_p > CONSTANT_SPREAD**2 * sum_pp and spread_t > CONSTANT_SPREAD**2 * sum_tt):
+    spread_p, spread_t = _spread(pixels, sum_p, sum_pp), _spread(pixels, sum_t, sum_tt)
+    if not (spread_p > 0 and spread_t > 0):
         return None
     r = (sum_pt - sum_p * sum_t / pixels) / math.sqrt(spread_p) / math.sqrt(spread_t)
     return _finite(min(1.0, max(-1.0, r)))

@@ -24,6 +24,7 @@ COLUMNS = (
     *(f"val_{term}" for term in TERMS),
     *METRICS,
     "pearson_markers",
+    "r2",
     "grad_norm",
     "samples_per_s",
     "data_wait_fraction",
@@ -295,7 +296,8 @@ def _row(record: dict[str, Any]) -> list[float] | None:
         *[number(train_terms.get(term)) for term in TERMS],
         *[number(val_terms.get(term)) for term in TERMS],
         *[number(metrics.get(metric)) for metric in METRICS],
-        *[number(metrics.get("pearson_markers"))],
+        number(metrics.get("pearson_markers")),
+        number(metrics.get("r2")),
         *[number(record.get(name)) for name in COLUMNS[-5:]],
     ]
 

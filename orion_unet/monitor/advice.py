@@ -29,11 +29,22 @@ def unstable(options: Mapping[str, Any]) -> tuple[str, ...]:
 def slow(options: Mapping[str, Any], calm: bool) -> tuple[str, ...]:
     """A larger step, unless the run is unstable: then that comes first. Less weight decay, more diverse patches."""
     rate, decay = _value(options, "learning_rate", 1e-4), _value(options, "weight_decay", 2e-4)
-    found = [f"--learning_rate {higher}" for higher in ("2e-4", "3e-4") if float(higher) > rate][:1] if calm else []
+    higher = _automatic(options) or [f"--learning_rate {each}" for each in ("2e-4", "3e-4") if float(each) > rate][:1]
+    found = higher if calm else []
     if decay > 0:
         found.append(f"--weight_decay {decay / 4:.1g}")
     found.append("check that the patches are diverse (sanity panels)")
     return tuple(found if calm else ["calm the validation loss first", *found])
+
+
+def worse_than_mean(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A start at the means, a loss that allows dark markers, a step that gets there in time; then the data."""
+    found = ["--output_start mean"] if options.get("output_start") == "half" else []
+    if options.get("variance_form") == "exponential" and _value(options, "variance_weight", 0.1) > 0:
+        found.append("--variance_form target")
+    found += _automatic(options)
+    found.append("check that all slides were stained and scanned alike (check-data)")
+    return tuple(found)
 
 
 def overfitting(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -47,6 +58,12 @@ def overfitting(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 _OTHER_TERMS = {"l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1, "correlation": 0.0}
+
+
+def _automatic(options: Mapping[str, Any]) -> list[str]:
+    """The rate that suits the number of steps, where it is known and clearly higher than the run's."""
+    suited = _value(options, "automatic_learning_rate", 0.0)
+    return ["--learning_rate auto"] if suited > 1.5 * _value(options, "learning_rate", 1e-4) else []
 
 
 def _value(options: Mapping[str, Any], name: str, default: float) -> float:

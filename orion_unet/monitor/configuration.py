@@ -7,9 +7,13 @@ from typing import Any
 
 from orion_unet.monitor.diagnostics import NOTICE, Finding
 
+# In config.json beside the options: the rate that the trainer would have chosen for the number of steps.
+AUTOMATIC_RATE = "automatic_learning_rate"
+# So many times that rate, or less than that part of it, is worth a word: higher was not tried, lower learns too little.
+MUCH_HIGHER, MUCH_LOWER = 4, 1 / 8
+
 # Option, whether its value is a concern, where the concern begins, what to say, and what to paste instead.
 _RULES = (
-    ("learning_rate", lambda x: x >= 5e-4, 5e-4, "learning rate {:g} is high for this loss", "--learning_rate 1e-4"),
     ("focal_weight", lambda x: x > 0, 0.0, "focal weight {:g} chases the largest errors", "--focal_weight 0"),
     ("variance_weight", lambda x: x > 0.3, 0.3, "variance weight {:g} is high", "--variance_weight 0.1"),
     ("val_split", lambda x: x < 0.2, 0.2, "validation split {:g} leaves few cores to judge by", "--val_split 0.2"),
@@ -28,7 +32,7 @@ def judge_config(config: Mapping[str, Any]) -> list[Finding]:
     """Notices on the options in a run's config.json document (its ``options`` and ``global_batch``)."""
     options = config.get("options")
     values = options if isinstance(options, Mapping) else {}
-    found = []
+    found = _judge_rate(option_number(values, "learning_rate"), option_number(config, AUTOMATIC_RATE))
     for name, concern, threshold, message, instead in _RULES:
         value = option_number(values, name)
         if value is not None and concern(value):
@@ -41,6 +45,21 @@ def judge_config(config: Mapping[str, Any]) -> list[Finding]:
         message = "the exponential variance term is unstable"
         found.append(Finding("variance_form", NOTICE, message, advice=("--variance_form target",)))
     return found
+
+
+def _judge_rate(rate: float | None, suited: float | None) -> list[Finding]:
+    """Against the rate that suits the number of steps; where that is not known, against the usual limit."""
+    if rate is None:
+        return []
+    if suited is None:
+        concern = rate >= 5e-4
+        message, threshold, instead = f"learning rate {rate:g} is high", 5e-4, "--learning_rate 1e-4"
+    else:
+        concern = not suited * MUCH_LOWER <= rate <= suited * MUCH_HIGHER
+        word, factor = ("high", MUCH_HIGHER) if rate > suited else ("low", MUCH_LOWER)
+        message = f"learning rate {rate:g} is {word} for the length of the run"
+        threshold, instead = suited * factor, "--learning_rate auto"
+    return [Finding("learning_rate", NOTICE, message, rate, threshold, (instead,))] if concern else []
 
 
 def option_number(values: Mapping[str, Any], name: str) -> float | None:

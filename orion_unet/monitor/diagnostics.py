@@ -66,6 +66,9 @@ class Thresholds:
     max_relative_gap: float = _threshold(
         0.25, "... the gap as a fraction of the validation loss while that is past its best and the gap widens"
     )
+    max_error_of_mean: float = _threshold(
+        2.0, "worse_than_mean: squared error as a multiple of that of each marker's mean, 5 epochs running"
+    )
     divergence_factor: float = _threshold(
         3.0, "diverged: validation loss as a multiple of its best, two epochs running"
     )
@@ -78,15 +81,19 @@ def diagnose(
     val: np.ndarray,
     thresholds: Thresholds | None = None,
     options: Mapping[str, Any] | None = None,
+    r2: np.ndarray | None = None,
 ) -> list[Finding]:
     """Judge the curves (E,), (E,), (E,) as they stand; returns the findings, the worst first.
 
-    ``options`` are the run's own, so that the advice does not name what is already done.
+    ``options`` are the run's own, so that the advice does not name what is already done; beside them, where it is
+    known, ``automatic_learning_rate``. ``r2`` (E,) is the share of the markers' variance that validation explains.
     """
     limits = thresholds or Thresholds()
     options = options or {}
     found = [_diverged(epochs, train, val, limits), _unstable(epochs, train, val, limits, options)]
     calm = found[1] is None
+    if r2 is not None:
+        found.append(_worse_than_mean(epochs, r2, limits, options))
     found.append(_overfitting(epochs, train, val, limits, options))
     found.append(_slow(epochs, train, limits, options, calm))
     return [finding for finding in found if finding is not None]
@@ -254,6 +261,24 @@ def _overfitting(
         gap,
         limits.max_relative_gap * now,
         advice.overfitting(options),
+    )
+
+
+def _worse_than_mean(
+    epochs: np.ndarray, r2: np.ndarray, limits: Thresholds, options: Mapping[str, Any]
+) -> Finding | None:
+    """From epoch 6 on: however well the loss falls, a single number per marker would do better."""
+    error = 1 - r2[-WINDOW:]
+    if len(r2) <= WINDOW or not (np.isfinite(error) & (error > limits.max_error_of_mean)).all():
+        return None
+    return Finding(
+        "worse_than_mean",
+        WARNING,
+        f"squared error {error[-1]:.3g} times that of predicting each marker's mean (at least {error.min():.3g} times "
+        f"in epochs {_span(epochs)}): nothing of use is learnt yet",
+        float(error[-1]),
+        limits.max_error_of_mean,
+        advice.worse_than_mean(options),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.errors import InputError
-from orion_unet.monitor.configuration import judge_config, option_number
+from orion_unet.monitor.configuration import AUTOMATIC_RATE, judge_config, option_number
 from orion_unet.monitor.diagnostics import WARNING, Finding, Thresholds, diagnose, judge_state, validation_noise
 from orion_unet.monitor.liveness import Life, Liveness
 from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, read_document
@@ -142,11 +142,12 @@ class Run:
         self._check(status, config)
         life = self._liveness.judge(status, beat)
         reader = self.reader
-        epochs, train, val = (reader.column(name) for name in ("epoch", "train_loss", "val_loss"))
+        epochs, train, val, r2 = (reader.column(name) for name in ("epoch", "train_loss", "val_loss", "r2"))
         options = (config or {}).get("options")
-        options = options if isinstance(options, Mapping) else {}
+        options = dict(options) if isinstance(options, Mapping) else {}
+        options[AUTOMATIC_RATE] = option_number(config or {}, AUTOMATIC_RATE)
         findings = judge_state(life.state, life.reason, life.age_s, self.thresholds)
-        findings += diagnose(epochs, train, val, self.thresholds, options)
+        findings += diagnose(epochs, train, val, self.thresholds, options, r2)
         if reader.damaged_lines:
             lines = f"{reader.damaged_lines} damaged line{'s' if reader.damaged_lines > 1 else ''}"
             notes.append(f"{lines} of {METRICS_FILE} left out")

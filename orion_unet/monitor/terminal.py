@@ -36,6 +36,7 @@ EPOCH_COLUMNS = (
     ("pearson", "pearson"),
     ("lr", "lr"),
     ("time", "duration_s"),
+    ("r2", "r2"),
     ("mae", "mae"),
     ("ssim", "ssim"),
     ("psnr dB", "psnr_db"),

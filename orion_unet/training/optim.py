@@ -15,8 +15,9 @@ from orion_unet.config import OptimisationOptions
 # and a reduction smaller than this is not made.
 PLATEAU_THRESHOLD = 1e-4
 SMALLEST_REDUCTION = 1e-8
-# Of automatic_rate: rate times steps, and the rates between which it keeps. Of LITTLE_TRAVEL a person is told.
-TRAVEL, LITTLE_TRAVEL = 8.0, 0.5
+# Of automatic_rate: rate times steps, and the rates between which it keeps. Of less than MUCH_LOWER of it, a person is
+# told.
+TRAVEL, MUCH_LOWER = 8.0, 1 / 8
 LOWEST_RATE, HIGHEST_RATE = 1e-4, 1e-2
 
 

@@ -10,7 +10,7 @@ from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import utc_now
 from orion_unet.training.devices import describe_devices, memory_bytes
 from orion_unet.training.engine import TrainEpoch, Validation
-from orion_unet.training.optim import LITTLE_TRAVEL, automatic_rate
+from orion_unet.training.optim import MUCH_LOWER, automatic_rate
 from orion_unet.training.prepare import planned_steps
 from orion_unet.training.state import global_batch
 
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 def facts(run: Run) -> dict[str, Any]:
     """What config.json tells beside the options."""
+    steps = planned_steps(run.config, run.prepared)
     return {
         "device": describe_devices(run.device, world_size()),
         "world_size": world_size(),
         "global_batch": global_batch(run.config) * run.config.optimisation.accumulate_steps,
         "parameters": parameter_count(run.state.model),
+        "optimiser_steps": steps,
+        "automatic_learning_rate": automatic_rate(steps),
         "attempt": run.state.attempt,
     }
 
@@ -33,7 +36,7 @@ def greeting(run: Run) -> str:
     """What a person wants to know before the first epoch."""
     config, split, known = run.config, run.prepared.split, facts(run)
     precision = run.state.precision.dtype
-    rate, steps = config.optimisation.rate, planned_steps(config, run.prepared)
+    rate, steps, suited = config.optimisation.rate, known["optimiser_steps"], known["automatic_learning_rate"]
     amp = f", AMP {str(precision).removeprefix('torch.')}" if precision else ""
     accumulated = config.optimisation.accumulate_steps
     lines = [
@@ -50,10 +53,10 @@ def greeting(run: Run) -> str:
         f"monitor with    python monitor_training.py --output_dir {run.run_dir} --watch",
     ]
     lines += [f"warning: {warning}" for warning in run.prepared.warnings]
-    if rate * steps < LITTLE_TRAVEL and rate < automatic_rate(steps):
+    if rate < suited * MUCH_LOWER:
         lines.append(
             f"note: {steps} steps at a learning rate of {rate:.2g} move a weight by about {rate * steps:.2g}, "
-            f"which is little to learn in; --learning_rate auto would be {automatic_rate(steps):.2g}"
+            f"which is little to learn in; --learning_rate auto would be {suited:.2g}"
         )
     if config.runtime.use_amp and run.device.type == "cpu":
         lines.append("note: mixed precision needs a GPU; training in float32")

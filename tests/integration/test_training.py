@@ -89,6 +89,7 @@ def test_every_line_of_the_metrics_has_every_key_and_adds_up(train):
             per_channel = [values[metric] for values in record["val"]["per_channel"].values()]
             assert record["val"]["metrics"][metric] == pytest.approx(np.mean(per_channel), rel=1e-9)
             assert record["val"]["metrics"][f"{metric}_markers"] == 3
+        assert record["val"]["metrics"]["r2"] < 1
         assert (record["schema"], record["attempt"], record["skipped_steps"]) == (1, 1, 0)
         assert (record["lr"], 0 <= record["data_wait_fraction"] <= 1) == (1e-2, True)
         assert min(record[key] for key in ("duration_s", "grad_norm", "samples_per_s", "max_memory_bytes")) > 0

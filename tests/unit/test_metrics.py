@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sklearn.metrics import r2_score
 
 from orion_unet import metrics
 from orion_unet.metrics import MarkerSums, ssim_map
@@ -69,6 +70,21 @@ def test_every_metric_equals_scipy_and_scikit_image():
     for metric, per_marker in expected.items():
         assert overall[metric] == pytest.approx(np.mean(per_marker), rel=1e-9)
         assert overall[f"{metric}_markers"] == 4
+    by_pixel = [each.double().numpy().transpose(0, 2, 3, 1).reshape(-1, 4) for each in (target, prediction)]
+    assert overall["r2"] == pytest.approx(r2_score(*by_pixel, multioutput="variance_weighted"), rel=1e-9)
+
+
+def test_r2_is_nought_for_the_means_below_for_worse_and_none_where_nothing_varies():
+    _, target = images()
+    means = target.mean((0, 2, 3), keepdim=True).expand_as(target)
+    assert computed(means, target)[0]["r2"] == pytest.approx(0, abs=1e-6)
+    assert computed(1 - means, target)[0]["r2"] < -1
+    assert computed(target, means.contiguous())[0]["r2"] is None
+    target[:, 0] = 0.3
+    wrong = target.clone()
+    wrong[:, 0] = 0.4
+    spread = target.double().var((0, 2, 3), unbiased=False).sum().item()
+    assert computed(wrong, target)[0]["r2"] == pytest.approx(1 - 0.01 / spread, rel=1e-5)
 
 
 def test_the_ssim_map_equals_scikit_images_inside_the_border():

@@ -187,6 +187,57 @@ def test_a_configuration_that_tells_nothing_gives_no_findings(config):
     assert judge_config(config) == []
 
 
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [(9e-4, "low"), (1e-3, None), (4e-3, None), (3.2e-2, None), (3.3e-2, "high")],
+)
+def test_a_rate_is_judged_by_the_number_of_steps_where_that_is_known(rate, said):
+    found = judge_config({"options": {"learning_rate": rate}, "automatic_learning_rate": 8e-3})
+    assert [f.code for f in found] == ([] if said is None else ["learning_rate"])
+    if said:
+        assert f"learning rate {rate:g} is {said} for the length of the run" in found[0].message
+        assert found[0].advice == ("--learning_rate auto",)
+
+
+def judged_by_r2(r2, options=None, **thresholds):
+    """The codes found in a run whose losses are healthy, and the finding on its error."""
+    train, val = (np.array(losses) for losses in healthy_losses(len(r2)))
+    epochs = np.arange(1, len(r2) + 1)
+    found = {f.code: f for f in diagnose(epochs, train, val, Thresholds(**thresholds), options, np.array(r2))}
+    return set(found), found.get("worse_than_mean")
+
+
+def test_an_error_of_twice_that_of_the_means_is_a_warning_whatever_the_loss_does():
+    codes, found = judged_by_r2([-9.0] * 4 + [-5, -2, -1.5, -1.4, -1.2, -1.1])
+    assert codes == {"worse_than_mean"} and found.severity == "warning"
+    assert found.value == pytest.approx(2.1) and found.threshold == 2
+    assert "2.1 times" in found.message and "epochs 6 to 10" in found.message
+    # As bad as the means, better in one of the last five epochs, too early to tell, or not measured: no warning.
+    for r2 in ([-0.9] * 10, [-9.0] * 9 + [-0.9], [-9.0] * 5, [-9.0] * 9 + [math.nan]):
+        assert judged_by_r2(r2)[0] == set()
+    assert judged_by_r2([-0.9] * 10, max_error_of_mean=1.8)[0] == {"worse_than_mean"}
+
+
+def test_the_advice_for_a_useless_network_names_what_the_run_does_otherwise():
+    former = {"output_start": "half", "variance_form": "exponential", "variance_weight": 0.5, "learning_rate": 5e-4}
+    found = judged_by_r2([-9.0] * 10, former | {"automatic_learning_rate": 8e-3})[1]
+    assert found.advice[:-1] == ("--output_start mean", "--variance_form target", "--learning_rate auto")
+    assert "check-data" in found.advice[-1]
+    recipe = {"output_start": "mean", "variance_form": "target", "learning_rate": 8e-3}
+    assert judged_by_r2([-9.0] * 10, recipe | {"automatic_learning_rate": 8e-3})[1].advice == found.advice[-1:]
+
+
+def test_a_slow_run_is_advised_the_rate_that_suits_its_steps_where_that_is_known():
+    epochs, flat = np.arange(1, 13), np.full(12, 0.3)
+    for known, first in (
+        (8e-3, "--learning_rate auto"),
+        (1e-4, "--learning_rate 2e-4"),
+        (None, "--learning_rate 2e-4"),
+    ):
+        options = {"learning_rate": 1e-4, "automatic_learning_rate": known}
+        assert diagnose(epochs, flat, flat, options=options)[0].advice[0] == first
+
+
 def test_stalled_and_crashed_are_warnings():
     assert judge_state("stalled", "", 45.0, Thresholds())[0].value == 45
     assert judge_state("crashed", "process 7 is gone", None, Thresholds())[0].message == "process 7 is gone"
