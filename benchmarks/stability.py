@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -38,8 +38,9 @@ from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
 
-JOB = Path(__file__).with_name("stability_job.py")
 DEADLINE_S = 1800
+# Processes are forked from one that has imported torch and what a training needs.
+PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def main(argv: list[str]) -> int:
@@ -155,6 +156,8 @@ def train(jobs: list[Job], at_once: int) -> None:
         return
     print(f"{len(waiting)} of {len(jobs)} trainings, {at_once} at a time", file=sys.stderr, flush=True)
     started, done = time.monotonic(), 0
+    os.environ["OMP_NUM_THREADS"] = "1"
+    PROCESSES.set_forkserver_preload(["stability_job"])
 
     def one(job: Job) -> None:
         nonlocal done
@@ -173,19 +176,21 @@ def train(jobs: list[Job], at_once: int) -> None:
 
 def run_one(job: Job) -> None:
     """Train in a process of its own; what it says goes to log.txt."""
+    from stability_job import train_and_score
+
     job.folder.mkdir(parents=True, exist_ok=True)
     job.result.unlink(missing_ok=True)
     spec = job.folder / "job.json"
     write_json(spec, job.content)
-    with open(job.folder / "log.txt", "wb") as log:
-        try:
-            subprocess.run(
-                [sys.executable, str(JOB), str(spec)],
-                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False, timeout=DEADLINE_S,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(JOB.parents[1])},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            log.write(f"\nended after {DEADLINE_S} s\n".encode())
+    log = job.folder / "log.txt"
+    process = PROCESSES.Process(target=train_and_score, args=(spec, log), daemon=True)
+    process.start()
+    process.join(DEADLINE_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        with open(log, "ab") as file:
+            file.write(f"\nended after {DEADLINE_S} s\n".encode())
 
 
 if __name__ == "__main__":

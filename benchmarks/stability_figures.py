@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 
-COLOURS = {"former": "#c0392b", "stable": "#2471a3", "best": "#1e8449"}
 GREY = "#7f8c8d"
 REGRESSION = "regression from colours"
+COLOURS = {
+    "former": "#c0392b", "stable": "#2471a3", "best": "#1e8449", "BasicUNet, MSE, Adam": "#d68910",
+    "best, all three": "#8e44ad", REGRESSION: GREY,
+}  # fmt: skip
+LABELS = {"best, all three": "best, HEXIF's data handling"}
 
 
 def kind(name: str) -> str:
@@ -34,6 +38,18 @@ def _tidy(axes: Any) -> None:
         axes.spines[side].set_visible(False)
 
 
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic axis with a few plain numbers on it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    low, high = axis.get_view_interval()
+    wide = high > 20 * low
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if wide else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw_curves(results: list[dict[str, Any]], sets: list[str], path: Path) -> None:
     """Own validation loss, and the squared error that all have in common, of every seed."""
     figure = _figure(11, 2.9 * len(sets))
@@ -41,13 +57,13 @@ def draw_curves(results: list[dict[str, Any]], sets: list[str], path: Path) -> N
     quantities = (("val", "own validation loss"), ("val_mse", "validation squared error"))
     for row, name in zip(grid, sets, strict=True):
         for axes, (column, title) in zip(row, quantities, strict=True):
-            for recipe, colour in COLOURS.items():
+            for recipe in ("former", "stable", "best"):
                 runs = [result for result in results if result["set"] == name and result["recipe"] == recipe]
                 for index, result in enumerate(runs):
                     values = [np.nan if each[column] is None else each[column] for each in result["epochs"]]
-                    axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.7, linewidth=1.2,
+                    axes.plot(range(1, len(values) + 1), values, color=COLOURS[recipe], alpha=0.7, linewidth=1.2,
                               label=recipe if index == 0 else None)  # fmt: skip
-            axes.set_yscale("log")
+            _logarithmic(axes.yaxis)
             axes.set_title(f"{name}: {title}", fontsize=10)
             axes.set_xlabel("epoch")
             _tidy(axes)
@@ -63,9 +79,9 @@ def draw_comparison(
     figure = _figure(12, 0.9 + 0.34 * len(names) * len(kinds) + 0.5 * len(kinds))
     grid = figure.subplots(len(kinds), 3, squeeze=False, sharey="row")
     quantities = (
-        ("movement", "movement of the validation loss, last 10 epochs"),
-        ("mse", "squared error, held-out cores"),
-        ("pearson", "Pearson, held-out cores"),
+        ("movement", "movement of V, last 10 epochs"),
+        ("mse", "squared error"),
+        ("pearson", "Pearson r"),
     )
     for row, each in zip(grid, kinds, strict=True):
         for axes, (column, title) in zip(row, quantities, strict=True):
@@ -78,7 +94,7 @@ def draw_comparison(
             axes.set_title(f"{each}: {title}", fontsize=9)
             axes.set_yticks(range(len(names)), names, fontsize=9)
             if column == "mse":
-                axes.set_xscale("log")
+                _logarithmic(axes.xaxis)
             _tidy(axes)
         row[0].invert_yaxis()
     figure.savefig(path)
@@ -102,9 +118,7 @@ def draw_markers(results: list[dict[str, Any]], kinds: list[str], names: list[st
             continue
         order = [name for name in (*shown, REGRESSION) if name in bars]
         markers = next(iter(bars.values()))[0]["names"]
-        colours = [COLOURS.get(name, tone) for name, tone in
-                   zip(order, ("#1e8449", "#2471a3", "#d68910", "#8e44ad", GREY), strict=False)]  # fmt: skip
-        for place, (name, colour) in enumerate(zip(order, colours, strict=True)):
+        for place, name in enumerate(order):
             columns = [[score["pearson"][index] for score in bars[name]] for index in range(len(markers))]
             values = [[v for v in column if v is not None] for column in columns]
             heights = [median(v) if v else 0 for v in values]
@@ -112,7 +126,8 @@ def draw_markers(results: list[dict[str, Any]], kinds: list[str], names: list[st
             high = [max(v) - h if v else 0 for h, v in zip(heights, values, strict=True)]
             width = 0.8 / len(order)
             at = np.arange(len(markers)) + (place - (len(order) - 1) / 2) * width
-            axes.bar(at, heights, width, color=colour, yerr=[low, high], error_kw={"linewidth": 0.7}, label=name)
+            axes.bar(at, heights, width, color=COLOURS[name], yerr=[low, high], error_kw={"linewidth": 0.7},
+                     label=LABELS.get(name, name))  # fmt: skip
         axes.set_xticks(range(len(markers)), markers, rotation=45, ha="right", fontsize=9)
         axes.set_ylabel("Pearson r")
         axes.set_title(each, fontsize=10)

@@ -1,17 +1,16 @@
 """One training of the stability benchmark, in a process of its own: train as the recipe says, then score.
 
-    python benchmarks/stability_job.py JOB.json
-
 The job is a JSON object: ``options`` of the trainer, ``changes`` (names of CHANGES: what no option of the product
 does), ``scored`` (names of the cores that every recipe is judged by), ``baselines`` (whether to score those, too) and
-``result`` (the file to write). The trainer runs as
-ever and leaves its ordinary run folder; what is changed is changed in this process alone.
+``result`` (the file to write). The trainer runs as ever and leaves its ordinary run folder; what is changed is changed
+in this process alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -207,8 +206,15 @@ def score(folder: ScoredFolder, cores: list[str], predict: Callable[[Any], Tenso
     }
 
 
-def main() -> int:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def train_and_score(spec: Path, log: Path) -> None:
+    """Do the job; what the trainer says goes to ``log``. To be called in a process of its own, which it ends."""
+    with open(log, "wb", buffering=0) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(_train_and_score(json.loads(spec.read_text(encoding="utf-8"))))
+
+
+def _train_and_score(job: dict[str, Any]) -> int:
     torch.set_num_threads(1)
     for name in job["changes"]:
         CHANGES[name]()
@@ -249,7 +255,3 @@ def main() -> int:
             }
     write_json(Path(job["result"]), result)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,6 +19,18 @@ from orion_unet.monitor.diagnostics import WARNING, Thresholds, diagnose
 # The window of the former complaint: the last epochs of a run.
 LAST = 10
 BASELINES = ("training mean", REGRESSION)
+# The exit code of a training that diverged.
+DIVERGED = 3
+GROUPS = {
+    "main": "The two recipes",
+    "best": "The best recipe",
+    "ablation": "From former towards stable, one change at a time",
+    "improvement": "Single changes of stable",
+    "variation": "Single changes of best",
+    "peer": "Peers",
+    "advice": "What the monitor advises",
+    "length": "Other lengths and a wider network",
+}
 
 
 def measures(result: dict[str, Any], level: float) -> dict[str, float]:
@@ -47,21 +59,23 @@ def measures(result: dict[str, Any], level: float) -> dict[str, float]:
         "pearson": mean(scores.get("pearson", [])),
         "pearson boxes": mean(scores.get("pearson_boxes", [])),
         "warnings": float(len(warned(result))),
+        "diverged": float(result.get("exit_code") == DIVERGED),
     }
 
 
 MEASURES = (
     "movement", "noise", "improvement", "relative improvement", "gap", "relative gap", "best loss", "epochs to level",
-    "mse", "pearson", "pearson boxes", "warnings",
+    "mse", "pearson", "pearson boxes", "warnings", "diverged",
 )  # fmt: skip
 
 
 def warned(result: dict[str, Any]) -> list[str]:
     """What the monitor would warn of at the end of this training."""
     rows = result["epochs"]
-    columns = [np.array([np.nan if row[name] is None else row[name] for row in rows], float)
-               for name in ("epoch", "train", "val")]  # fmt: skip
-    return [found.code for found in diagnose(*columns, Thresholds()) if found.severity == WARNING]
+    epochs, train, val, r2 = (np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)
+                              for name in ("epoch", "train", "val", "val_r2"))  # fmt: skip
+    found = diagnose(epochs, train, val, Thresholds(), r2=r2)
+    return [finding.code for finding in found if finding.severity == WARNING]
 
 
 def mean(values: Sequence[float | None]) -> float:
@@ -88,6 +102,11 @@ def write_report(
         "",
         f"{len(results)} trainings, {seeds} seeds; {os.cpu_count()} cores ({platform.machine()}), one thread each; "
         "medians, and in brackets the smallest and the largest.",
+        "",
+        "Squared error and Pearson: the best model on the held-out cores, mean over markers. L and V: training and "
+        "validation loss, each recipe's own; movement and noise (standard deviation about a line) over the last "
+        f"{LAST} epochs; in brackets behind improvement and gap the share of the first L and of V. The level is the "
+        "squared error of the regression from colours. Warned: trainings that the monitor warned of at their end.",
         "",
     ]
     for each in kinds:
@@ -133,37 +152,46 @@ def table(
     found: dict[tuple[str, str], list[dict[str, float]]],
     beside: dict[str, dict[str, float]],
 ) -> list[str]:
-    """Two tables: how the loss moved, and how good the best model is."""
-    lines = [
-        "| recipe | movement of V | noise of V | improvement of L | gap V − L | epochs to the level | warned |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for recipe in recipes:
-        rows = found.get((each, recipe.name), [])
-        if rows:
-            lines.append(
-                f"| {recipe.name} | {spread(rows, 'movement')} | {spread(rows, 'noise', ranged=False)} | "
-                f"{spread(rows, 'improvement', ranged=False)} ({middle(rows, 'relative improvement'):.0%}) | "
-                f"{spread(rows, 'gap', ranged=False)} ({middle(rows, 'relative gap'):.0%}) | "
-                f"{epochs(rows)} | {sum(row['warnings'] > 0 for row in rows)}/{len(rows)} |"
-            )
-    lines += [
-        "",
-        "| recipe | squared error | Pearson | Pearson, 8 × 8 boxes |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name, scores in beside.items():
-        lines.append(
-            f"| *{name}* | {scores['mse']:.5f} | {text(scores['pearson'])} | {text(scores['pearson_boxes'])} |"
-        )
-    for recipe in recipes:
-        rows = found.get((each, recipe.name), [])
-        if rows:
-            lines.append(
-                f"| {recipe.name} | {spread(rows, 'mse', 5)} | {spread(rows, 'pearson')} | "
-                f"{spread(rows, 'pearson boxes')} |"
-            )
-    return [*lines, ""]
+    """A table for every group of recipes: how good the best model is, and how the losses moved."""
+    lines = []
+    for group, title in GROUPS.items():
+        rows = [(recipe.name, found[each, recipe.name]) for recipe in recipes
+                if recipe.group == group and (each, recipe.name) in found]  # fmt: skip
+        if not rows:
+            continue
+        seeds = max(len(measured) for _, measured in rows)
+        lines += [
+            f"### {title} ({each}, {seeds} trainings each)", "",
+            "| recipe | squared error | Pearson | Pearson, 8 × 8 boxes | movement of V | noise of V | "
+            "improvement of L | gap V − L | best V | epochs to the level | warned |",
+            "| --- |" + " --- |" * 10,
+        ]  # fmt: skip
+        if group == "main":
+            for name, scores in beside.items():
+                lines.append(
+                    f"| *{name}* | {scores['mse']:.5f} | {text(scores['pearson'])} | {text(scores['pearson_boxes'])} |"
+                    + " |" * 7
+                )
+        lines += [_row(name, measured) for name, measured in rows] + [""]
+    return lines
+
+
+def _row(name: str, rows: list[dict[str, float]]) -> str:
+    diverged = sum(row["diverged"] for row in rows)
+    cells = (
+        name + (f" ({diverged:.0f}/{len(rows)} diverged)" if diverged else ""),
+        spread(rows, "mse", 5),
+        spread(rows, "pearson"),
+        spread(rows, "pearson boxes", ranged=False),
+        spread(rows, "movement", 4),
+        spread(rows, "noise", 4, ranged=False),
+        f"{spread(rows, 'improvement', ranged=False)} ({middle(rows, 'relative improvement'):.0%})",
+        f"{spread(rows, 'gap', ranged=False)} ({middle(rows, 'relative gap'):.0%})",
+        spread(rows, "best loss", 4, ranged=False),
+        epochs(rows),
+        f"{sum(row['warnings'] > 0 for row in rows)}/{len(rows)}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def middle(rows: list[dict[str, float]], name: str) -> float:
