@@ -1,7 +1,8 @@
 """What the stability benchmark trains: the sets, and the recipes by name.
 
-A recipe is the launcher's stable one with some options changed, and sometimes with changes that are no options
-(``stability_job.CHANGES``).
+``former`` is where the toolkit's users came from, ``stable`` the recipe that was to replace it, and ``best`` what
+train_stable_learning.sh runs: stable with what won. A recipe is stable with some options changed, and sometimes with
+changes that are no options (``stability_job.CHANGES``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 from orion_unet.data.demo import make_demo
 from orion_unet.run_log import write_json
 
-# As in train_stable_learning.sh.
 STABLE: dict[str, Any] = {
     "epochs": 30, "learning_rate": 1e-4, "batch_size": 12, "val_split": 0.20,
     "mse_weight": 0.8, "l1_weight": 0.3, "boundary_weight": 0.1, "focal_weight": 0.0, "variance_weight": 0.1,
@@ -95,6 +95,7 @@ IMPROVEMENTS: dict[str, dict[str, Any]] = {
     "correlation 0.1": {"correlation_weight": 0.1},
     "starts at a half": {"output_start": "half"},
 }
+# With STABLE, as in train_stable_learning.sh.
 BEST: dict[str, Any] = {"learning_rate": None, "ema_decay": 0.95, "correlation_weight": 0.1}
 # Single changes of the best: what it would lose without a part, and what else was tried.
 VARIATIONS: dict[str, dict[str, Any]] = {

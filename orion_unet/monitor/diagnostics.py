@@ -274,8 +274,8 @@ def _worse_than_mean(
     return Finding(
         "worse_than_mean",
         WARNING,
-        f"squared error {error[-1]:.3g} times that of predicting each marker's mean (at least {error.min():.3g} times "
-        f"in epochs {_span(epochs)}): nothing of use is learnt yet",
+        f"squared error {error.min():.3g} to {error.max():.3g} times that of predicting each marker's mean in epochs "
+        f"{_span(epochs)}: nothing of use is learnt yet",
         float(error[-1]),
         limits.max_error_of_mean,
         advice.worse_than_mean(options),

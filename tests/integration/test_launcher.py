@@ -17,7 +17,7 @@ from orion_unet.data.demo import make_demo
 LAUNCHER = ROOT / "train_stable_learning.sh"
 RECIPE = {
     "epochs": 30,
-    "learning_rate": 1e-4,
+    "learning_rate": 1e-2,  # what auto comes to in so few steps
     "batch_size": 12,
     "val_split": 0.2,
     "mse_weight": 0.8,
@@ -25,9 +25,11 @@ RECIPE = {
     "boundary_weight": 0.1,
     "focal_weight": 0.0,
     "variance_weight": 0.1,
+    "correlation_weight": 0.1,
     "scheduler": "plateau",
     "lr_factor": 0.5,
     "lr_patience": 5,
+    "ema_decay": 0.95,
     "early_stopping_patience": 10,
     "use_amp": True,
     "use_boundary_guidance": True,

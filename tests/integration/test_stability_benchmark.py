@@ -71,8 +71,8 @@ def test_an_unknown_recipe_is_refused(tmp_path):
     assert "--only stabel: is no recipe; there are former, stable" in done.stderr
 
 
-def test_the_stable_recipe_is_the_launcher_s():
-    from stability_recipes import STABLE
+def test_the_best_recipe_is_the_launcher_s():
+    from stability_recipes import BEST, STABLE
 
     script = (ROOT / "train_stable_learning.sh").read_text(encoding="utf-8")
     words = re.search(r"^recipe=\(\n(.*?)^\)", script, re.S | re.M).group(1).split()
@@ -82,7 +82,10 @@ def test_the_stable_recipe_is_the_launcher_s():
             following = words[place + 1] if place + 1 < len(words) else "--"
             told[word[2:]] = True if following.startswith("--") else following
     assert told.pop("output_dir").startswith("runs_sep6v1/")
-    assert {name: value if value is True else type(STABLE[name])(value) for name, value in told.items()} == STABLE
+    assert told.pop("learning_rate") == "auto"
+    recipe = {**STABLE, **BEST}
+    assert recipe.pop("learning_rate") is None
+    assert {name: value if value is True else type(recipe[name])(value) for name, value in told.items()} == recipe
 
 
 def test_former_differs_from_stable_by_every_single_change_and_each_ablation_lacks_one():

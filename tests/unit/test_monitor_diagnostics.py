@@ -211,7 +211,7 @@ def test_an_error_of_twice_that_of_the_means_is_a_warning_whatever_the_loss_does
     codes, found = judged_by_r2([-9.0] * 4 + [-5, -2, -1.5, -1.4, -1.2, -1.1])
     assert codes == {"worse_than_mean"} and found.severity == "warning"
     assert found.value == pytest.approx(2.1) and found.threshold == 2
-    assert "2.1 times" in found.message and "epochs 6 to 10" in found.message
+    assert "2.1 to 3 times" in found.message and "epochs 6 to 10" in found.message
     # As bad as the means, better in one of the last five epochs, too early to tell, or not measured: no warning.
     for r2 in ([-0.9] * 10, [-9.0] * 9 + [-0.9], [-9.0] * 5, [-9.0] * 9 + [math.nan]):
         assert judged_by_r2(r2)[0] == set()
