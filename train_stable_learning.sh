@@ -21,17 +21,16 @@ recipe=(
   --epochs 30 --learning_rate auto --batch_size 12 --val_split 0.20
   --mse_weight 0.8 --l1_weight 0.3 --boundary_weight 0.1 --focal_weight 0.0 --variance_weight 0.1
   --correlation_weight 0.1
-  --scheduler plateau --lr_factor 0.5 --lr_patience 5 --ema_decay 0.95 --early_stopping_patience 10
+  --scheduler cosine --warmup_epochs 0.5 --ema_decay 0.95 --early_stopping_patience 10
   --use_amp --use_boundary_guidance --noise_removal
   --output_dir runs_sep6v1/orion_stable_learning
 )
-# The demo: small patches and a small network, so that the whole of it takes minutes on a CPU. In so few epochs the
-# plateau schedule would never lower the rate, so it falls along a cosine; and without the L1 term, whose optimum for a
-# sparse marker is dark, the scarce markers come up sooner.
+# The demo: small patches and a small network, so that the whole of it takes minutes on a CPU. Without the L1 term, whose
+# optimum for a sparse marker is dark, scarce markers come up in so few epochs.
 demo=(
   --pairs_dir demo_pairs --output_dir runs/demo
   --patch_size 128 --patches_per_image 16 --base_features 12 --depth 3 --epochs 12 --batch_size 8
-  --scheduler cosine --warmup_epochs 1 --l1_weight 0
+  --warmup_epochs 1 --l1_weight 0
 )
 
 options=()

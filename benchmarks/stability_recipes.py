@@ -53,7 +53,7 @@ class Recipe:
     @property
     def seeds(self) -> float:
         """With how many seeds it is trained at most."""
-        return {"improvement": 3, "variation": 2, "advice": 1, "length": 1}.get(self.group, math.inf)
+        return {"improvement": 3, "handling": 3, "variation": 2, "advice": 1, "length": 1}.get(self.group, math.inf)
 
 
 def _recipe(name: str, group: str, *changes: dict[str, Any], **options: Any) -> Recipe:
@@ -71,8 +71,8 @@ def recipes() -> list[Recipe]:
     found.append(_recipe("best", "best", BEST))
     found += [_recipe(f"best, {name}", "variation", BEST, options) for name, options in VARIATIONS.items()]
     found.append(_recipe("BasicUNet, MSE, Adam", "peer", PEER))
-    found += [_recipe(f"best, {change}", "peer", BEST, changes=(change,)) for change in HEXIF]
-    found.append(_recipe("best, all three", "peer", BEST, changes=HEXIF))
+    found += [_recipe(f"best, {change}", "handling", BEST, changes=(change,)) for change in HEXIF]
+    found.append(_recipe("best, all three", "handling", BEST, changes=HEXIF))
     for base, changes in ADVICE.items():
         before = {"former": former, "stable": [], "best": [BEST]}[base]
         found += [_recipe(f"{base}, {name}", "advice", *before, options) for name, options in changes.items()]
@@ -95,13 +95,15 @@ IMPROVEMENTS: dict[str, dict[str, Any]] = {
     "correlation 0.1": {"correlation_weight": 0.1},
     "starts at a half": {"output_start": "half"},
 }
-# With STABLE, as in train_stable_learning.sh.
-BEST: dict[str, Any] = {"learning_rate": None, "ema_decay": 0.95, "correlation_weight": 0.1}
+# With STABLE, as in train_stable_learning.sh (which leaves out what is only of use to the plateau schedule).
+BEST: dict[str, Any] = {
+    "learning_rate": None, "scheduler": "cosine", "warmup_epochs": 0.5, "ema_decay": 0.95, "correlation_weight": 0.1,
+}  # fmt: skip
 # Single changes of the best: what it would lose without a part, and what else was tried.
 VARIATIONS: dict[str, dict[str, Any]] = {
     "without EMA": {"ema_decay": 0.0},
     "without correlation": {"correlation_weight": 0.0},
-    "cosine": {"scheduler": "cosine", "warmup_epochs": 1},
+    "plateau": {"scheduler": "plateau"},
     "no L1": {"l1_weight": 0.0},
     "starts at a half": {"output_start": "half"},
     "without boundary guidance": {"use_boundary_guidance": False},
@@ -112,10 +114,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "residual blocks": {"changes": ("residual blocks",)},
 }
 # Which rate suits which length: the whole length is used, and the rate falls to nought by its end.
-FALLING: dict[str, Any] = {
-    "scheduler": "cosine", "warmup_epochs": 1, "ema_decay": 0.95, "l1_weight": 0.0, "correlation_weight": 0.1,
-    "early_stopping_patience": 0,
-}  # fmt: skip
+FALLING: dict[str, Any] = {**BEST, "warmup_epochs": 1, "l1_weight": 0.0, "early_stopping_patience": 0}
 # What the monitor advises: where the loss is unstable, where it is slow, where the network overfits.
 ADVICE: dict[str, dict[str, dict[str, Any]]] = {
     "former": {

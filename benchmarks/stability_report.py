@@ -27,7 +27,8 @@ GROUPS = {
     "ablation": "From former towards stable, one change at a time",
     "improvement": "Single changes of stable",
     "variation": "Single changes of best",
-    "peer": "Peers",
+    "peer": "A peer",
+    "handling": "The best recipe with HEXIF's handling of the data",
     "advice": "What the monitor advises",
     "length": "Other lengths and a wider network",
 }
