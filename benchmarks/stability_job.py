@@ -227,6 +227,9 @@ def _train_and_score(job: dict[str, Any]) -> int:
         # Interrupted: to be done again.
         return code
     result: dict[str, Any] = {"job": job, "exit_code": code, "train_s": seconds}
+    log = run_dir / METRICS_FILE
+    # A training that diverges in its first epoch has none.
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     result["epochs"] = [
         {
             "epoch": record["epoch"],
@@ -238,7 +241,7 @@ def _train_and_score(job: dict[str, Any]) -> int:
             "val_pearson": record["val"]["metrics"]["pearson"],
             "val_r2": record["val"]["metrics"]["r2"],
         }
-        for record in map(json.loads, (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines())
+        for record in map(json.loads, lines)
     ]
     if checkpoint_path(run_dir, BEST).exists():
         model = trained_model(run_dir)

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,11 @@ from orion_unet.monitor.diagnostics import WARNING, Thresholds, diagnose
 
 # The window of the former complaint: the last epochs of a run.
 LAST = 10
+# What a group's recipes are changes of: told beside them, with the same seeds.
+BASES = {
+    "ablation": ("former",), "improvement": ("stable",), "variation": ("best",), "handling": ("best",),
+    "advice": ("former", "stable", "best"),
+}  # fmt: skip
 BASELINES = ("training mean", REGRESSION)
 # The exit code of a training that diverged.
 DIVERGED = 3
@@ -29,17 +34,15 @@ GROUPS = {
     "variation": "Single changes of best",
     "peer": "A peer",
     "handling": "The best recipe with HEXIF's handling of the data",
-    "advice": "What the monitor advises",
+    "advice": "What is advised where a run is unstable, slow or overfits",
     "length": "Other lengths and a wider network",
 }
 
 
 def measures(result: dict[str, Any], level: float) -> dict[str, float]:
     """What one training is judged by; NaN where undefined. ``level`` is the error that is to be reached."""
-    column = {name: np.array([np.nan if row[name] is None else row[name] for row in result["epochs"]], float)
-              for name in ("train", "val", "val_mse")}  # fmt: skip
-    train, val, error = column["train"], column["val"], column["val_mse"]
-    found = dict.fromkeys(MEASURES, math.nan)
+    train, val, error = (_column(result["epochs"], name) for name in ("train", "val", "val_mse"))
+    found = dict.fromkeys(MEASURES, math.nan) | {"diverged": float(result.get("exit_code") == DIVERGED)}
     if not len(val):
         return found
     last = val[-LAST:]
@@ -47,20 +50,21 @@ def measures(result: dict[str, Any], level: float) -> dict[str, float]:
     if len(last) > 2 and np.isfinite(last).all():
         found["noise"] = float((last - np.polyval(np.polyfit(time, last, 1), time)).std(ddof=2))
     reached = np.flatnonzero(error <= level)
+    # Targets that are bent have errors of another unit.
+    comparable = math.isfinite(level) and result.get("job", {}).get("options", {}).get("target_transform") != "log1p"
     scores = result.get("scores", {})
     return found | {
-        "movement": float(np.ptp(last)),
-        "improvement": float(train[0] - train[-1]),
-        "relative improvement": float(1 - train[-1] / train[0]),
-        "gap": float(val[-1] - train[-1]),
-        "relative gap": float((val[-1] - train[-1]) / val[-1]),
-        "best loss": float(np.fmin.reduce(val)),
-        "epochs to level": float(reached[0] + 1) if len(reached) else math.inf,
+        "movement": float(last.max() - last.min()) if np.isfinite(last).all() else math.inf,
+        "improvement": _difference(train[0], train[-1]),
+        "relative improvement": _difference(train[0], train[-1]) / float(train[0]),
+        "gap": _difference(val[-1], train[-1]),
+        "relative gap": _difference(val[-1], train[-1]) / float(val[-1]),
+        "best loss": float(val.min()),
+        "epochs to level": (float(reached[0] + 1) if len(reached) else math.inf) if comparable else math.nan,
         "mse": mean(scores.get("mse", [])),
         "pearson": mean(scores.get("pearson", [])),
         "pearson boxes": mean(scores.get("pearson_boxes", [])),
-        "warnings": float(len(warned(result))),
-        "diverged": float(result.get("exit_code") == DIVERGED),
+        "warnings": float(len(warned(result))) if "val_r2" in result["epochs"][0] else math.nan,
     }
 
 
@@ -72,11 +76,20 @@ MEASURES = (
 
 def warned(result: dict[str, Any]) -> list[str]:
     """What the monitor would warn of at the end of this training."""
-    rows = result["epochs"]
-    epochs, train, val, r2 = (np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)
-                              for name in ("epoch", "train", "val", "val_r2"))  # fmt: skip
-    found = diagnose(epochs, train, val, Thresholds(), r2=r2)
+    columns = [_column(result["epochs"], name) for name in ("epoch", "train", "val", "val_r2", "lr")]
+    found = diagnose(*columns[:3], Thresholds(), result.get("job", {}).get("options"), *columns[3:])
     return [finding.code for finding in found if finding.severity == WARNING]
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
+    """A column over the epochs (E,): a loss that was not finite is inf, what is not known otherwise nan."""
+    null = math.inf if name in ("train", "val") else math.nan
+    return np.array([null if row.get(name) is None else row[name] for row in rows], float)
+
+
+def _difference(left: float, right: float) -> float:
+    """left − right; nan where either is not finite."""
+    return float(left - right) if math.isfinite(left) and math.isfinite(right) else math.nan
 
 
 def mean(values: Sequence[float | None]) -> float:
@@ -97,12 +110,11 @@ def write_report(
         levels[name] = mean(given[0][REGRESSION]["mse"]) if given else math.nan
     for result in results:
         found.setdefault((kind(result["set"]), result["recipe"]), []).append(measures(result, levels[result["set"]]))
-    seeds = len({result["job"]["options"]["seed"] for result in results})
     lines = [
         "# Stability and quality of recipes",
         "",
-        f"{len(results)} trainings, {seeds} seeds; {os.cpu_count()} cores ({platform.machine()}), one thread each; "
-        "medians, and in brackets the smallest and the largest.",
+        f"{len(results)} trainings; {os.cpu_count()} cores ({platform.machine()}), one thread each; medians over the "
+        "seeds (and slides held out), and in brackets the smallest and the largest.",
         "",
         "Squared error and Pearson: the best model on the held-out cores, mean over markers. L and V: training and "
         "validation loss, each recipe's own; movement and noise (standard deviation about a line) over the last "
@@ -161,8 +173,12 @@ def table(
         if not rows:
             continue
         seeds = max(len(measured) for _, measured in rows)
+        bases = [(f"{base}, {seeds} trainings", found[each, base][:seeds]) for base in BASES.get(group, ())
+                 if (each, base) in found]  # fmt: skip
+        rows = [*bases, *((name if len(measured) == seeds else f"{name} ({len(measured)} of {seeds})", measured)
+                          for name, measured in rows)]  # fmt: skip
         lines += [
-            f"### {title} ({each}, {seeds} trainings each)", "",
+            f"### {title} ({each}, {seeds} training{'s' if seeds > 1 else ''} each)", "",
             "| recipe | squared error | Pearson | Pearson, 8 × 8 boxes | movement of V | noise of V | "
             "improvement of L | gap V − L | best V | epochs to the level | warned |",
             "| --- |" + " --- |" * 10,
@@ -186,33 +202,36 @@ def _row(name: str, rows: list[dict[str, float]]) -> str:
         spread(rows, "pearson boxes", ranged=False),
         spread(rows, "movement", 4),
         spread(rows, "noise", 4, ranged=False),
-        f"{spread(rows, 'improvement', ranged=False)} ({middle(rows, 'relative improvement'):.0%})",
-        f"{spread(rows, 'gap', ranged=False)} ({middle(rows, 'relative gap'):.0%})",
+        f"{spread(rows, 'improvement', ranged=False)} ({share(rows, 'relative improvement')})",
+        f"{spread(rows, 'gap', ranged=False)} ({share(rows, 'relative gap')})",
         spread(rows, "best loss", 4, ranged=False),
         epochs(rows),
-        f"{sum(row['warnings'] > 0 for row in rows)}/{len(rows)}",
-    )
+        "" if any(math.isnan(row["warnings"]) for row in rows)
+        else f"{sum(row['warnings'] > 0 for row in rows)}/{len(rows)}",
+    )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
-def middle(rows: list[dict[str, float]], name: str) -> float:
-    """Median of what is defined."""
+def share(rows: list[dict[str, float]], name: str) -> str:
+    """Median of what is defined, in per cent."""
     known = [row[name] for row in rows if not math.isnan(row[name])]
-    return median(known) if known else math.nan
+    return f"{median(known):.0%}" if known else "undefined"
 
 
 def spread(rows: list[dict[str, float]], name: str, digits: int = 3, ranged: bool = True) -> str:
-    """Median, and the smallest and largest."""
+    """Median, and the smallest and largest; of how many, where some have no value."""
     known = [row[name] for row in rows if math.isfinite(row[name])]
     if not known:
         return ""
     found = f"{median(known):.{digits}f}"
-    return f"{found} ({min(known):.{digits}f} to {max(known):.{digits}f})" if ranged else found
+    if ranged and len(known) > 1:
+        found += f" ({min(known):.{digits}f} to {max(known):.{digits}f})"
+    return found if len(known) == len(rows) else f"{found} of {len(known)}"
 
 
 def epochs(rows: list[dict[str, float]]) -> str:
     """Median number of epochs, where at least half have reached the level."""
-    value = median(row["epochs to level"] for row in rows)
+    value = median_low(row["epochs to level"] for row in rows)
     return "never" if math.isinf(value) else "" if math.isnan(value) else f"{value:.0f}"
 
 

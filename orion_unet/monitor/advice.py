@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-DIVERGED = ("--learning_rate 2e-5", "--grad_clip 1", "--variance_weight 0", "--focal_weight 0")
 STALLED = ("look at the end of train.log", "then: the same command with --resume auto")
 CRASHED = ("look at the end of train.log", "then: the same command with --resume auto")
 
 
+def diverged(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A much smaller step, bounded gradients, no term that can run away."""
+    return (*_lower(options, ("2e-5",)), "--grad_clip 1", "--variance_weight 0", "--focal_weight 0")
+
+
 def unstable(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """A smaller step, a larger batch, a plainer loss."""
-    rate = _value(options, "learning_rate", 1e-4)
-    found = [f"--learning_rate {lower}" for lower in ("5e-5", "2e-5") if float(lower) < rate][:1]
+    """A smaller step, averaged weights and a falling rate, a larger batch, a plainer loss."""
+    found = _lower(options, ("5e-5", "2e-5"))
+    if _automatic_rate(options) and _value(options, "ema_decay", 0.0) <= 0:
+        found.append("--ema_decay 0.95")
+    if _automatic_rate(options) and options.get("scheduler") != "cosine":
+        found.append("--scheduler cosine")
     if _value(options, "batch_size", 12) < 16:
         found.append("--batch_size 16")
     if _value(options, "variance_weight", 0.1) > 0:
@@ -37,12 +44,12 @@ def slow(options: Mapping[str, Any], calm: bool) -> tuple[str, ...]:
     return tuple(found if calm else ["calm the validation loss first", *found])
 
 
-def worse_than_mean(options: Mapping[str, Any]) -> tuple[str, ...]:
+def worse_than_mean(options: Mapping[str, Any], calm: bool) -> tuple[str, ...]:
     """A start at the means, a loss that allows dark markers, a step that gets there in time; then the data."""
     found = ["--output_start mean"] if options.get("output_start") == "half" else []
     if options.get("variance_form") == "exponential" and _value(options, "variance_weight", 0.1) > 0:
         found.append("--variance_form target")
-    found += _automatic(options)
+    found += _automatic(options) if calm else []
     found.append("check that all slides were stained and scanned alike (check-data)")
     return tuple(found)
 
@@ -62,8 +69,20 @@ _OTHER_TERMS = {"l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1, "corr
 
 def _automatic(options: Mapping[str, Any]) -> list[str]:
     """The rate that suits the number of steps, where it is known and clearly higher than the run's."""
-    suited = _value(options, "automatic_learning_rate", 0.0)
-    return ["--learning_rate auto"] if suited > 1.5 * _value(options, "learning_rate", 1e-4) else []
+    return ["--learning_rate auto"] if _automatic_rate(options) > 1.5 * _value(options, "learning_rate", 1e-4) else []
+
+
+def _lower(options: Mapping[str, Any], usual: tuple[str, ...]) -> list[str]:
+    """A lower rate: a quarter, but none that the length of the run makes too low; where that is unknown, the usual."""
+    rate, suited = _value(options, "learning_rate", 1e-4), _automatic_rate(options)
+    if suited:
+        return [f"--learning_rate {rate / 4:.3g}"] if rate / 4 >= suited / 8 else []
+    return [f"--learning_rate {lower}" for lower in usual if float(lower) < rate][:1]
+
+
+def _automatic_rate(options: Mapping[str, Any]) -> float:
+    """The rate that suits the number of steps; 0 where it is not known."""
+    return max(0.0, _value(options, "automatic_learning_rate", 0.0))
 
 
 def _value(options: Mapping[str, Any], name: str, default: float) -> float:

@@ -7,10 +7,11 @@ from typing import Any
 
 from orion_unet.monitor.diagnostics import NOTICE, Finding
 
-# In config.json beside the options: the rate that the trainer would have chosen for the number of steps.
-AUTOMATIC_RATE = "automatic_learning_rate"
-# So many times that rate, or less than that part of it, is worth a word: higher was not tried, lower learns too little.
-MUCH_HIGHER, MUCH_LOWER = 4, 1 / 8
+# In config.json beside the options: the rate that the trainer would have chosen for the number of steps, and that.
+AUTOMATIC_RATE, STEPS = "automatic_learning_rate", "optimiser_steps"
+# So many times that rate is worth a word: higher was not tried. Less than that part of it is, where rate times steps is
+# under LITTLE_TRAVEL: too little to learn in. As the trainer says at its start.
+MUCH_HIGHER, MUCH_LOWER, LITTLE_TRAVEL = 4, 1 / 8, 1.0
 
 # Option, whether its value is a concern, where the concern begins, what to say, and what to paste instead.
 _RULES = (
@@ -32,7 +33,8 @@ def judge_config(config: Mapping[str, Any]) -> list[Finding]:
     """Notices on the options in a run's config.json document (its ``options`` and ``global_batch``)."""
     options = config.get("options")
     values = options if isinstance(options, Mapping) else {}
-    found = _judge_rate(option_number(values, "learning_rate"), option_number(config, AUTOMATIC_RATE))
+    known = (option_number(config, AUTOMATIC_RATE), option_number(config, STEPS))
+    found = _judge_rate(option_number(values, "learning_rate"), *known)
     for name, concern, threshold, message, instead in _RULES:
         value = option_number(values, name)
         if value is not None and concern(value):
@@ -47,16 +49,17 @@ def judge_config(config: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def _judge_rate(rate: float | None, suited: float | None) -> list[Finding]:
+def _judge_rate(rate: float | None, suited: float | None, steps: float | None) -> list[Finding]:
     """Against the rate that suits the number of steps; where that is not known, against the usual limit."""
     if rate is None:
         return []
-    if suited is None:
+    if not suited or suited < 0 or steps is None:
         concern = rate >= 5e-4
         message, threshold, instead = f"learning rate {rate:g} is high", 5e-4, "--learning_rate 1e-4"
     else:
-        concern = not suited * MUCH_LOWER <= rate <= suited * MUCH_HIGHER
-        word, factor = ("high", MUCH_HIGHER) if rate > suited else ("low", MUCH_LOWER)
+        low = rate < suited * MUCH_LOWER and rate * steps < LITTLE_TRAVEL
+        concern = low or rate > suited * MUCH_HIGHER
+        word, factor = ("low", MUCH_LOWER) if low else ("high", MUCH_HIGHER)
         message = f"learning rate {rate:g} is {word} for the length of the run"
         threshold, instead = suited * factor, "--learning_rate auto"
     return [Finding("learning_rate", NOTICE, message, rate, threshold, (instead,))] if concern else []

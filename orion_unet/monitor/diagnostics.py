@@ -82,20 +82,26 @@ def diagnose(
     thresholds: Thresholds | None = None,
     options: Mapping[str, Any] | None = None,
     r2: np.ndarray | None = None,
+    rate: np.ndarray | None = None,
 ) -> list[Finding]:
     """Judge the curves (E,), (E,), (E,) as they stand; returns the findings, the worst first.
 
     ``options`` are the run's own, so that the advice does not name what is already done; beside them, where it is
-    known, ``automatic_learning_rate``. ``r2`` (E,) is the share of the markers' variance that validation explains.
+    known, ``automatic_learning_rate``. ``r2`` (E,) is the share of the markers' variance that validation explains,
+    ``rate`` (E,) the learning rate.
     """
     limits = thresholds or Thresholds()
     options = options or {}
-    found = [_diverged(epochs, train, val, limits), _unstable(epochs, train, val, limits, options)]
-    calm = found[1] is None
-    if r2 is not None:
-        found.append(_worse_than_mean(epochs, r2, limits, options))
+    r2 = np.full(len(val), np.nan) if r2 is None else r2
+    rate = np.full(len(val), np.nan) if rate is None else rate
+    found = [_diverged(epochs, train, val, limits, options), _unstable(epochs, train, val, limits, options)]
+    calm = found[0] is None and found[1] is None
+    found.append(_worse_than_mean(epochs, r2, limits, options, calm))
     found.append(_overfitting(epochs, train, val, limits, options))
-    found.append(_slow(epochs, train, limits, options, calm))
+    falling = options.get("scheduler") == "cosine"
+    slow = None if falling and _nearly_over(rate) else _slow(epochs, train, r2, limits, options, calm)
+    # A falling rate brings the smaller step that a plateau waits for.
+    found.append(None if falling and slow is not None and slow.code == "plateau" else slow)
     return [finding for finding in found if finding is not None]
 
 
@@ -173,7 +179,9 @@ def _gain(val: np.ndarray) -> float:
     return max(float(np.median(first)) - _level(val), 0.0) if len(first) else math.nan
 
 
-def _diverged(epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Thresholds) -> Finding | None:
+def _diverged(
+    epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Thresholds, options: Mapping[str, Any]
+) -> Finding | None:
     for name, values in (("training", train), ("validation", val)):
         broken = np.flatnonzero(np.isinf(values[-WINDOW:]))
         if len(broken):
@@ -182,7 +190,7 @@ def _diverged(epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Th
                 "diverged",
                 WARNING,
                 f"the {name} loss of epoch {epoch} is not finite",
-                advice=advice.DIVERGED,
+                advice=advice.diverged(options),
             )
     finite = np.isfinite(val)
     epochs, val = epochs[finite], val[finite]
@@ -202,7 +210,7 @@ def _diverged(epochs: np.ndarray, train: np.ndarray, val: np.ndarray, limits: Th
         f"{int(epochs[at])}, {factor:.3g} times its best ({best[at]:.4g})",
         factor,
         limits.divergence_factor,
-        advice.DIVERGED,
+        advice.diverged(options),
     )
 
 
@@ -265,11 +273,11 @@ def _overfitting(
 
 
 def _worse_than_mean(
-    epochs: np.ndarray, r2: np.ndarray, limits: Thresholds, options: Mapping[str, Any]
+    epochs: np.ndarray, r2: np.ndarray, limits: Thresholds, options: Mapping[str, Any], calm: bool
 ) -> Finding | None:
     """From epoch 6 on: however well the loss falls, a single number per marker would do better."""
     error = 1 - r2[-WINDOW:]
-    if len(r2) <= WINDOW or not (np.isfinite(error) & (error > limits.max_error_of_mean)).all():
+    if len(r2) < WINDOW or epochs[-1] <= WINDOW or not (np.isfinite(error) & (error > limits.max_error_of_mean)).all():
         return None
     return Finding(
         "worse_than_mean",
@@ -278,7 +286,7 @@ def _worse_than_mean(
         f"{_span(epochs)}: nothing of use is learnt yet",
         float(error[-1]),
         limits.max_error_of_mean,
-        advice.worse_than_mean(options),
+        advice.worse_than_mean(options, calm),
     )
 
 
@@ -293,9 +301,18 @@ def _median3(values: np.ndarray) -> np.ndarray:
     return np.maximum(np.minimum(before, here), np.minimum(np.maximum(before, here), after))
 
 
+def _nearly_over(rate: np.ndarray) -> bool:
+    """Whether the learning rate has fallen below a tenth of its highest."""
+    known = rate[np.isfinite(rate)]
+    return len(known) > 0 and bool(known[-1] < 0.1 * known.max())
+
+
 def _slow(
-    epochs: np.ndarray, train: np.ndarray, limits: Thresholds, options: Mapping[str, Any], calm: bool
+    epochs: np.ndarray, train: np.ndarray, r2: np.ndarray, limits: Thresholds, options: Mapping[str, Any], calm: bool
 ) -> Finding | None:
+    # Since a network may start at the markers' means, what it explains of their variance it has learnt since then,
+    # even if most of that happened within epoch 1.
+    explained = _level(r2)
     finite = np.isfinite(train)
     epochs, train = epochs[finite], train[finite]
     if len(train) <= WINDOW or epochs[-1] <= WINDOW:
@@ -313,7 +330,7 @@ def _slow(
         f"training loss improved by {max(gained, 0.0):.2g} ({max(gained / scale, 0.0):.1%}) in epochs "
         f"{int(epochs[-WINDOW - 1])} to {int(epochs[-1])}, by {total:.0%} since epoch {int(epochs[0])}"
     )
-    if total >= limits.min_total_improvement:
+    if total >= limits.min_total_improvement or explained >= limits.min_total_improvement:
         return Finding("plateau", NOTICE, f"converged or waiting for a smaller step: {change}", gained, threshold)
     return Finding("slow_convergence", WARNING, change, gained, threshold, advice.slow(options, calm))
 

@@ -142,12 +142,13 @@ class Run:
         self._check(status, config)
         life = self._liveness.judge(status, beat)
         reader = self.reader
-        epochs, train, val, r2 = (reader.column(name) for name in ("epoch", "train_loss", "val_loss", "r2"))
+        epochs, train, val = (reader.column(name) for name in ("epoch", "train_loss", "val_loss"))
         options = (config or {}).get("options")
         options = dict(options) if isinstance(options, Mapping) else {}
         options[AUTOMATIC_RATE] = option_number(config or {}, AUTOMATIC_RATE)
         findings = judge_state(life.state, life.reason, life.age_s, self.thresholds)
-        findings += diagnose(epochs, train, val, self.thresholds, options, r2)
+        r2, rate = reader.column("r2"), reader.column("lr")
+        findings += diagnose(epochs, train, val, self.thresholds, options, r2, rate)
         if reader.damaged_lines:
             lines = f"{reader.damaged_lines} damaged line{'s' if reader.damaged_lines > 1 else ''}"
             notes.append(f"{lines} of {METRICS_FILE} left out")

@@ -16,8 +16,8 @@ from orion_unet.config import OptimisationOptions
 PLATEAU_THRESHOLD = 1e-4
 SMALLEST_REDUCTION = 1e-8
 # Of automatic_rate: rate times steps, and the rates between which it keeps. Of less than MUCH_LOWER of it, a person is
-# told.
-TRAVEL, MUCH_LOWER = 8.0, 1 / 8
+# told, where rate times steps is under LITTLE_TRAVEL.
+TRAVEL, LITTLE_TRAVEL, MUCH_LOWER = 8.0, 1.0, 1 / 8
 LOWEST_RATE, HIGHEST_RATE = 1e-4, 1e-2
 
 

@@ -10,7 +10,7 @@ from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import utc_now
 from orion_unet.training.devices import describe_devices, memory_bytes
 from orion_unet.training.engine import TrainEpoch, Validation
-from orion_unet.training.optim import MUCH_LOWER, automatic_rate
+from orion_unet.training.optim import LITTLE_TRAVEL, MUCH_LOWER, automatic_rate
 from orion_unet.training.prepare import planned_steps
 from orion_unet.training.state import global_batch
 
@@ -53,7 +53,7 @@ def greeting(run: Run) -> str:
         f"monitor with    python monitor_training.py --output_dir {run.run_dir} --watch",
     ]
     lines += [f"warning: {warning}" for warning in run.prepared.warnings]
-    if rate < suited * MUCH_LOWER:
+    if rate < suited * MUCH_LOWER and rate * steps < LITTLE_TRAVEL:
         lines.append(
             f"note: {steps} steps at a learning rate of {rate:.2g} move a weight by about {rate * steps:.2g}, "
             f"which is little to learn in; --learning_rate auto would be {suited:.2g}"

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from monitor_runs import former_losses, healthy_losses
 
+from orion_unet.monitor import configuration
 from orion_unet.monitor.configuration import judge_config
 from orion_unet.monitor.diagnostics import Thresholds, diagnose, judge_state, validation_noise
+from orion_unet.training import optim
 
 DATA = Path(os.environ.get("ORION_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))
 
@@ -192,11 +194,62 @@ def test_a_configuration_that_tells_nothing_gives_no_findings(config):
     [(9e-4, "low"), (1e-3, None), (4e-3, None), (3.2e-2, None), (3.3e-2, "high")],
 )
 def test_a_rate_is_judged_by_the_number_of_steps_where_that_is_known(rate, said):
-    found = judge_config({"options": {"learning_rate": rate}, "automatic_learning_rate": 8e-3})
+    known = {"automatic_learning_rate": 8e-3, "optimiser_steps": 1000}
+    found = judge_config({"options": {"learning_rate": rate}, **known})
     assert [f.code for f in found] == ([] if said is None else ["learning_rate"])
     if said:
         assert f"learning rate {rate:g} is {said} for the length of the run" in found[0].message
         assert found[0].advice == ("--learning_rate auto",)
+
+
+def test_a_low_rate_is_no_concern_where_steps_are_many():
+    known = {"automatic_learning_rate": 1e-4, "optimiser_steps": 1_000_000}
+    assert judge_config({"options": {"learning_rate": 1e-5}, **known}) == []
+
+
+def test_monitor_and_trainer_mean_the_same_by_a_low_rate():
+    assert (configuration.MUCH_LOWER, configuration.LITTLE_TRAVEL) == (optim.MUCH_LOWER, optim.LITTLE_TRAVEL)
+
+
+@pytest.mark.parametrize("rate", [1e-2, 5e-3, 2e-3, 5e-4])
+def test_advice_for_jumps_never_asks_for_a_rate_that_would_be_called_low(rate):
+    train, val = former_losses()
+    options = {"learning_rate": rate, "automatic_learning_rate": 1e-2, "scheduler": "plateau"}
+    found = {f.code: f for f in diagnose(np.arange(1, 21), np.array(train), np.array(val), options=options)}
+    advice = found["unstable_validation"].advice
+    assert "--ema_decay 0.95" in advice and "--scheduler cosine" in advice
+    lower = [float(item.split()[1]) for item in advice if item.startswith("--learning_rate")]
+    assert lower == ([pytest.approx(rate / 4, rel=0.3)] if rate >= 5e-3 else [])
+    config = {"options": {"learning_rate": lower[0]}} if lower else {}
+    assert judge_config(config | {"automatic_learning_rate": 1e-2, "optimiser_steps": 500}) == []
+
+
+def test_a_run_worse_than_the_means_that_jumps_is_not_advised_a_higher_rate():
+    train, val = (np.array(losses) for losses in former_losses())
+    options = {"learning_rate": 5e-4, "automatic_learning_rate": 1e-2}
+    found = {f.code: f for f in diagnose(np.arange(1, 21), train, val, None, options, np.full(20, -9.0))}
+    assert "unstable_validation" in found
+    assert "--learning_rate auto" not in found["worse_than_mean"].advice
+
+
+def test_a_rate_that_falls_to_nought_by_plan_is_no_plateau():
+    train, val = healthy_losses(60)
+    curves = (np.arange(1, 61), np.array(train), np.array(val))
+    falling = 5e-3 * (1 + np.cos(np.pi * np.arange(60) / 59))
+    assert [f.code for f in diagnose(*curves, options={"scheduler": "plateau"}, rate=falling)] == ["plateau"]
+    assert diagnose(*curves, options={"scheduler": "cosine"}, rate=falling) == []
+    # One that never learnt is slow while the rate is high, and no longer a question of rates at its end.
+    flat = np.full(60, 0.3)
+    for epochs, codes in ((20, ["slow_convergence"]), (60, [])):
+        found = diagnose(curves[0][:epochs], flat[:epochs], flat[:epochs], None, {"scheduler": "cosine"}, None,
+                         falling[:epochs])  # fmt: skip
+        assert [f.code for f in found] == codes
+
+
+def test_a_network_that_learnt_within_its_first_epoch_is_not_slow():
+    epochs, flat = np.arange(1, 13), np.full(12, 0.06)
+    assert [f.code for f in diagnose(epochs, flat, flat, r2=np.full(12, 0.24))] == ["slow_convergence"]
+    assert [f.code for f in diagnose(epochs, flat, flat, r2=np.full(12, 0.26))] == ["plateau"]
 
 
 def judged_by_r2(r2, options=None, **thresholds):
