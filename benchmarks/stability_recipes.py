@@ -53,7 +53,9 @@ class Recipe:
     @property
     def seeds(self) -> float:
         """With how many seeds it is trained at most."""
-        return {"improvement": 3, "handling": 3, "variation": 2, "advice": 1, "length": 1}.get(self.group, math.inf)
+        return {"improvement": 3, "peer at our rates": 3, "handling": 3, "variation": 2, "advice": 1, "length": 1}.get(
+            self.group, math.inf
+        )
 
 
 def _recipe(name: str, group: str, *changes: dict[str, Any], **options: Any) -> Recipe:
@@ -71,6 +73,8 @@ def recipes() -> list[Recipe]:
     found.append(_recipe("best", "best", BEST))
     found += [_recipe(f"best, {name}", "variation", BEST, options) for name, options in VARIATIONS.items()]
     found.append(_recipe("BasicUNet, MSE, Adam", "peer", PEER))
+    rates = {name: BEST[name] for name in ("learning_rate", "scheduler", "warmup_epochs")}
+    found.append(_recipe("BasicUNet, MSE, Adam, rates of best", "peer at our rates", PEER, rates))
     found += [_recipe(f"best, {change}", "handling", BEST, changes=(change,)) for change in HEXIF]
     found.append(_recipe("best, all three", "handling", BEST, changes=HEXIF))
     for base, changes in ADVICE.items():

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median, median_low
 from typing import Any
@@ -33,6 +34,7 @@ GROUPS = {
     "improvement": "Single changes of stable",
     "variation": "Single changes of best",
     "peer": "A peer",
+    "peer at our rates": "The peer at the best recipe's learning rates",
     "handling": "The best recipe with HEXIF's handling of the data",
     "advice": "What is advised where a run is unstable, slow or overfits",
     "length": "Other lengths and a wider network",
@@ -110,11 +112,13 @@ def write_report(
         levels[name] = mean(given[0][REGRESSION]["mse"]) if given else math.nan
     for result in results:
         found.setdefault((kind(result["set"]), result["recipe"]), []).append(measures(result, levels[result["set"]]))
+    hours = sum(result["train_s"] for result in results) / 3600
     lines = [
         "# Stability and quality of recipes",
         "",
-        f"{len(results)} trainings; {os.cpu_count()} cores ({platform.machine()}), one thread each; medians over the "
-        "seeds (and slides held out), and in brackets the smallest and the largest.",
+        f"`python benchmarks/stability.py --real_pairs DIR`: {len(results)} trainings, together {hours:.1f} core hours; "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {version('torch')}. Medians over the seeds (and the "
+        "slides held out), and in brackets the smallest and the largest.",
         "",
         "Squared error and Pearson: the best model on the held-out cores, mean over markers. L and V: training and "
         "validation loss, each recipe's own; movement and noise (standard deviation about a line) over the last "
