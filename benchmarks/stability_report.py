@@ -70,6 +70,14 @@ def measures(result: dict[str, Any], level: float) -> dict[str, float]:
     }
 
 
+def over_slides(measured: list[dict[str, float]]) -> dict[str, float]:
+    """The mean over the slides held out in turn, of one seed; warned and diverged trainings are counted."""
+    found = {name: float(np.mean([one[name] for one in measured])) for name in MEASURES}
+    counted = {name: float(sum(one[name] > 0 for one in measured)) for name in ("warnings", "diverged")}
+    unknown = any(math.isnan(one["warnings"]) for one in measured)
+    return found | counted | {"trainings": len(measured)} | ({"warnings": math.nan} if unknown else {})
+
+
 MEASURES = (
     "movement", "noise", "improvement", "relative improvement", "gap", "relative gap", "best loss", "epochs to level",
     "mse", "pearson", "pearson boxes", "warnings", "diverged",
@@ -110,15 +118,20 @@ def write_report(
     for name in sets:
         given = [result["baselines"] for result in results if result["set"] == name and result.get("baselines")]
         levels[name] = mean(given[0][REGRESSION]["mse"]) if given else math.nan
+    of_seed: dict[tuple[str, str, int], list[dict[str, float]]] = {}
     for result in results:
-        found.setdefault((kind(result["set"]), result["recipe"]), []).append(measures(result, levels[result["set"]]))
+        key = (kind(result["set"]), result["recipe"], result["job"]["options"]["seed"])
+        of_seed.setdefault(key, []).append(measures(result, levels[result["set"]]))
+    for (each, name, _), measured in of_seed.items():
+        if len(measured) == sum(kind(one) == each for one in sets):
+            found.setdefault((each, name), []).append(over_slides(measured))
     hours = sum(result["train_s"] for result in results) / 3600
     lines = [
         "# Stability and quality of recipes",
         "",
-        f"`python benchmarks/stability.py --real_pairs DIR`: {len(results)} trainings, together {hours:.1f} core hours; "
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {version('torch')}. Medians over the seeds (and the "
-        "slides held out), and in brackets the smallest and the largest.",
+        f"`python benchmarks/stability.py --real_pairs DIR`: {len(results)} trainings, {hours:.1f} core hours; "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {version('torch')}. Medians over the seeds, "
+        "and in brackets the smallest and the largest.",
         "",
         "Squared error and Pearson: the best model on the held-out cores, mean over markers. L and V: training and "
         "validation loss, each recipe's own; movement and noise (standard deviation about a line) over the last "
@@ -130,7 +143,11 @@ def write_report(
         of_kind = [name for name in sets if kind(name) == each]
         lines += [f"## {each}", ""]
         lines += (
-            [f"Held out in turn: {', '.join(n.split(', ')[1].split()[0] for n in of_kind)}.", ""]
+            [
+                f"Of each seed, the mean over the slides held out in turn: "
+                f"{', '.join(n.split(', ')[1].split()[0] for n in of_kind)}.",
+                "",
+            ]
             if len(of_kind) > 1
             else []
         )
@@ -177,12 +194,13 @@ def table(
         if not rows:
             continue
         seeds = max(len(measured) for _, measured in rows)
-        bases = [(f"{base}, {seeds} trainings", found[each, base][:seeds]) for base in BASES.get(group, ())
+        count = f"{seeds} seed{'s' if seeds > 1 else ''}"
+        bases = [(f"{base}, {count}", found[each, base][:seeds]) for base in BASES.get(group, ())
                  if (each, base) in found]  # fmt: skip
         rows = [*bases, *((name if len(measured) == seeds else f"{name} ({len(measured)} of {seeds})", measured)
                           for name, measured in rows)]  # fmt: skip
         lines += [
-            f"### {title} ({each}, {seeds} training{'s' if seeds > 1 else ''} each)", "",
+            f"### {title} ({each}, {count} each)", "",
             "| recipe | squared error | Pearson | Pearson, 8 × 8 boxes | movement of V | noise of V | "
             "improvement of L | gap V − L | best V | epochs to the level | warned |",
             "| --- |" + " --- |" * 10,
@@ -198,9 +216,9 @@ def table(
 
 
 def _row(name: str, rows: list[dict[str, float]]) -> str:
-    diverged = sum(row["diverged"] for row in rows)
+    diverged, trainings = (sum(row[column] for row in rows) for column in ("diverged", "trainings"))
     cells = (
-        name + (f" ({diverged:.0f}/{len(rows)} diverged)" if diverged else ""),
+        name + (f" ({diverged:.0f}/{trainings:.0f} diverged)" if diverged else ""),
         spread(rows, "mse", 5),
         spread(rows, "pearson"),
         spread(rows, "pearson boxes", ranged=False),
@@ -211,7 +229,7 @@ def _row(name: str, rows: list[dict[str, float]]) -> str:
         spread(rows, "best loss", 4, ranged=False),
         epochs(rows),
         "" if any(math.isnan(row["warnings"]) for row in rows)
-        else f"{sum(row['warnings'] > 0 for row in rows)}/{len(rows)}",
+        else f"{sum(row['warnings'] for row in rows):.0f}/{trainings:.0f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

@@ -139,6 +139,21 @@ def test_an_undefined_loss_leaves_its_measures_undefined():
     assert math.isnan(measures({"epochs": []}, level=0.2)["movement"])
 
 
+def test_of_slides_held_out_in_turn_the_mean_is_told_and_the_warned_are_counted():
+    from stability_report import MEASURES, epochs, over_slides, spread
+
+    first, second = ({**dict.fromkeys(MEASURES, value), "warnings": warnings}
+                     for value, warnings in ((0.2, 3.0), (0.4, 0.0)))  # fmt: skip
+    found = over_slides([first, second])
+    assert found["pearson"] == pytest.approx(0.3) and found["movement"] == pytest.approx(0.3)
+    assert (found["warnings"], found["trainings"]) == (1, 2)
+    assert math.isnan(over_slides([first, second | {"warnings": math.nan}])["warnings"])
+    rows = [{"mse": 0.1, "epochs to level": 4.0}, {"mse": 0.3, "epochs to level": math.inf}]
+    assert (spread(rows, "mse"), epochs(rows)) == ("0.200 (0.100 to 0.300)", "4")
+    rows.append({"mse": math.nan, "epochs to level": math.inf})
+    assert (spread(rows, "mse"), epochs(rows)) == ("0.200 (0.100 to 0.300) of 2", "never")
+
+
 def transformed(write_pairs, change, augment=True):
     from orion_unet.config import DataOptions
     from orion_unet.data.normalization import fit_normalization
