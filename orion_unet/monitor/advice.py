@@ -11,12 +11,12 @@ CRASHED = ("look at the end of train.log", "then: the same command with --resume
 
 def diverged(options: Mapping[str, Any]) -> tuple[str, ...]:
     """A much smaller step, bounded gradients, no term that can run away."""
-    return (*_lower(options, ("2e-5",)), "--grad_clip 1", "--variance_weight 0", "--focal_weight 0")
+    return (*_lower(options, ("2e-5",), 0.0), "--grad_clip 1", "--variance_weight 0", "--focal_weight 0")
 
 
 def unstable(options: Mapping[str, Any]) -> tuple[str, ...]:
     """A smaller step, averaged weights and a falling rate, a larger batch, a plainer loss."""
-    found = _lower(options, ("5e-5", "2e-5"))
+    found = _lower(options, ("5e-5", "2e-5"), 1 / 8)
     if _automatic_rate(options) and _value(options, "ema_decay", 0.0) <= 0:
         found.append("--ema_decay 0.95")
     if _automatic_rate(options) and options.get("scheduler") != "cosine":
@@ -72,11 +72,11 @@ def _automatic(options: Mapping[str, Any]) -> list[str]:
     return ["--learning_rate auto"] if _automatic_rate(options) > 1.5 * _value(options, "learning_rate", 1e-4) else []
 
 
-def _lower(options: Mapping[str, Any], usual: tuple[str, ...]) -> list[str]:
-    """A lower rate: a quarter, but none that the length of the run makes too low; where that is unknown, the usual."""
+def _lower(options: Mapping[str, Any], usual: tuple[str, ...], least: float) -> list[str]:
+    """A quarter of the rate, unless under this part of what suits the length; where that is unknown, the usual."""
     rate, suited = _value(options, "learning_rate", 1e-4), _automatic_rate(options)
     if suited:
-        return [f"--learning_rate {rate / 4:.3g}"] if rate / 4 >= suited / 8 else []
+        return [f"--learning_rate {rate / 4:.3g}"] if rate / 4 >= suited * least else []
     return [f"--learning_rate {lower}" for lower in usual if float(lower) < rate][:1]
 
 

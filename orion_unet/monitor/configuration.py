@@ -29,12 +29,15 @@ _RULES = (
 )
 
 
-def judge_config(config: Mapping[str, Any]) -> list[Finding]:
-    """Notices on the options in a run's config.json document (its ``options`` and ``global_batch``)."""
+def judge_config(config: Mapping[str, Any], calm: bool = True) -> list[Finding]:
+    """Notices on the options in a run's config.json document (its ``options``, ``global_batch`` and steps).
+
+    A run that is not ``calm`` is not told that its learning rate is low.
+    """
     options = config.get("options")
     values = options if isinstance(options, Mapping) else {}
     known = (option_number(config, AUTOMATIC_RATE), option_number(config, STEPS))
-    found = _judge_rate(option_number(values, "learning_rate"), *known)
+    found = _judge_rate(option_number(values, "learning_rate"), *known, calm)
     for name, concern, threshold, message, instead in _RULES:
         value = option_number(values, name)
         if value is not None and concern(value):
@@ -49,7 +52,7 @@ def judge_config(config: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def _judge_rate(rate: float | None, suited: float | None, steps: float | None) -> list[Finding]:
+def _judge_rate(rate: float | None, suited: float | None, steps: float | None, calm: bool) -> list[Finding]:
     """Against the rate that suits the number of steps; where that is not known, against the usual limit."""
     if rate is None:
         return []
@@ -57,7 +60,7 @@ def _judge_rate(rate: float | None, suited: float | None, steps: float | None) -
         concern = rate >= 5e-4
         message, threshold, instead = f"learning rate {rate:g} is high", 5e-4, "--learning_rate 1e-4"
     else:
-        low = rate < suited * MUCH_LOWER and rate * steps < LITTLE_TRAVEL
+        low = calm and rate < suited * MUCH_LOWER and rate * steps < LITTLE_TRAVEL
         concern = low or rate > suited * MUCH_HIGHER
         word, factor = ("low", MUCH_LOWER) if low else ("high", MUCH_HIGHER)
         message = f"learning rate {rate:g} is {word} for the length of the run"

@@ -149,6 +149,7 @@ class Run:
         findings = judge_state(life.state, life.reason, life.age_s, self.thresholds)
         r2, rate = reader.column("r2"), reader.column("lr")
         findings += diagnose(epochs, train, val, self.thresholds, options, r2, rate)
+        calm = not {"unstable_validation", "diverged"} & {finding.code for finding in findings}
         if reader.damaged_lines:
             lines = f"{reader.damaged_lines} damaged line{'s' if reader.damaged_lines > 1 else ''}"
             notes.append(f"{lines} of {METRICS_FILE} left out")
@@ -162,7 +163,7 @@ class Run:
             config=config or {},
             thresholds=self.thresholds,
             findings=findings,
-            config_findings=judge_config(config or {}),
+            config_findings=judge_config(config or {}, calm),
             notes=notes,
         )
 

@@ -56,8 +56,7 @@ from orion_unet.training.tensorboard import EventWriter
 
 FINISHED, DIVERGED = 0, 3
 DIVERGENCE_ADVICE = (
-    "Try a lower --learning_rate (5e-5 or 2e-5), --warmup_epochs 1, --grad_clip 0.5, --no_use_amp, "
-    "--variance_form target"
+    "Try a quarter of the --learning_rate, --warmup_epochs 1, --grad_clip 0.5, --no_use_amp, --variance_form target"
 )
 
 

@@ -207,6 +207,12 @@ def test_a_low_rate_is_no_concern_where_steps_are_many():
     assert judge_config({"options": {"learning_rate": 1e-5}, **known}) == []
 
 
+def test_a_run_that_jumps_is_not_told_that_its_rate_is_low():
+    config = {"options": {"learning_rate": 1e-4}, "automatic_learning_rate": 1e-2, "optimiser_steps": 500}
+    assert [f.code for f in judge_config(config)] == ["learning_rate"]
+    assert judge_config(config, calm=False) == []
+
+
 def test_monitor_and_trainer_mean_the_same_by_a_low_rate():
     assert (configuration.MUCH_LOWER, configuration.LITTLE_TRAVEL) == (optim.MUCH_LOWER, optim.LITTLE_TRAVEL)
 
