@@ -133,5 +133,7 @@ def draw_markers(results: list[dict[str, Any]], kinds: list[str], names: list[st
         axes.set_title(each, fontsize=10)
         axes.axhline(0, color="black", linewidth=0.6)
         _tidy(axes)
-    grid[0][0].legend(frameon=False, ncols=3, fontsize=8)
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=9
+    )
     figure.savefig(path)
