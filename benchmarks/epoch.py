@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if "RANK" in os.environ:
         result = compare(options)
-        if is_main_process():
+        if result is not None:
             Path(os.environ[RESULT]).write_text(json.dumps(result), encoding="utf-8")
         return 0
     with tempfile.TemporaryDirectory(prefix="orion_epoch_") as scratch:
@@ -216,8 +216,8 @@ class Bench:
         self.feeds.val.close()
 
 
-def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """On every rank: epochs and bare loops in turn. The figures of all ranks together, as rank 0 sees them."""
+def compare(options: argparse.Namespace) -> dict[str, Any] | None:
+    """On every rank: epochs and bare loops in turn. To rank 0 the figures of all ranks together, as it sees them."""
     device = choose_device(TrainConfig().runtime)
     with process_group(device):
         bench = Bench(options)
@@ -237,6 +237,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     rates[name].append(rate)
             waits.append(bench.wait)
         bench.close()
+        # Without its group, every rank would take itself for the first.
+        if not is_main_process():
+            return None
         found: dict[str, Any] = {f"{name}_patches_per_s": median(taken) for name, taken in rates.items()}
         pairs = list(zip(rates["end_to_end"], rates["bare_step"], strict=True))
         shares = list(zip(rates["validation"], rates["bare_forward"], strict=True))

@@ -56,7 +56,8 @@ from orion_unet.training.tensorboard import EventWriter
 
 FINISHED, DIVERGED = 0, 3
 DIVERGENCE_ADVICE = (
-    "Try a quarter of the --learning_rate, --warmup_epochs 1, --grad_clip 0.5, --no_use_amp, --variance_form target"
+    "Try a lower --learning_rate (a quarter of it), --warmup_epochs 1, --grad_clip 0.5, --no_use_amp, "
+    "--variance_form target"
 )
 
 
