@@ -33,7 +33,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from orion_unet.monitor.diagnostics import WARNING, Thresholds, diagnose, validation_noise
+from orion_unet.monitor.diagnostics import WARNING, Thresholds, diagnose
+from orion_unet.monitor.noise import validation_noise
 
 SCALES = (0.01, 0.1, 1.0, 10.0)
 LENGTHS = (6, 8, 10, 15, 20, 30, 60, 100, 200)

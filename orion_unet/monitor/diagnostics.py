@@ -12,17 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from orion_unet.monitor import advice
-from orion_unet.run_reader import LARGEST
+from orion_unet.monitor.noise import WINDOW, noise_window, recent_level, validation_noise
 
-WINDOW = 5
-NOISE_WINDOW = 24
-MIN_NOISE_EPOCHS = 6
 NOTICE, WARNING = "notice", "warning"
 
 
@@ -105,66 +101,15 @@ def diagnose(
     return [finding for finding in found if finding is not None]
 
 
-def validation_noise(val: np.ndarray) -> float:
-    """Standard deviation of V about its trend, in units of the loss; nan with fewer than 8 epochs.
-
-    The trend is a parabola (from 14 epochs on a cubic) through the logarithm of the last 24 epochs, the first
-    fifth of the run (at least two epochs) left out. The epoch that lies farthest from it is left out too, so that a
-    single blip is no noise, and noise that has died away in the last 8 epochs no longer counts. Second
-    differences, the plainer estimate, need twice the epochs for the same certainty, and without the logarithm the
-    bend of an early curve counts as noise.
-    """
-    window = _noise_window(val)
-    count = len(window)
-    if count < MIN_NOISE_EPOCHS:
-        return math.nan
-    relative = bool(window.min() > 0)
-    values = np.log(window) if relative else window
-    degree = 3 if count >= 14 else 2
-    squares, leverage = _squared_residuals(values, degree)
-    # The sum of squares of a fit without one point follows from the fit with it (deleted residuals).
-    rest = float((squares.sum() - squares / (1 - leverage)).min())
-    spread = math.sqrt(max(rest, 0.0) / (count - degree - 2))
-    recent, _ = _squared_residuals(values[-8:], 2)
-    spread = min(spread, 3 * math.sqrt(float(recent.sum()) / (len(recent) - 3)))
-    return min(spread * _level(val), LARGEST) if relative else spread
-
-
 def noise_and_limit(train: np.ndarray, val: np.ndarray, limits: Thresholds) -> tuple[float, float]:
     """Noise of V and where it becomes a warning, both in units of the loss; nan where it cannot be told."""
-    noise, level = validation_noise(val), _level(val)
-    if not (math.isfinite(noise) and math.isfinite(level)):
+    noise, now = validation_noise(val), recent_level(val)
+    if not (math.isfinite(noise) and math.isfinite(now)):
         return math.nan, math.nan
-    relative = max(limits.max_noise_of_loss * abs(level), limits.max_noise_of_gain * _gain(val))
+    relative = max(limits.max_noise_of_loss * abs(now), limits.max_noise_of_gain * _gain(val))
     # What few epochs tell is less certain: eight ask for half as much again, thirty for a twentieth.
-    relative *= 1 + 1 / (len(_noise_window(val)) - 4)
+    relative *= 1 + 1 / (len(noise_window(val)) - 4)
     return noise, min(limits.max_noise * loss_scale(train), relative)
-
-
-def _noise_window(val: np.ndarray) -> np.ndarray:
-    window = val[max(2, len(val) // 5) :][-NOISE_WINDOW:]
-    return window[np.isfinite(window)]
-
-
-def _squared_residuals(values: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances (n,) from the fitted polynomial, and the leverage (n,) of each point."""
-    projection, leverage = _polynomial(len(values), degree)
-    residual = values - projection @ values
-    return residual * residual, leverage
-
-
-@lru_cache(maxsize=2 * NOISE_WINDOW)
-def _polynomial(count: int, degree: int) -> tuple[np.ndarray, np.ndarray]:
-    """Projection (n, n) onto the polynomials over n equally spaced points, and the leverage (n,) of each point."""
-    basis, _ = np.linalg.qr(np.vander(np.linspace(-1, 1, count), degree + 1))
-    return basis @ basis.T, (basis * basis).sum(axis=1)
-
-
-def _level(values: np.ndarray, window: int = WINDOW) -> float:
-    """The median of the last finite values, nan where there is none."""
-    recent = values[-window:]
-    recent = recent[np.isfinite(recent)]
-    return float(np.median(recent)) if len(recent) else math.nan
 
 
 def loss_scale(train: np.ndarray) -> float:
@@ -176,7 +121,7 @@ def loss_scale(train: np.ndarray) -> float:
 def _gain(val: np.ndarray) -> float:
     """What V has gained so far: its first three epochs against its last five, at least 0."""
     first = val[:3][np.isfinite(val[:3])]
-    return max(float(np.median(first)) - _level(val), 0.0) if len(first) else math.nan
+    return max(float(np.median(first)) - recent_level(val), 0.0) if len(first) else math.nan
 
 
 def _diverged(
@@ -220,7 +165,7 @@ def _unstable(
     noise, threshold = noise_and_limit(train, val, limits)
     if not noise > threshold:
         return None
-    level, gain = abs(_level(val)), _gain(val)
+    level, gain = abs(recent_level(val)), _gain(val)
     recent = val[-WINDOW:][np.isfinite(val[-WINDOW:])]
     of_gain = f"{noise / gain:.0%} of what it has gained" if gain > noise else "as much as it has gained"
     share = f"{noise / level:.0%} of it, {of_gain}" if level > 0 else of_gain
@@ -312,7 +257,7 @@ def _slow(
 ) -> Finding | None:
     # Since a network may start at the markers' means, what it explains of their variance it has learnt since then,
     # even if most of that happened within epoch 1.
-    explained = _level(r2)
+    explained = recent_level(r2)
     finite = np.isfinite(train)
     epochs, train = epochs[finite], train[finite]
     if len(train) <= WINDOW or epochs[-1] <= WINDOW:

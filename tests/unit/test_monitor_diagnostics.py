@@ -11,7 +11,8 @@ from monitor_runs import former_losses, healthy_losses
 
 from orion_unet.monitor import configuration
 from orion_unet.monitor.configuration import judge_config
-from orion_unet.monitor.diagnostics import Thresholds, diagnose, judge_state, validation_noise
+from orion_unet.monitor.diagnostics import Thresholds, diagnose, judge_state
+from orion_unet.monitor.noise import validation_noise
 from orion_unet.training import optim
 
 DATA = Path(os.environ.get("ORION_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))
