@@ -1,6 +1,6 @@
 """Is the recipe stable, what made it so, and is it better than the alternatives?
 
-    python benchmarks/stability.py --real_pairs DIR          # everything: about two and a half hours on two cores
+    python benchmarks/stability.py --real_pairs DIR          # everything: 4 core hours of training
     python benchmarks/stability.py --quick                   # the whole way in small, in minutes: numbers of no worth
     python benchmarks/stability.py --only former stable      # some recipes
 
