@@ -40,14 +40,14 @@ import torch  # noqa: E402
 
 from orion_unet import checkpoint  # noqa: E402
 from orion_unet.config import TrainConfig  # noqa: E402
-from orion_unet.data.demo import MARKERS, draw_core  # noqa: E402
 from orion_unet.data.normalization import Normalization  # noqa: E402
-from orion_unet.inference.images import ArrayImage, open_he  # noqa: E402
+from orion_unet.demo.make import MARKERS, draw_core  # noqa: E402
 from orion_unet.inference.model import TrainedModel, load_trained  # noqa: E402
 from orion_unet.inference.predict import predict  # noqa: E402
 from orion_unet.inference.predict_files import PredictOptions, predict_files  # noqa: E402
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling  # noqa: E402
 from orion_unet.models.unet import SpatialUNet  # noqa: E402
+from orion_unet.slides.images import ArrayImage, open_he  # noqa: E402
 
 PARTS = ("speed", "memory", "seams")
 TISSUE = 1024

@@ -32,10 +32,10 @@ from orion_unet.data.normalization import LOG_CURVATURE
 from orion_unet.data.patches import PatchPlace, PatchReader
 from orion_unet.data.randomness import SAMPLE, counter_rng
 from orion_unet.data.transforms import Batch, BatchTransform
-from orion_unet.inference.baselines import fit_baselines
+from orion_unet.evaluation.baselines import fit_baselines
+from orion_unet.evaluation.scored_folder import FolderOptions, ScoredFolder, open_folder
+from orion_unet.evaluation.scores import score_core, sum_scores
 from orion_unet.inference.model import TrainedModel, load_trained
-from orion_unet.inference.scored_folder import FolderOptions, ScoredFolder, open_folder
-from orion_unet.inference.scores import score_core, sum_scores
 from orion_unet.losses import CompositeLoss
 from orion_unet.models import blocks, unet
 from orion_unet.run_log import METRICS_FILE, write_json

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orion_unet.data.demo import make_demo
+from orion_unet.demo.make import make_demo
 from orion_unet.run_log import write_json
 
 STABLE: dict[str, Any] = {

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 
 
 def demo_pairs(scratch: Path) -> str:
-    from orion_unet.data.demo import make_demo
+    from orion_unet.demo.make import make_demo
 
     make_demo(scratch / "pairs", 12, 512, 0)
     return str(scratch / "pairs")

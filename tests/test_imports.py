@@ -16,12 +16,16 @@ ENTRIES = ("train_spatial_orion_unet.py", "monitor_training.py")
 LAYERS = (
     ("__main__", *(Path(entry).stem for entry in ENTRIES)),
     ("cli",),
-    ("training", "inference", "inspection", "monitor"),
+    ("training", "evaluation", "inspection", "monitor", "demo"),
+    ("inference",),
     ("data", "checkpoint", "metrics"),
-    ("models", "losses", "config", "distributed", "run_log", "run_reader", "errors", "__init__"),
+    (
+        *("slides", "registration", "models", "losses", "config", "recipes", "distributed", "run_log"),
+        *("errors", "text", "__init__"),
+    ),
 )
-ROOMS_APART = {"training", "inference", "inspection", "monitor"}
-TORCH_FREE = {"monitor", "run_log", "run_reader"}
+ROOMS_APART = {"training", "evaluation", "inspection", "monitor", "demo"}
+TORCH_FREE = {"monitor", "run_log", "recipes", "config", "text"}
 
 
 def sources():
@@ -104,6 +108,47 @@ def test_rooms_apart_do_not_import_each_other(path):
     room = part(dotted(path))
     others = {part(name) for name in inside(imported(path))} & ROOMS_APART - {room}
     assert not (room in ROOMS_APART and others), f"{dotted(path)} imports {others}"
+
+
+def test_no_module_imports_itself_through_others():
+    """Imports inside functions and under TYPE_CHECKING count."""
+    names = {dotted(path).removesuffix(".__init__"): inside(imported(path)) for path in sources()}
+    graph = {name: {found for found in targets if found in names} - {name} for name, targets in names.items()}
+    assert len(graph) > 50
+    assert circle_in(graph) is None
+
+
+def circle_in(graph):
+    """The names of one circle of a directed graph, or None."""
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return None
+        path.append(name)
+        for target in sorted(graph[name]):
+            if found := visit(target):
+                return found
+        done.add(path.pop())
+        return None
+
+    return next((found for name in sorted(graph) if (found := visit(name))), None)
+
+
+def test_a_circle_is_found():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_no_folder_imports_another_that_imports_it():
+    rooms = {}
+    for path in sources():
+        if path.is_relative_to(PACKAGE):
+            rooms.setdefault(part(dotted(path)), set()).update(part(name) for name in inside(imported(path)))
+    rooms = {room: targets - {room, "__init__", "__main__"} for room, targets in rooms.items()}
+    assert circle_in({room: targets & rooms.keys() for room, targets in rooms.items()}) is None
 
 
 def reached_from(name, seen):

@@ -86,8 +86,8 @@ def main(argv: list[str]) -> int:
     if not 0 <= given.bootstrap <= 100_000:
         made.error(f"--bootstrap {given.bootstrap}: must be between 0 and 100000")
     # Only now: --help should not wait for torch.
-    from orion_unet.inference.evaluate import EvaluateOptions, evaluate
-    from orion_unet.inference.scored_folder import FolderOptions
+    from orion_unet.evaluation.evaluate import EvaluateOptions, evaluate
+    from orion_unet.evaluation.scored_folder import FolderOptions
 
     values = vars(given)
     folder = FolderOptions(**{name: values.pop(name) for name in READING})

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     """Run make-demo. Returns the exit code; raises InputError for numbers or a folder that cannot be used."""
     options = parser().parse_args(argv)
     # Only now: --help should not wait for numpy.
-    from orion_unet.data.demo import MARKERS, holds_demo, make_demo
+    from orion_unet.demo.make import MARKERS, holds_demo, make_demo
 
     folder: Path = options.folder
     recipe = (options.cores, options.size, options.seed)

@@ -14,11 +14,10 @@ from orion_unet.data.normalization import LOG_CURVATURE, Normalization
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.patches import RawBatch, StoredFormat
 from orion_unet.models.blocks import sobel_magnitude
+from orion_unet.registration.stains import STAINS
 
 # Largest change of a stain's density (factor), of its offset (optical density), of brightness and of contrast.
 STAIN_SCALE, STAIN_SHIFT, BRIGHTNESS, CONTRAST = 0.15, 0.02, 0.04, 0.10
-# Optical density of haematoxylin, eosin and residual in R, G, B: Ruifrok and Johnston, Anal Quant Cytol Histol 2001.
-STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 # A pixel is on a boundary where the gradient of the H&E stands out from its patch, and is no mere camera noise.
 BOUNDARY_FLOOR = 0.08
 HOT_PIXEL_SD = 3.0

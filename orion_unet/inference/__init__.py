@@ -1,1 +1,1 @@
-"""Applying and judging a trained model."""
+"""Applying a trained model: images of any size to markers, and what predict writes."""

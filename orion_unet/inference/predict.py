@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from orion_unet.inference.images import ArrayImage
 from orion_unet.inference.model import TrainedModel
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.units import Unit
+from orion_unet.slides.images import ArrayImage
 
 
 def predict(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from orion_unet.data.tissue import tissue_fraction
 from orion_unet.errors import InputError
-from orion_unet.inference.images import HeImage
 from orion_unet.inference.model import TrainedModel
+from orion_unet.slides.images import HeImage
 
 # Side of a tile where the network does not care (batch norm), and the memory that the blended row of tiles may take:
 # images too wide for it get smaller tiles.

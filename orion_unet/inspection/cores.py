@@ -10,7 +10,8 @@ import numpy as np
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.scale import Scales
 from orion_unet.data.tissue import tissue_fraction
-from orion_unet.inspection.registration import WINDOW, Registration, haematoxylin, register
+from orion_unet.registration.shift import WINDOW, Registration, register
+from orion_unet.registration.stains import haematoxylin
 
 # Sides of the picture on the contact sheet, and of what cores are compared by.
 THUMBNAIL, DESCRIPTOR = 128, 32

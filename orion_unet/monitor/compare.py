@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orion_unet.monitor.report import Report
-from orion_unet.monitor.sanitize import clean, duration, short_number
+from orion_unet.text import clean, duration, short_number
 
 # Where a run lies says nothing about the experiment.
 _IGNORED_OPTIONS = ("output_dir", "resume", "overwrite")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.monitor.report import Report
-from orion_unet.monitor.sanitize import clean
+from orion_unet.text import clean
 
 MAX_MARKERS = 40
 

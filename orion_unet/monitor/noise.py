@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from orion_unet.run_reader import LARGEST
+from orion_unet.monitor.run_reader import LARGEST
 
 WINDOW = 5
 NOISE_WINDOW = 24

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orion_unet.monitor.diagnostics import Finding
 from orion_unet.monitor.report import Report
-from orion_unet.monitor.sanitize import clean, duration, short_number
+from orion_unet.text import clean, duration, short_number
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222; }

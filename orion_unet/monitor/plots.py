@@ -17,8 +17,8 @@ import numpy as np
 from orion_unet.monitor.diagnostics import loss_scale, noise_and_limit
 from orion_unet.monitor.heatmap import draw_markers, whole_epochs
 from orion_unet.monitor.report import Report
-from orion_unet.monitor.sanitize import clean, short_number
-from orion_unet.run_reader import LARGEST, TERMS
+from orion_unet.monitor.run_reader import LARGEST, TERMS
+from orion_unet.text import clean, short_number
 
 # Okabe and Ito (2008), told apart by people with any kind of colour vision; with line styles besides.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"

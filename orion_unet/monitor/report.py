@@ -15,8 +15,8 @@ from orion_unet.monitor.configuration import AUTOMATIC_RATE, judge_config, optio
 from orion_unet.monitor.diagnostics import WARNING, Finding, Thresholds, diagnose, judge_state
 from orion_unet.monitor.liveness import Life, Liveness
 from orion_unet.monitor.noise import validation_noise
+from orion_unet.monitor.run_reader import MetricsReader
 from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, read_document
-from orion_unet.run_reader import MetricsReader
 
 ENDED = ("finished", "early_stopped", "interrupted", "diverged", "failed", "crashed")
 

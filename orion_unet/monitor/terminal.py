@@ -15,7 +15,7 @@ from rich.text import Text
 
 from orion_unet.monitor.diagnostics import Finding
 from orion_unet.monitor.report import Report, finite_difference
-from orion_unet.monitor.sanitize import clean, duration, short_number
+from orion_unet.text import clean, duration, short_number
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.:-=+*#"

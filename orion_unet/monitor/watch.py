@@ -17,8 +17,8 @@ from orion_unet.errors import InputError
 from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.liveness import MONITOR_FILE
 from orion_unet.monitor.report import ENDED, Report, Run
-from orion_unet.monitor.sanitize import clean
 from orion_unet.run_log import strict, write_atomic
+from orion_unet.text import clean
 
 FIGURE_FILE = "training_progress.png"
 EXIT_OK, EXIT_WARNINGS = 0, 4

@@ -223,7 +223,8 @@ def test_the_measured_shift_of_real_pairs_is_real():
     pairs = SHARED / "real_pairs"
     if not pairs.is_dir():
         pytest.skip("the optional real pairs are not there (ORION_SHARED_DATA)")
-    from orion_unet.inspection.registration import haematoxylin, overlap, register
+    from orion_unet.registration.shift import overlap, register
+    from orion_unet.registration.stains import haematoxylin
 
     for core in (0, 5):
         he = np.load(pairs / f"core_{core:03d}_HE.npy").astype(np.float32) / 255

@@ -18,10 +18,10 @@ from tiny_runs import ROOT
 from orion_unet.cli.arguments import run_command
 from orion_unet.cli.evaluate import main
 from orion_unet.errors import InputError
-from orion_unet.inference.baselines import fit_baselines
-from orion_unet.inference.evaluation_files import FILES
+from orion_unet.evaluation.baselines import fit_baselines
+from orion_unet.evaluation.files import FILES
+from orion_unet.evaluation.scored_folder import FolderOptions, open_folder
 from orion_unet.inference.model import load_trained
-from orion_unet.inference.scored_folder import FolderOptions, open_folder
 
 NAMES = ("Hoechst", "CD3_e", "$CD20$")
 

@@ -12,7 +12,7 @@ from tiny_runs import ROOT, TINY, command_line, free_port, read_metrics, read_st
 
 from orion_unet.cli.arguments import parse_train_config
 from orion_unet.config import OutputOptions, TrainConfig
-from orion_unet.data.demo import make_demo
+from orion_unet.demo.make import make_demo
 
 LAUNCHER = ROOT / "train_stable_learning.sh"
 RECIPE = {

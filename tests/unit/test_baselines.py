@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from orion_unet.inference.baselines import Baselines, NormalEquations, colour_features
+from orion_unet.evaluation.baselines import Baselines, NormalEquations, colour_features
 
 
 def draw(seed=0, size=(20, 30), markers=4):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from orion_unet.inference.bootstrap import RankBins, draw_units, interval, why_no_interval
+from orion_unet.evaluation.bootstrap import RankBins, draw_units, interval, why_no_interval
 
 
 def test_every_resample_draws_as_many_units_as_there_are():

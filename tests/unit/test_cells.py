@@ -8,8 +8,8 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from orion_unet.errors import InputError
-from orion_unet.inference.cell_scores import best_cutoff, best_cutoffs, otsu_thresholds, published_f1, score_cells
-from orion_unet.inference.cells import (
+from orion_unet.evaluation.cell_scores import best_cutoff, best_cutoffs, otsu_thresholds, published_f1, score_cells
+from orion_unet.evaluation.cells import (
     Cells,
     cell_means,
     label_file,

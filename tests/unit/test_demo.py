@@ -9,8 +9,8 @@ import pytest
 from scipy import ndimage
 
 from orion_unet.cli import make_demo as command
-from orion_unet.data import demo
-from orion_unet.data.demo import MARKERS, draw_core, holds_demo, make_demo
+from orion_unet.demo import make as demo
+from orion_unet.demo.make import MARKERS, draw_core, holds_demo, make_demo
 from orion_unet.errors import InputError
 
 SIZE = 256

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orion_unet.errors import InputError
-from orion_unet.inference.images import ArrayImage, open_he
+from orion_unet.slides.images import ArrayImage, open_he
 
 tifffile = pytest.importorskip("tifffile")
 pillow = pytest.importorskip("PIL.Image")
@@ -263,7 +263,7 @@ def test_a_missing_file_a_folder_and_an_unknown_kind_are_refused(tmp_path):
 
 
 def test_a_picture_too_large_to_decode_whole_is_refused_with_advice(tmp_path, monkeypatch):
-    monkeypatch.setattr("orion_unet.inference.images.LARGEST_PICTURE", 150 * 131 - 1)
+    monkeypatch.setattr("orion_unet.slides.images.LARGEST_PICTURE", 150 * 131 - 1)
     pillow.fromarray(LEVELS).save(tmp_path / "core.png")
     with pytest.raises(InputError, match="tiled TIFF"):
         open_he(tmp_path / "core.png")
@@ -271,14 +271,14 @@ def test_a_picture_too_large_to_decode_whole_is_refused_with_advice(tmp_path, mo
 
 
 def test_a_slide_compressed_in_one_huge_piece_is_refused_with_advice(tmp_path, monkeypatch):
-    monkeypatch.setattr("orion_unet.inference.slides.LARGEST_SEGMENT", LEVELS.nbytes - 1)
+    monkeypatch.setattr("orion_unet.slides.tiff.LARGEST_SEGMENT", LEVELS.nbytes - 1)
     write_tiff(tmp_path / "slide.tif", LEVELS, {**RGB, "rowsperstrip": 150, "compression": "deflate"})
     with pytest.raises(InputError, match="tiled TIFF"):
         open_he(tmp_path / "slide.tif")
 
 
 def test_decoded_tiles_are_kept_within_the_cache_and_reused(tmp_path, monkeypatch):
-    monkeypatch.setattr("orion_unet.inference.slides.CACHE_BYTES", 5 * 64 * 32 * 3)
+    monkeypatch.setattr("orion_unet.slides.tiff.CACHE_BYTES", 5 * 64 * 32 * 3)
     path = write_tiff(tmp_path / "slide.tif", *TIFFS["tiles"])
     with open_he(path) as image:
         image.read(0, 0, 64, 131)

@@ -9,7 +9,8 @@ from orion_unet.inspection.channels import describe_channel, most_varied
 from orion_unet.inspection.cores import CoreView, block_means, he_thumbnail, marker_thumbnail, sample_pixels, view_core
 from orion_unet.inspection.duplicates import find_twins
 from orion_unet.inspection.findings import find_all, mismatched, named, shifted
-from orion_unet.inspection.registration import Registration, haematoxylin, overlap, pearson, register
+from orion_unet.registration.shift import Registration, overlap, pearson, register
+from orion_unet.registration.stains import haematoxylin
 
 
 def draw_nuclei(seed, side=256, count=150):

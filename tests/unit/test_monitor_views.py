@@ -17,8 +17,8 @@ from orion_unet.monitor.compare import comparison, differing_options
 from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.page import page
 from orion_unet.monitor.report import Run
-from orion_unet.monitor.sanitize import clean, duration
 from orion_unet.monitor.terminal import ASCII_BLOCKS, BLOCKS, make_console, one_line, sparkline, view
+from orion_unet.text import clean, duration
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07<script>alert(1)</script>$\\frac{1}{2}$[red]b[/red]\u202eevil\r\n\x9b31m\u0000é\ud800"
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from monitor_runs import epoch_record
 
-from orion_unet import run_reader
+from orion_unet.monitor import run_reader
+from orion_unet.monitor.run_reader import ChannelHistory, MetricsReader
 from orion_unet.run_log import Heartbeat, MetricsWriter, read_document, write_json
-from orion_unet.run_reader import ChannelHistory, MetricsReader
 
 
 def line(epoch, train=0.5, val=0.6, **more):

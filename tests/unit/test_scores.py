@@ -8,8 +8,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from orion_unet.errors import InputError
-from orion_unet.inference.scorecard import MEAN, MODEL, REGRESSION, csv_columns, csv_row, make_scorecard, verdicts
-from orion_unet.inference.scores import (
+from orion_unet.evaluation.scorecard import MEAN, MODEL, REGRESSION, csv_columns, csv_row, make_scorecard, verdicts
+from orion_unet.evaluation.scores import (
     draw_pixels,
     overall,
     positive_thresholds,

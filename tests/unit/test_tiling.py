@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orion_unet.errors import InputError
-from orion_unet.inference.images import ArrayImage
 from orion_unet.inference.tiling import TiledPrediction, Tiling, choose_tiling, reflected
 from orion_unet.models.unet import SpatialUNet
+from orion_unet.slides.images import ArrayImage
 
 
 class Model:

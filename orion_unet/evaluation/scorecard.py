@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from orion_unet.inference.bootstrap import interval
-from orion_unet.inference.scores import (
+from orion_unet.evaluation.bootstrap import interval
+from orion_unet.evaluation.scores import (
     METRICS,
     RANK_METRICS,
     CoreScores,

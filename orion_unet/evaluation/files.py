@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orion_unet import __version__
-from orion_unet.inference.bootstrap import LEAST_UNITS, LEVEL
-from orion_unet.inference.bootstrap import SEED as BOOTSTRAP_SEED
-from orion_unet.inference.cell_scores import CELL_METRICS, PUBLISHED_F1, PUBLISHED_NOTE, published_f1
-from orion_unet.inference.score_figures import draw_markers, draw_patches, draw_scatter, plain
-from orion_unet.inference.score_patches import best_median_worst
-from orion_unet.inference.scorecard import OVERALL, csv_columns, csv_row, json_scores, verdicts
-from orion_unet.inference.scores import BOX_PIXELS, METRICS, SAMPLE_SEED, overall
+from orion_unet.evaluation.bootstrap import LEAST_UNITS, LEVEL
+from orion_unet.evaluation.bootstrap import SEED as BOOTSTRAP_SEED
+from orion_unet.evaluation.cell_scores import CELL_METRICS, PUBLISHED_F1, PUBLISHED_NOTE, published_f1
+from orion_unet.evaluation.score_figures import draw_markers, draw_patches, draw_scatter, plain
+from orion_unet.evaluation.score_patches import best_median_worst
+from orion_unet.evaluation.scorecard import OVERALL, csv_columns, csv_row, json_scores, verdicts
+from orion_unet.evaluation.scores import BOX_PIXELS, METRICS, SAMPLE_SEED, overall
 from orion_unet.run_log import utc_now, write_atomic, write_json
 
 if TYPE_CHECKING:
-    from orion_unet.inference.evaluate import CellResult, Evaluation
+    from orion_unet.evaluation.evaluate import CellResult, Evaluation
 
 SCHEMA = 1
 SCORES_CSV, CORES_CSV, CELLS_CSV, SCORES_JSON = "scores.csv", "cores.csv", "cells.csv", "scores.json"

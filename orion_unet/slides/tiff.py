@@ -14,7 +14,7 @@ import numpy as np
 
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
-from orion_unet.inference.images import ArrayImage, HeImage, believable, needed
+from orion_unet.slides.images import ArrayImage, HeImage, believable, needed
 
 # Decoded tiles that are kept for the next region, which overlaps this one. One tile or strip alone may be
 # larger than the cache, but not than LARGEST_SEGMENT: that is a slide in one compressed piece.

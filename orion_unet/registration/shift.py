@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orion_unet.data.transforms import STAINS
-
 # Side of the window that is compared, and the longest shift that is looked for, in pixels.
 WINDOW, LONGEST_SHIFT = 1024, 64
 # Nuclei are a few to a few tens of pixels wide: finer is noise, coarser is the outline of the tissue, which
@@ -28,14 +26,6 @@ class Registration:
     best_correlation: float
     shift: tuple[int, int]
     peak: float
-
-
-def haematoxylin(he: np.ndarray) -> np.ndarray:
-    """Density (H, W) of haematoxylin in an H&E (H, W, 3) in [0, 1]: the stains of Ruifrok and Johnston (2001)."""
-    stains = np.array(STAINS)
-    separate = np.linalg.inv(stains / np.linalg.norm(stains, axis=1, keepdims=True))
-    density: np.ndarray = -np.log(np.clip(he, 1 / 255, 1)) @ separate[:, 0].astype(np.float32)
-    return density
 
 
 def register(density: np.ndarray, marker: np.ndarray) -> Registration:

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from orion_unet.inference.scorecard import BASELINE_NAMES, MEAN, MODEL, REGRESSION, Scorecard
-from orion_unet.inference.scored_folder import Region
+from orion_unet.evaluation.scorecard import BASELINE_NAMES, MEAN, MODEL, REGRESSION, Scorecard
+from orion_unet.evaluation.scored_folder import Region
 
 BAR_METRICS = {"pearson": "Pearson r", "psnr_db": "PSNR [dB]", "auc": "area under the ROC"}
 # What the axis of a bar chart spans at least, and the value that tells nothing.

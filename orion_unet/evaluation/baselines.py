@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orion_unet.data.patches import grid_starts
 from orion_unet.data.randomness import REGRESSION, counter_rng
-from orion_unet.inference.scored_folder import ScoredFolder
+from orion_unet.evaluation.scored_folder import ScoredFolder
 
 # Pixels the regression is fitted to, in patches drawn from every training core.
 FITTED_PIXELS = 2_000_000

@@ -14,10 +14,10 @@ import torch
 from orion_unet.data.patches import TISSUE_FRACTION, PatchReader
 from orion_unet.data.scale import Progress, no_progress
 from orion_unet.errors import InputError, RunError
-from orion_unet.inference.baselines import Baselines, fit_baselines
-from orion_unet.inference.bootstrap import draw_units, why_no_interval
-from orion_unet.inference.cell_scores import CellScores, best_cutoffs, otsu_thresholds, score_cells
-from orion_unet.inference.cells import (
+from orion_unet.evaluation.baselines import Baselines, fit_baselines
+from orion_unet.evaluation.bootstrap import draw_units, why_no_interval
+from orion_unet.evaluation.cell_scores import CellScores, best_cutoffs, otsu_thresholds, score_cells
+from orion_unet.evaluation.cells import (
     LABEL_SUFFIXES,
     Cells,
     label_file,
@@ -26,13 +26,13 @@ from orion_unet.inference.cells import (
     nuclear_marker,
     segment_nuclei,
 )
-from orion_unet.inference.evaluation_files import FILES, write_files
+from orion_unet.evaluation.files import FILES, write_files
+from orion_unet.evaluation.score_patches import PatchScore, patch_scores
+from orion_unet.evaluation.score_tables import cell_table, marker_table, show
+from orion_unet.evaluation.scorecard import MEAN, MODEL, REGRESSION, Scorecard, make_scorecard, verdicts
+from orion_unet.evaluation.scored_folder import FolderOptions, Region, ScoredFolder, open_folder
+from orion_unet.evaluation.scores import CoreScores, draw_pixels, positive_thresholds, sampled_share, score_core, take
 from orion_unet.inference.model import load_trained
-from orion_unet.inference.score_patches import PatchScore, patch_scores
-from orion_unet.inference.score_tables import cell_table, marker_table, show
-from orion_unet.inference.scorecard import MEAN, MODEL, REGRESSION, Scorecard, make_scorecard, verdicts
-from orion_unet.inference.scored_folder import FolderOptions, Region, ScoredFolder, open_folder
-from orion_unet.inference.scores import CoreScores, draw_pixels, positive_thresholds, sampled_share, score_core, take
 from orion_unet.run_log import CHECKPOINT_DIR
 
 OUTPUT_FOLDER = "evaluation"

@@ -1,6 +1,6 @@
 """The anatomy of one generated tissue core: where glands, vessels, follicles, fibres and cells lie.
 
-Only geometry: what the stains and the markers make of it stands in ``demo_stains.py``.
+Only geometry: what the stains and the markers make of it stands in ``stains.py``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from orion_unet.data import demo_shapes as shapes
-from orion_unet.data.demo_shapes import FAR, Cells, Floats, Ints, Outline, grow, noise, pick, scatter, soft
+from orion_unet.demo import shapes
+from orion_unet.demo.shapes import FAR, Cells, Floats, Ints, Outline, grow, noise, pick, scatter, soft
 
 
 @dataclass(frozen=True)

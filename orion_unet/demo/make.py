@@ -1,7 +1,7 @@
 """Demo data: a folder of paired H&E and ORION cores of tissue that is drawn from a seed.
 
-What lies where is drawn in ``demo_tissue.py`` (with the pencils of ``demo_shapes.py``) and stained twice in
-``demo_stains.py``. This room draws whole cores and keeps the folder.
+What lies where is drawn in ``tissue.py`` (with the pencils of ``shapes.py``) and stained twice in
+``stains.py``. This room draws whole cores and keeps the folder.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from orion_unet.data.demo_stains import MARKERS, Stain, render_he, render_orion, stain_dyes
-from orion_unet.data.demo_tissue import Habit, draw_tissue
+from orion_unet.demo.stains import MARKERS, Stain, render_he, render_orion, stain_dyes
+from orion_unet.demo.tissue import Habit, draw_tissue
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_atomic, write_json
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orion_unet.data import demo_shapes as shapes
-from orion_unet.data.demo_shapes import KINDS, Floats, blur, noise, pick, soft
-from orion_unet.data.demo_tissue import Tissue
+from orion_unet.demo import shapes
+from orion_unet.demo.shapes import KINDS, Floats, blur, noise, pick, soft
+from orion_unet.demo.tissue import Tissue
+from orion_unet.registration.stains import STAINS
 
 BACKGROUNDS = {
     "Hoechst": 0.0068,
@@ -37,7 +38,7 @@ BACKGROUNDS = {
 """The markers in channel order, each with its level where nothing is stained, as a fraction of full scale."""
 MARKERS: tuple[str, ...] = tuple(BACKGROUNDS)
 
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+VECTORS = np.array(STAINS)
 """Optical density of red, green and blue per unit of haematoxylin, eosin and a brown third, after Ruifrok and
 Johnston, Analytical and Quantitative Cytology and Histology 23, 2001. The third, their DAB, stands here for what
 absorbs blue light besides the dyes: haemoglobin, and a little of all protein."""
@@ -68,7 +69,7 @@ class Stain:
     @classmethod
     def draw(cls, patient: np.random.Generator, core: np.random.Generator) -> Stain:
         """A random staining: most of the variation is the patient's (one block, one day), a little the core's."""
-        vectors = STAINS * (1 + 0.04 * patient.standard_normal((3, 3)) + 0.01 * core.standard_normal((3, 3)))
+        vectors = VECTORS * (1 + 0.04 * patient.standard_normal((3, 3)) + 0.01 * core.standard_normal((3, 3)))
         return cls(
             haematoxylin=float(np.exp(0.09 * patient.standard_normal() + 0.03 * core.standard_normal())),
             eosin=float(np.exp(0.14 * patient.standard_normal() + 0.05 * core.standard_normal())),

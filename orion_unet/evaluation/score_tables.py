@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orion_unet.inference.cell_scores import CELL_METRICS, PUBLISHED_NOTE, CellScores, published_f1
-from orion_unet.inference.scorecard import MEAN, MODEL, OVERALL, REGRESSION, Scorecard, number
+from orion_unet.evaluation.cell_scores import CELL_METRICS, PUBLISHED_NOTE, CellScores, published_f1
+from orion_unet.evaluation.scorecard import MEAN, MODEL, OVERALL, REGRESSION, Scorecard, number
 
 # From this width on there is room for every column.
 WIDE = 120

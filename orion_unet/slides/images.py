@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from orion_unet.data.scale import WHITE, declared_white, value_range
 from orion_unet.errors import InputError
 from orion_unet.run_log import open_regular
+from orion_unet.slides.intensity import WHITE, declared_white, value_range
 
 ARRAYS, PICTURES, SLIDES = (".npy",), (".png", ".jpg", ".jpeg"), (".tif", ".tiff", ".svs")
 SUFFIXES = ARRAYS + PICTURES + SLIDES
@@ -102,7 +102,7 @@ def open_he(path: str | Path) -> HeImage:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     if suffix in SLIDES:
-        from orion_unet.inference.slides import open_slide
+        from orion_unet.slides.tiff import open_slide
 
         return open_slide(path)
     return _open_npy(path) if suffix in ARRAYS else _open_picture(path)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from orion_unet.data.patches import grid_starts
-from orion_unet.inference.scored_folder import Region
-from orion_unet.inference.scores import moments, overall, pearson
+from orion_unet.evaluation.scored_folder import Region
+from orion_unet.evaluation.scores import moments, overall, pearson
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orion_unet.inference.bootstrap import RankBins, interval
-from orion_unet.inference.cells import Cells
-from orion_unet.inference.scores import overall, pearson
+from orion_unet.evaluation.bootstrap import RankBins, interval
+from orion_unet.evaluation.cells import Cells
+from orion_unet.evaluation.scores import overall, pearson
 
 CELL_METRICS = ("pearson", "auc", "average_precision", "f1", "fraction_positive")
 # MIPHEI-ViT (Balezo et al., 2025): F1 of positive cells on ORION colorectal slides.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orion_unet.data.randomness import SCORED_PIXELS, counter_rng
 from orion_unet.errors import InputError
-from orion_unet.inference.bootstrap import RankBins
+from orion_unet.evaluation.bootstrap import RankBins
 from orion_unet.metrics import CONSTANT_SPREAD, MarkerSums
 
 SUM_METRICS = ("pearson", "pearson_boxes", "mae", "psnr_db", "ssim")

@@ -1,0 +1,1 @@
+"""Judging a trained model against measured markers. It predicts through ``inference`` alone."""

@@ -1,0 +1,1 @@
+"""How an H&E lies on its markers."""

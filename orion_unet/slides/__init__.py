@@ -1,0 +1,1 @@
+"""Reading images of any size by region: arrays, pictures, TIFF and whole slides, and their pixel sizes."""
