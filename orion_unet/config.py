@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,13 @@ class RuntimeOptions:
     )
     compile: bool = option(False, "compile the model with torch.compile", fixed=False)
     deterministic: bool = option(False, "deterministic kernels, slower")
+    stop_timeout_s: float = option(
+        120.0,
+        "how long the launcher of several ranks waits for them to save and end after a request to stop",
+        unit="seconds",
+        minimum=1,
+        fixed=False,
+    )
     resume: str | None = option(
         None,
         "auto: continue the run in output_dir, or start it where there is none; or a checkpoint to continue from",
@@ -219,6 +226,11 @@ class OutputOptions:
     overwrite: bool = option(False, "replace the run that output_dir holds", inherited=False, fixed=False)
 
 
+def declared_options() -> dict[str, Field[Any]]:
+    """Every option of training, by name."""
+    return {f.name: f for group in GROUPS.values() for f in fields(group)}
+
+
 GROUPS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
@@ -239,15 +251,23 @@ class TrainConfig:
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    recipe: str = "none"
 
     @classmethod
-    def from_options(cls, options: dict[str, Any]) -> TrainConfig:
-        """Build from a flat ``{option: value}`` mapping; raises InputError naming every option out of range."""
+    def from_options(cls, options: dict[str, Any], recipe: str = "none") -> TrainConfig:
+        """Build from a flat ``{option: value}`` mapping, on top of the options' own defaults.
+
+        ``recipe`` is the name of the recipe that the values came from, for the record. Raises InputError naming
+        every option that does not exist or is out of range.
+        """
+        unknown = sorted(set(options) - set(declared_options()))
+        if unknown:
+            raise InputError(f"no such option in this version: {', '.join(unknown)}")
         groups = {
             name: group(**{f.name: options[f.name] for f in fields(group) if f.name in options})
             for name, group in GROUPS.items()
         }
-        config = cls(**groups)
+        config = cls(**groups, recipe=recipe)
         problems = config.problems()
         if problems:
             raise InputError.listing("these options cannot be used:", problems, "Run with --help for every option.")
@@ -260,7 +280,7 @@ class TrainConfig:
     def changes_from(self, earlier: dict[str, Any]) -> list[str]:
         """Differences from the options of a run to be resumed that would silently change what it trains."""
         now = self.options()
-        # A run from before an option was there has trained with its default; what is left open follows the run.
+        # A run made before an option existed used its default; an option left open follows the run.
         fixed = [f for group in GROUPS.values() for f in fields(group) if f.metadata["fixed"]]
         return [
             f"--{f.name}: {earlier.get(f.name, f.default)} in the run, {now[f.name]} now"
@@ -321,8 +341,11 @@ def _range_problem(value: Any, metadata: Any) -> str:
     return ""
 
 
-def load_options(path: str | Path) -> dict[str, Any]:
-    """Options of an earlier run's config.json, checked for name and type; raises InputError."""
+def load_options(path: str | Path) -> tuple[dict[str, Any], str]:
+    """All inheritable options of an earlier run's config.json, checked for name and type, and its recipe's name.
+
+    Raises InputError.
+    """
     path = Path(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -333,9 +356,10 @@ def load_options(path: str | Path) -> dict[str, Any]:
     stored = document.get("options") if isinstance(document, dict) else None
     if not isinstance(stored, dict):
         raise InputError(f"--config {path}: is not the config.json of a run (it has no 'options')")
-    known = {f.name: f for group in GROUPS.values() for f in fields(group)}
+    known = declared_options()
     problems = [f"{name}: no such option in this version" for name in stored if name not in known]
-    options = {}
+    # Options that the run did not know yet had no other effect than their defaults.
+    options = {name: f.default for name, f in known.items() if f.metadata["inherited"]}
     for name, value in stored.items():
         if name in known and known[name].metadata["inherited"]:
             if _has_type(value, str(known[name].type)):
@@ -344,7 +368,8 @@ def load_options(path: str | Path) -> dict[str, Any]:
                 problems.append(f"{name}: {value!r} is not of type {known[name].type}")
     if problems:
         raise InputError.listing(f"--config {path} holds options that cannot be used:", problems)
-    return options
+    recipe = document.get("recipe")
+    return options, recipe if isinstance(recipe, str) else "none"
 
 
 def _has_type(value: Any, annotation: str) -> bool:

@@ -159,6 +159,10 @@ class Heartbeat:
             with suppress(OSError):
                 self._write()
 
+    def progress(self, **changes: Any) -> None:
+        """Set fields, and note that a step or a validation batch has been finished now."""
+        self.update(**changes, progressed=utc_now())
+
     def _write(self) -> None:
         with self._lock:
             status = {

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 from orion_unet.config import GROUPS, TrainConfig, load_options
 from orion_unet.errors import InputError, RunError
+from orion_unet.recipes import DEFAULT, RECIPES, Recipe, find_recipe
 
-EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_DIVERGED = 0, 1, 2, 3
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,9 +53,8 @@ def _number_or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
-def _help_text(f: Field[Any]) -> str:
+def _help_text(f: Field[Any], default: Any) -> str:
     unit = f.metadata["unit"]
-    default = f.default
     if isinstance(default, bool):
         shown = "on" if default else "off"
     elif default is None:
@@ -65,13 +65,16 @@ def _help_text(f: Field[Any]) -> str:
     return f"{f.metadata['text']}{f' [{unit}]' if unit else ''}{suffix}".replace("%", "%%")
 
 
-def add_options(parser: argparse.ArgumentParser, group: type) -> None:
-    """Add one dataclass of declared options to the parser as a titled group."""
+def add_options(parser: argparse.ArgumentParser, group: type, values: dict[str, Any] | None = None) -> None:
+    """Add one dataclass of declared options to the parser as a titled group.
+
+    ``values`` replace defaults in the help; the parser itself gives only what was given.
+    """
     title, _, description = (group.__doc__ or "").partition(":")
     section = parser.add_argument_group(title.strip(), description.strip() or None)
     for f in fields(group):
         kinds = str(f.type).replace(" ", "").split("|")
-        shown = _help_text(f)
+        shown = _help_text(f, (values or {}).get(f.name, f.default))
         if kinds == ["bool"]:
             section.add_argument(
                 f"--{f.name}",
@@ -97,29 +100,41 @@ def add_options(parser: argparse.ArgumentParser, group: type) -> None:
         )
 
 
-def train_parser(prog: str | None = None) -> Parser:
-    """The trainer's parser, every option of config.py in its group."""
+def train_parser(prog: str | None = None, recipe: Recipe = RECIPES[DEFAULT]) -> Parser:
+    """The trainer's parser, every option of config.py in its group, with the values of a recipe as defaults."""
     parser = Parser(
         prog=prog,
         description="Train a spatial U-Net that predicts multiplexed immunofluorescence (ORION) from H&E.",
-        epilog="Every on/off option has a --no_ form. An option given twice counts as given last.",
+        epilog="Every on/off option has a --no_ form. An option given twice counts as given last. Precedence, lowest "
+        "first: the option's own default, --recipe, --config, the command line.",
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"values of options that belong together: "
+        f"{'; '.join(f'{name}, {found.about}' for name, found in RECIPES.items())}; default: {DEFAULT}",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="start from an earlier run's config.json; options given beside it win",
+        help="take all options from an earlier run's config.json; options given beside it win",
     )
     for group in GROUPS.values():
-        add_options(parser, group)
+        add_options(parser, group, recipe.values)
     return parser
 
 
 def parse_train_config(argv: list[str], prog: str | None = None) -> TrainConfig:
     """Resolve a command line into a checked TrainConfig; raises InputError, or exits 0 on --help."""
-    given = vars(train_parser(prog).parse_args(argv))
+    # The recipe first: --help shows its values.
+    first = Parser(prog=prog, add_help=False)
+    first.add_argument("--recipe")
+    recipe = find_recipe(first.parse_known_args(argv)[0].recipe or DEFAULT)
+    given = vars(train_parser(prog, recipe).parse_args(argv))
+    del given["recipe"]
     source = given.pop("config", None)
-    inherited = load_options(source) if source else {}
-    return TrainConfig.from_options({**inherited, **given})
+    values, name = ({}, recipe.name) if source is None else load_options(source)
+    return TrainConfig.from_options({**recipe.values, **values, **given}, name)
 
 
 def run_command(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:

@@ -27,9 +27,10 @@ from orion_unet import checkpoint
 from orion_unet.config import load_options
 from orion_unet.errors import InputError
 from orion_unet.run_log import MetricsWriter
-from orion_unet.training.folder import last_attempt
+from orion_unet.training import loop
+from orion_unet.training.loop import Loop
 from orion_unet.training.optim import automatic_rate
-from orion_unet.training.run import Run
+from orion_unet.training.run_folder import last_attempt
 
 # Everything whose state a restart could lose: dropout, averages, accumulation, warm-up, plateau, early stopping.
 STATEFUL = {
@@ -83,15 +84,15 @@ def interrupt(monkeypatch):
     """Send this process a signal after a step of an epoch; returns what undoes it."""
 
     def arrange(number, epoch, step):
-        original = Run._on_step
+        original = Loop._progress
 
-        def on_step(self, at, report):
-            original(self, at, report)
-            if (at, report.step) == (epoch, step):
+        def progress(self, **fields):
+            original(self, **fields)
+            if (self.state.epoch + 1, fields.get("step")) == (epoch, step + 1):
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(Run, "_on_step", on_step)
-        return lambda: monkeypatch.setattr(Run, "_on_step", original)
+        monkeypatch.setattr(Loop, "_progress", progress)
+        return lambda: monkeypatch.setattr(Loop, "_progress", original)
 
     return arrange
 
@@ -108,7 +109,8 @@ def test_the_straight_run_exercises_the_plateau(straight):
         (signal.SIGTERM, 143, 2, 2, 4),
         (signal.SIGINT, 130, 1, 0, 2),
         (signal.SIGUSR1, 143, 3, 1, 4),
-        (signal.SIGTERM, 143, 2, 4, 0),
+        (signal.SIGTERM, 143, 2, 4, 6),
+        (signal.SIGTERM, 143, 3, 5, 6),
     ],
 )
 def test_a_signal_saves_the_step_and_the_resumed_run_equals_the_straight_one(
@@ -119,8 +121,8 @@ def test_a_signal_saves_the_step_and_the_resumed_run_equals_the_straight_one(
     assert made.code == code
     assert read_status(made.dir)["state"] == "interrupted"
     stored = checkpoint.load(made.dir / "checkpoints" / "last.pt", to_resume=True)
-    # With the last step of an epoch, the whole epoch is done, validation included.
-    assert (stored["epoch"], stored["step"]) == ((epoch, 0) if stops_at == 0 else (epoch - 1, stops_at))
+    # After the last step of an epoch, its validation is left for later.
+    assert (stored["epoch"], stored["step"]) == (epoch - 1, stops_at)
     assert "--resume auto" in capsys.readouterr().out
     calm()
     resumed = train(**STATEFUL, resume="auto")
@@ -145,10 +147,71 @@ def test_a_run_interrupted_at_every_epoch_equals_the_straight_one(train, interru
     assert [record["attempt"] for record in read_metrics(resumed.dir)] == [2, 3, 4]
 
 
-def test_a_signal_after_the_last_step_of_the_run_leaves_it_finished(train, interrupt):
-    interrupt(signal.SIGTERM, 2, 5)
+def test_a_signal_after_the_last_validation_of_the_run_leaves_it_finished(train, monkeypatch):
+    append = MetricsWriter.append
+
+    def append_and_signal(self, record):
+        append(self, record)
+        if record["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "append", append_and_signal)
     made = train(epochs=2)
     assert (made.code, read_status(made.dir)["state"]) == (0, "finished")
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_signal_during_the_validation_stops_between_its_batches_and_keeps_the_epoch(
+    after, train, straight, monkeypatch
+):
+    original, seen = loop.validate, []
+
+    def validate(*given):
+        for patches in original(*given):
+            seen.append(patches)
+            if len(seen) == 2 + after + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield patches
+
+    # Three validation patches, two a batch: the second epoch's first or second batch is the third or fourth.
+    monkeypatch.setattr(loop, "validate", validate)
+    made = train(**STATEFUL)
+    if after == 0:
+        assert made.code == 143
+        assert len(seen) == 3
+        assert "before its validation" in read_status(made.dir)["message"]
+        stored = checkpoint.load(made.dir / "checkpoints" / "last.pt", to_resume=True)
+        assert (stored["epoch"], stored["step"]) == (1, 6)
+    else:
+        # After the last batch the epoch is finished first.
+        assert (made.code, len(read_metrics(made.dir))) == (143, 2)
+    monkeypatch.setattr(loop, "validate", original)
+    assert_equal_outcome(outcome(train(**STATEFUL, resume="auto").dir), straight())
+
+
+def test_a_kill_during_the_validation_loses_no_step(train, straight, monkeypatch):
+    original = loop.validate
+
+    def validate(*given):
+        yield next(original(*given))
+        raise Killed
+
+    monkeypatch.setattr(loop, "validate", validate)
+    with pytest.raises(Killed):
+        train(**STATEFUL)
+    monkeypatch.setattr(loop, "validate", original)
+    trained = []
+    monkeypatch.setattr(
+        Loop,
+        "_progress",
+        lambda self, before=Loop._progress, **fields: (before(self, **fields), trained.append(fields)),
+    )
+    resumed = train(**STATEFUL, resume="auto")
+    assert_equal_outcome(outcome(resumed.dir), straight())
+    assert [fields["step"] for fields in trained if "step" in fields] == [*range(1, 7)] * 2
+    # No step was trained in this attempt: nothing is known of its speed.
+    first = read_metrics(resumed.dir)[0]
+    assert (first["epoch"], first["samples_per_s"], first["data_wait_fraction"]) == (1, None, None)
 
 
 def test_handlers_of_the_caller_are_put_back(train, interrupt):
@@ -159,11 +222,11 @@ def test_handlers_of_the_caller_are_put_back(train, interrupt):
 
 
 def test_a_second_ctrl_c_ends_at_once(train, monkeypatch):
-    def on_step(self, epoch, report):
+    def progress(self, **fields):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Run, "_on_step", on_step)
+    monkeypatch.setattr(Loop, "_progress", progress)
     with pytest.raises(KeyboardInterrupt):
         train()
 
@@ -305,7 +368,7 @@ def test_an_automatic_learning_rate_stays_what_it_was_when_a_run_is_given_more_e
     assert json.loads((made.dir / "config.json").read_text())["options"]["learning_rate"] == first
     assert {record["lr"] for record in read_metrics(made.dir)} == {first}
     # An earlier run's config.json gives the number, not the word.
-    assert load_options(made.dir / "config.json")["learning_rate"] == first
+    assert load_options(made.dir / "config.json")[0]["learning_rate"] == first
 
 
 def test_a_finished_run_resumed_trains_nothing(train):
@@ -387,17 +450,17 @@ def test_a_named_checkpoint_does_not_write_into_another_run(train):
 
 def test_a_folder_in_which_a_run_is_under_way_is_refused(train, monkeypatch):
     refused = []
-    on_step = Run._on_step
+    progress = Loop._progress
 
-    def start_another(self, epoch, report):
-        on_step(self, epoch, report)
-        monkeypatch.setattr(Run, "_on_step", on_step)
+    def start_another(self, **fields):
+        progress(self, **fields)
+        monkeypatch.setattr(Loop, "_progress", progress)
         for again in ({"resume": "auto"}, {"overwrite": True}):
             with pytest.raises(InputError, match="another run is writing there") as error:
                 train(**again)
             refused.append(str(error.value))
 
-    monkeypatch.setattr(Run, "_on_step", start_another)
+    monkeypatch.setattr(Loop, "_progress", start_another)
     made = train()
     assert made.code == 0
     assert len(refused) == 2
@@ -408,17 +471,17 @@ def test_a_folder_in_which_a_run_is_under_way_is_refused(train, monkeypatch):
 
 def test_saving_within_an_epoch_loses_at_most_the_steps_since(train, straight, monkeypatch):
     # A save is due after every step; the process dies within the second epoch.
-    saved = Run._save_within_epoch
+    saved = Loop._save_within_epoch
 
     def save_and_die(self, step, sums):
         saved(self, step, sums)
         if (self.state.epoch, step) == (1, 4):
             raise Killed
 
-    monkeypatch.setattr(Run, "_save_within_epoch", save_and_die)
+    monkeypatch.setattr(Loop, "_save_within_epoch", save_and_die)
     with pytest.raises(Killed):
         train(**STATEFUL, save_every_minutes=1e-9)
-    monkeypatch.setattr(Run, "_save_within_epoch", saved)
+    monkeypatch.setattr(Loop, "_save_within_epoch", saved)
     resumed = train(**STATEFUL, resume="auto")
     assert_equal_outcome(outcome(resumed.dir), straight())
 
