@@ -214,7 +214,7 @@ def _as_it_is(batch: Any) -> Any:
 
 def _leave_signals_to_the_rank(worker: int) -> None:
     # A Ctrl-C reaches every process of the terminal; the rank decides when its workers end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 

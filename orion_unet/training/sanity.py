@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,7 +39,7 @@ class SanityPanel:
         self.he, self.target = batch.he, batch.target
         self.markers = _various_markers(self.target.transpose(0, 1).flatten(1).cpu())
         self.ranges = [
-            max(SMALLEST_RANGE, float(torch.quantile(self.target[:, marker].float().cpu(), DISPLAY_QUANTILE)))
+            max(SMALLEST_RANGE, float(np.quantile(self.target[:, marker].float().cpu().numpy(), DISPLAY_QUANTILE)))
             for marker in self.markers
         ]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import fields
@@ -11,7 +12,7 @@ import pytest
 from tiny_runs import ROOT, TINY, command_line, free_port, read_metrics, read_status
 
 from orion_unet.cli.arguments import parse_train_config
-from orion_unet.config import OutputOptions, TrainConfig
+from orion_unet.config import GROUPS, OutputOptions, TrainConfig
 from orion_unet.demo.make import make_demo
 
 LAUNCHER = ROOT / "train_stable_learning.sh"
@@ -150,13 +151,13 @@ def resolved(words):
 def test_the_recipe_is_the_stable_one_and_all_else_is_default(noted):
     (command,) = noted()
     assert command[0] == str(ROOT / "train_spatial_orion_unet.py")
-    assert resolved(command) == TrainConfig.from_options(RECIPE)
+    assert resolved(command) == TrainConfig.from_options(RECIPE, "stable")
 
 
 def test_options_behind_the_recipe_win(noted):
     (command,) = noted("--epochs", "5", "--no_use_amp", "--boundary_weight=0.4", "--channel_names", "A B,C")
     changed = {"epochs": 5, "use_amp": False, "boundary_weight": 0.4, "channel_names": "A B,C"}
-    assert resolved(command) == TrainConfig.from_options({**RECIPE, **changed})
+    assert resolved(command) == TrainConfig.from_options({**RECIPE, **changed}, "stable")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,23 @@ def test_the_demo_makes_its_data_and_trains_a_small_model_on_them(noted):
 def test_the_demo_never_replaces_a_folder_that_was_named(words, noted):
     _, train = noted("--demo", *words)
     assert not resolved(train).output.overwrite
+
+
+def test_the_launcher_names_a_recipe_and_holds_no_value_of_an_option():
+    text = LAUNCHER.read_text()
+    declared = {f.name for group in GROUPS.values() for f in fields(group)}
+    assert not re.search(rf"--({'|'.join(declared)})[ =]+[\d.]", text)
+    assert "--recipe stable" in text
+    assert "--recipe demo" in text
+
+
+def test_the_config_of_an_earlier_run_wins_over_the_recipe_and_gives_way_to_the_command_line(noted, tmp_path):
+    stored = TrainConfig.from_options({"epochs": 7, "scheduler": "constant", "ema_decay": 0.5, "mse_weight": 2.0})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"options": stored.options()}))
+    (command,) = noted("--config", file, "--mse_weight", "3")
+    expected = {**stored.options(), "mse_weight": 3.0, "output_dir": RECIPE["output_dir"]}
+    assert resolved(command).options() == expected
 
 
 def test_nothing_but_the_demo_overwrites(noted):
