@@ -44,7 +44,7 @@ def test_a_lost_rank_is_told_as_such_only_where_there_are_ranks(monkeypatch):
 @pytest.mark.parametrize(
     "text",
     [
-        "NCCL error in: ProcessGroupNCCL.cpp:1, invalid usage: Duplicate GPU detected : rank 0 and rank 1 both on 1b000",
+        "NCCL error in: ProcessGroupNCCL.cpp:1, Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
         "CUDA error: the launch timed out and was terminated",
         "gloo: unsupported layout",
         "out of resource: shared memory, Required: 107520, Hardware limit: 101376",
