@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from orion_unet.config import GROUPS, TrainConfig, load_options
@@ -16,6 +18,14 @@ from orion_unet.errors import InputError, RunError
 from orion_unet.recipes import DEFAULT, RECIPES, Recipe, find_recipe
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+
+# By the name a package is imported under: the extra of pyproject.toml that brings it, "" where every command needs it.
+PACKAGES = {
+    **dict.fromkeys(("torch", "numpy", "matplotlib", "tqdm", "rich"), ""),
+    **dict.fromkeys(("tifffile", "imagecodecs", "zarr", "PIL", "scipy", "skimage", "sklearn"), "inference"),
+    "tensorboard": "tensorboard",
+    "monai": "bench",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,7 +155,7 @@ def run_command(command: Callable[[list[str]], int], argv: list[str] | None = No
     Under a launcher only the first rank of each machine speaks of bad input: its ranks meet the same one.
     """
     try:
-        return command(sys.argv[1:] if argv is None else argv)
+        return _call(command, sys.argv[1:] if argv is None else argv)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -163,6 +173,31 @@ def run_command(command: Callable[[list[str]], int], argv: list[str] | None = No
     except Exception:
         traceback.print_exc()
         return EXIT_FAILURE
+
+
+def _call(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Run a command. Raises InputError, with the environment to activate, where one of PACKAGES is missing."""
+    try:
+        return command(argv)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        raise InputError(missing_package(package, Path(__file__).resolve().parents[2])) from None
+
+
+def missing_package(package: str, root: Path) -> str:
+    """The sentence for a Python without one of PACKAGES; ``root`` is the folder that the toolkit is in."""
+    extra = PACKAGES[package]
+    lacking = f"{sys.executable} has no {package}" + (f' (extra "{extra}")' if extra else "")
+    at = "" if root == Path.cwd() else f"{shlex.quote(str(root))}/"
+    activate = f". {at}.venv/bin/activate"
+    if any(root.glob(f".venv/lib/python3*/site-packages/{package}")):
+        return f"{lacking}; activate the environment that has it: {activate}"
+    if not extra and (root / "train_stable_learning.sh").exists():
+        return f"{lacking}; {at or './'}train_stable_learning.sh --help makes an environment, {activate} activates it"
+    wanted = f"orion-unet[{extra}]" if extra else package
+    return f'{lacking}; install it: {shlex.quote(sys.executable)} -m pip install "{wanted}"'
 
 
 def end_process(code: int) -> NoReturn:

@@ -14,7 +14,6 @@ import sys
 
 from orion_unet.cli.arguments import EXIT_FAILURE, parse_train_config, run_command
 from orion_unet.config import RuntimeOptions
-from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 
 
@@ -24,6 +23,8 @@ def launch(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as run_elastic
+
+    from orion_unet.distributed import usable_cores
 
     arguments = parse_args(argv)
     if hasattr(arguments, "signals_to_handle"):
