@@ -33,7 +33,8 @@ from orion_unet.inference.thumbnails import box_size, thumbnail
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
-from orion_unet.slides.images import HeImage, open_he
+from orion_unet.slides.images import HeImage
+from orion_unet.slides.open import open_he
 
 # Values that are brought to their unit and written at a time: so few that they stay in the processor's cache, or so
 # many that a GPU is not kept waiting.

@@ -14,7 +14,9 @@ import numpy as np
 
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
-from orion_unet.slides.images import ArrayImage, HeImage, believable, needed
+from orion_unet.extras import needed
+from orion_unet.slides.images import ArrayImage, HeImage
+from orion_unet.slides.pixel_size import MICROMETRES, believable, positive
 
 # Decoded tiles that are kept for the next region, which overlaps this one. One tile or strip alone may be
 # larger than the cache, but not than LARGEST_SEGMENT: that is a slide in one compressed piece.
@@ -22,7 +24,6 @@ CACHE_BYTES, LARGEST_SEGMENT = 1 << 27, 1 << 29
 # TIFF's numbers for what the pixels mean and how they are compressed.
 GRAY, RGB, YCBCR = 1, 2, 6
 JPEGS, YCBCR_JPEG_2000 = (6, 7, 34892, 33007), 33003
-MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
 class TiffImage(HeImage):
@@ -132,7 +133,7 @@ class TiffImage(HeImage):
         self._tiff.close()
 
 
-def open_slide(path: Path) -> HeImage:
+def open_tiff(path: Path) -> HeImage:
     """Open a TIFF at full resolution; raises InputError where it is damaged or holds no RGB image."""
     tifffile = needed("tifffile")
     # Without it only some compressions could be read, and the others would look damaged.
@@ -210,7 +211,7 @@ def _pixel_size(tiff: Any, page: Any) -> float | None:
     found = _ome_pixel_size(tiff.ome_metadata) if tiff.is_ome else None
     if found is None:
         scanned = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or "")
-        found = _positive(scanned.group(1)) if scanned else None
+        found = positive(scanned.group(1)) if scanned else None
     if found is None:
         per_unit = page.resolution[0]
         if tiff.is_imagej:
@@ -227,15 +228,7 @@ def _ome_pixel_size(xml: str | None) -> float | None:
     except ElementTree.ParseError:
         return None
     pixels = next((element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"), None)
-    size = _positive(pixels.get("PhysicalSizeX", "")) if pixels is not None else None
+    size = positive(pixels.get("PhysicalSizeX", "")) if pixels is not None else None
     if pixels is None or size is None:
         return None
     return size * MICROMETRES.get(pixels.get("PhysicalSizeXUnit", "µm"), 0.0)
-
-
-def _positive(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if 0 < number < float("inf") else None

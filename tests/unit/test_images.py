@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from orion_unet.errors import InputError
-from orion_unet.slides.images import ArrayImage, open_he
+from orion_unet.slides.images import ArrayImage
+from orion_unet.slides.open import open_he
 
 tifffile = pytest.importorskip("tifffile")
 pillow = pytest.importorskip("PIL.Image")
@@ -263,7 +264,7 @@ def test_a_missing_file_a_folder_and_an_unknown_kind_are_refused(tmp_path):
 
 
 def test_a_picture_too_large_to_decode_whole_is_refused_with_advice(tmp_path, monkeypatch):
-    monkeypatch.setattr("orion_unet.slides.images.LARGEST_PICTURE", 150 * 131 - 1)
+    monkeypatch.setattr("orion_unet.slides.open.LARGEST_PICTURE", 150 * 131 - 1)
     pillow.fromarray(LEVELS).save(tmp_path / "core.png")
     with pytest.raises(InputError, match="tiled TIFF"):
         open_he(tmp_path / "core.png")
