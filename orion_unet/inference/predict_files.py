@@ -149,8 +149,14 @@ def _predict_image(
         augmented=options.tta,
         batch_size=options.batch_size,
     )
-    if options.format == "ome-tiff" and (options.pixel_size_um or image.pixel_size_um) is None:
-        progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
+    if (options.pixel_size_um or image.pixel_size_um) is None:
+        if image.pixel_size_doubt:
+            progress.say(
+                f"warning: {job.name}: the pixel size of the file is not used ({image.pixel_size_doubt}); "
+                "give --pixel_size_um"
+            )
+        elif options.format == "ome-tiff":
+            progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
     unit = Unit(model.normalization, kept, options.normalized)
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)

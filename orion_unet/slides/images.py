@@ -12,22 +12,26 @@ import numpy as np
 
 from orion_unet.errors import InputError
 from orion_unet.slides.intensity import WHITE, declared_white, value_range
+from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize
 
 
 class HeImage(ABC):
     """An H&E image of ``shape`` (H, W) that is read by regions.
 
     ``white`` is the stored value of full intensity, ``pixel_size_um`` the side of a pixel in micrometres or None
-    where the file does not say, ``is_slide`` whether it is a TIFF, which may be mostly glass. A context manager.
+    where the file does not say, ``pixel_size_doubt`` why a size that it states is not used, ``is_slide`` whether it
+    is a whole slide, which may be mostly glass. A context manager.
     """
 
     is_slide = False
 
-    def __init__(self, path: Path, shape: tuple[int, int], white: float, pixel_size_um: float | None = None) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, int], white: float, pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE
+    ) -> None:
         self.path = path
         self.shape = shape
         self.white = white
-        self.pixel_size_um = pixel_size_um
+        self.pixel_size_um, self.pixel_size_doubt = pixel_size
 
     @abstractmethod
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
@@ -59,7 +63,11 @@ class ArrayImage(HeImage):
     """An array in memory or on disk, (H, W, 3) or (3, H, W), uint8, uint16 or floats in [0, 1] or [0, 255]."""
 
     def __init__(
-        self, path: Path, open_array: Callable[[], np.ndarray], layout: str = "", pixel_size_um: float | None = None
+        self,
+        path: Path,
+        open_array: Callable[[], np.ndarray],
+        layout: str = "",
+        pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE,
     ) -> None:
         # A memory map is opened anew for every region: the pages of one that stays open count as this process's.
         self._open = open_array
@@ -68,7 +76,7 @@ class ArrayImage(HeImage):
         size = array.shape[:2] if self._layout == "hwc" else array.shape[1:]
         if 0 in size:
             raise InputError(f"{path}: has shape {array.shape}, no pixel at all")
-        super().__init__(path, (int(size[0]), int(size[1])), _white(path, array), pixel_size_um)
+        super().__init__(path, (int(size[0]), int(size[1])), _white(path, array), pixel_size)
 
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         array = self._open()

@@ -11,7 +11,7 @@ from orion_unet.errors import InputError
 from orion_unet.extras import needed
 from orion_unet.run_log import open_regular
 from orion_unet.slides.images import ArrayImage, HeImage
-from orion_unet.slides.pixel_size import believable
+from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
 from orion_unet.slides.tiff import open_tiff
 
 # A PNG or JPEG can only be decoded whole, at about seven bytes a pixel while it is done.
@@ -67,7 +67,7 @@ def open_picture(path: Path) -> HeImage:
                 )
             if picture.mode not in ("RGB", "RGBA"):
                 raise InputError(f"{path}: is of mode {picture.mode}; an H&E has the three channels red, green, blue")
-            pixel_size_um = _resolution(picture.info)
+            pixel_size = _resolution(picture.info)
             array = np.asarray(picture)
     except InputError:
         raise
@@ -76,14 +76,15 @@ def open_picture(path: Path) -> HeImage:
         raise InputError(f"{path}: is damaged, truncated or no PNG or JPEG ({error})") from None
     finally:
         pillow.MAX_IMAGE_PIXELS = limit
-    return ArrayImage(path, lambda: array, "hwc", pixel_size_um)
+    return ArrayImage(path, lambda: array, "hwc", pixel_size)
 
 
-def _resolution(info: dict[Any, Any]) -> float | None:
+def _resolution(info: dict[Any, Any]) -> PixelSize:
     try:
-        return believable(25400.0 / float(info["dpi"][0]))
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
-        return None
+        across, down = (25400.0 / float(per_inch) for per_inch in info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return UNKNOWN_PIXEL_SIZE
+    return square_pixel(across, down)
 
 
 READERS = {

@@ -16,7 +16,7 @@ from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.extras import needed
 from orion_unet.slides.images import ArrayImage, HeImage
-from orion_unet.slides.pixel_size import MICROMETRES, believable, positive
+from orion_unet.slides.pixel_size import MICROMETRES, UNKNOWN_PIXEL_SIZE, PixelSize, positive, square_pixel
 
 # Decoded tiles that are kept for the next region, which overlaps this one. One tile or strip alone may be
 # larger than the cache, but not than LARGEST_SEGMENT: that is a slide in one compressed piece.
@@ -31,10 +31,10 @@ class TiffImage(HeImage):
 
     is_slide = True
 
-    def __init__(self, path: Path, tiff: Any, planes: list[Any], pixel_size_um: float | None) -> None:
+    def __init__(self, path: Path, tiff: Any, planes: list[Any], pixel_size: PixelSize) -> None:
         page = self._page = planes[0].keyframe
         white = float(np.iinfo(page.dtype).max)
-        super().__init__(path, (page.imagelength, page.imagewidth), white, pixel_size_um)
+        super().__init__(path, (page.imagelength, page.imagewidth), white, pixel_size)
         self._tiff, self._planes = tiff, planes
         self._planar = len(planes) > 1 or (page.planarconfig == 2 and page.samplesperpixel > 1)
         if page.is_tiled:
@@ -159,12 +159,12 @@ def _open(path: Path, tiff: Any) -> HeImage:
     refused = _refusal(series, page, planes)
     if refused:
         raise InputError(f"{path}: {refused}")
-    pixel_size_um = _pixel_size(tiff, page)
+    pixel_size = _pixel_size(tiff, page)
     if series.dataoffset is not None and (len(planes) == 3 or page.samplesperpixel == 3):
-        image = _mapped(path, tiff, series, page, planes, pixel_size_um)
+        image = _mapped(path, tiff, series, page, planes, pixel_size)
         tiff.close()
         return image
-    return TiffImage(path, tiff, planes, pixel_size_um)
+    return TiffImage(path, tiff, planes, pixel_size)
 
 
 def _refusal(series: Any, page: Any, planes: list[Any]) -> str:
@@ -185,7 +185,7 @@ def _refusal(series: Any, page: Any, planes: list[Any]) -> str:
     return ""
 
 
-def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pixel_size_um: float | None) -> HeImage:
+def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pixel_size: PixelSize) -> HeImage:
     """Pixels that lie in the file uncompressed and in one piece."""
     planar = len(planes) == 3 or page.planarconfig == 2
     size = (page.imagelength, page.imagewidth)
@@ -201,34 +201,47 @@ def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pi
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read any more, it has changed or gone ({error})") from None
 
-    image = ArrayImage(path, open_array, "chw" if planar else "hwc", pixel_size_um)
+    image = ArrayImage(path, open_array, "chw" if planar else "hwc", pixel_size)
     image.is_slide = True
     return image
 
 
-def _pixel_size(tiff: Any, page: Any) -> float | None:
-    """Side of a pixel in micrometres from OME-XML, ImageScope's description, ImageJ's or the resolution tags."""
-    found = _ome_pixel_size(tiff.ome_metadata) if tiff.is_ome else None
-    if found is None:
-        scanned = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or "")
-        found = positive(scanned.group(1)) if scanned else None
-    if found is None:
-        per_unit = page.resolution[0]
-        if tiff.is_imagej:
-            factor = MICROMETRES.get(str((tiff.imagej_metadata or {}).get("unit", "")).replace("\\u00B5", "µ"), 0.0)
-        else:
-            factor = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}.get(int(page.resolutionunit), 0.0)
-        found = factor / per_unit if per_unit > 0 else None
-    return believable(found)
+def _pixel_size(tiff: Any, page: Any) -> PixelSize:
+    """The size that OME-XML, ImageScope's description, ImageJ's or the resolution tags state, the first in this order.
+
+    In doubt only where no other states one.
+    """
+    stated = [_ome_pixel_size(tiff.ome_metadata) if tiff.is_ome else UNKNOWN_PIXEL_SIZE]
+    scanned = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or "")
+    stated.append(square_pixel(positive(scanned.group(1) if scanned else None), None))
+    if tiff.is_imagej:
+        unit = str((tiff.imagej_metadata or {}).get("unit", "")).replace("\\u00B5", "µ")
+        unit_um = MICROMETRES.get(unit)
+    else:
+        unit_um = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}.get(int(page.resolutionunit))
+    if unit_um:
+        stated.append(square_pixel(*(unit_um / per_unit if per_unit > 0 else None for per_unit in page.resolution)))
+    known = [size for size in stated if size.um is not None]
+    doubted = [size for size in stated if size.doubt]
+    return next(iter(known + doubted), UNKNOWN_PIXEL_SIZE)
 
 
-def _ome_pixel_size(xml: str | None) -> float | None:
+def _ome_pixel_size(xml: str | None) -> PixelSize:
     try:
         root = ElementTree.fromstring(xml or "")
     except ElementTree.ParseError:
-        return None
+        return UNKNOWN_PIXEL_SIZE
     pixels = next((element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"), None)
-    size = positive(pixels.get("PhysicalSizeX", "")) if pixels is not None else None
-    if pixels is None or size is None:
-        return None
-    return size * MICROMETRES.get(pixels.get("PhysicalSizeXUnit", "µm"), 0.0)
+    if pixels is None:
+        return UNKNOWN_PIXEL_SIZE
+    sizes = [positive(pixels.get(f"PhysicalSize{axis}")) for axis in "XY"]
+    units = [pixels.get(f"PhysicalSize{axis}Unit") for axis in "XY"]
+    lengths_um: list[float | None] = []
+    for size, unit in zip(sizes, (units[0] or units[1], units[1] or units[0]), strict=True):
+        if size is not None and unit not in (None, *MICROMETRES):
+            return PixelSize(doubt=f"it states {size:g} {unit}, which is no length")
+        if size == 1 and unit is None:
+            # Micrometres by the schema; in practice the default of converters that do not know the size.
+            return PixelSize(doubt="it states 1 without a unit")
+        lengths_um.append(None if size is None else size * MICROMETRES[unit or "µm"])
+    return square_pixel(*lengths_um)

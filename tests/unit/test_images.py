@@ -144,6 +144,46 @@ def test_the_pixel_size_comes_from_ome_xml_in_its_own_unit(tmp_path):
     assert open_he(tmp_path / "slide.ome.tif").pixel_size_um == pytest.approx(0.325)
 
 
+OME_SIZES = {
+    "micrometres by default": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}, 0.5, ""),
+    "one axis": ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm"}, 0.5, ""),
+    "1 micrometre": ({"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 1.0}, 1.0, ""),
+    "less than 1 % apart": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.504}, 0.5, ""),
+    "more than 1 % apart": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.51}, None, "0.5 µm across and 0.51 µm down"),
+    "in pixels": ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "pixel"}, None, "0.5 pixel, which is no length"),
+    "in reference frames": ({"PhysicalSizeX": 2.0, "PhysicalSizeXUnit": "reference frame"}, None, "no length"),
+    "1 without a unit": ({"PhysicalSizeX": 1.0, "PhysicalSizeY": 1.0}, None, "1 without a unit"),
+    "one axis is 1 without a unit": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 1.0}, None, "1 without a unit"),
+    "in millimetres": ({"PhysicalSizeX": 0.0005, "PhysicalSizeXUnit": "mm"}, 0.5, ""),
+}
+
+
+@pytest.mark.parametrize(("stated", "expected", "doubt"), OME_SIZES.values(), ids=OME_SIZES)
+def test_a_pixel_size_in_ome_xml_is_believed_only_as_a_length_equal_on_both_axes(stated, expected, doubt, tmp_path):
+    metadata = {"axes": "YXS", **stated}
+    image = open_he(write_tiff(tmp_path / "slide.ome.tif", LEVELS, {**RGB, "ome": True, "metadata": metadata}))
+    assert image.pixel_size_um == (None if expected is None else pytest.approx(expected))
+    assert doubt in image.pixel_size_doubt
+    assert bool(doubt) == bool(image.pixel_size_doubt)
+
+
+def test_what_ome_xml_leaves_in_doubt_other_tags_may_state(tmp_path):
+    options = {"ome": True, "metadata": {"axes": "YXS", "PhysicalSizeX": 1.0}}
+    options |= {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", **RGB}
+    image = open_he(write_tiff(tmp_path / "slide.ome.tif", LEVELS, options))
+    assert image.pixel_size_um == pytest.approx(0.5)
+    assert not image.pixel_size_doubt
+
+
+def test_resolutions_that_differ_between_the_axes_are_no_pixel_size(tmp_path):
+    options = {**RGB, "resolution": (20000, 25000), "resolutionunit": "CENTIMETER", "metadata": None}
+    pillow.fromarray(LEVELS).save(tmp_path / "slide.png", dpi=(50800, 40000))
+    for path in (write_tiff(tmp_path / "slide.tif", LEVELS, options), tmp_path / "slide.png"):
+        image = open_he(path)
+        assert image.pixel_size_um is None
+        assert "across" in image.pixel_size_doubt
+
+
 def test_the_pixel_size_comes_from_the_description_of_imagescope(tmp_path):
     description = "Aperio Image Library v11.2.1 \r\n150x131 (64x64) JPEG/RGB Q=30|AppMag = 20|MPP = 0.4990|Left = 25"
     write_tiff(tmp_path / "slide.svs", LEVELS, {**RGB, "tile": (64, 64), "description": description, "metadata": None})
