@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from orion_unet.extras import needed
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.pixel_size import MICROMETRES, UNKNOWN_PIXEL_SIZE, PixelSize, positive, square_pixel
 
-# Decoded tiles that are kept for the next region, which overlaps this one. One tile or strip alone may be
-# larger than the cache, but not than LARGEST_SEGMENT: that is a slide in one compressed piece.
+# Decoded tiles of a region that are kept for the next one, which overlaps it. One tile or strip alone may be larger,
+# but not larger than LARGEST_SEGMENT: that is a slide in one compressed piece.
 CACHE_BYTES, LARGEST_SEGMENT = 1 << 27, 1 << 29
 # TIFF's numbers for what the pixels mean and how they are compressed.
 GRAY, RGB, YCBCR = 1, 2, 6
@@ -43,7 +43,7 @@ class TiffImage(HeImage):
             self._side = (min(page.rowsperstrip, page.imagelength), page.imagewidth)
         self._grid = tuple(-(-length // side) for length, side in zip(self.shape, self._side, strict=True))
         self._check()
-        self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._kept: dict[tuple[int, int, int], np.ndarray] = {}
         self._decoders = ThreadPoolExecutor(max_workers=min(8, usable_cores()))
 
     def _check(self) -> None:
@@ -71,12 +71,13 @@ class TiffImage(HeImage):
             return region
         rows = range(y // self._side[0], -(-(y + height) // self._side[0]))
         columns = range(x // self._side[1], -(-(x + width) // self._side[1]))
-        places = [
-            (channel, row, column) for channel in range(3 if self._planar else 1) for row in rows for column in columns
-        ]
-        for (channel, row, column), pixels in zip(places, self._decoders.map(self._segment, places), strict=True):
+        places = list(product(rows, range(3 if self._planar else 1), columns))
+        decoded: dict[tuple[int, int, int], np.ndarray] = {}
+        for place, pixels in zip(places, self._decoders.map(self._segment, places), strict=True):
             if pixels is None:
                 continue
+            decoded[place] = pixels
+            row, channel, column = place
             top, left = row * self._side[0], column * self._side[1]
             up, down = max(top, y), min(top + pixels.shape[0], y + height)
             start, end = max(left, x), min(left + pixels.shape[1], x + width)
@@ -85,15 +86,14 @@ class TiffImage(HeImage):
                 region[up - y : down - y, start - x : end - x, channel] = part[..., 0]
             else:
                 region[up - y : down - y, start - x : end - x] = part[..., :3]
-        self._forget(places)
+        self._keep(decoded)
         return region
 
     def _segment(self, place: tuple[int, int, int]) -> np.ndarray | None:
-        """Decoded tile or strip, (h, w, samples); None where the file holds nothing for it."""
-        channel, row, column = place
-        found = self._cache.get(place)
-        if found is not None:
-            return found
+        """Decoded tile or strip, (h, w, samples), at (row, channel, column); None where the file has none there."""
+        if place in self._kept:
+            return self._kept[place]
+        row, channel, column = place
         one_page = len(self._planes) == 1
         plane = self._planes[0 if one_page else channel]
         index = row * self._grid[1] + column
@@ -114,19 +114,16 @@ class TiffImage(HeImage):
                 f"{self.path}: is damaged or truncated at row {row * self._side[0]}, column "
                 f"{column * self._side[1]} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from None
-        if pixels is None:
-            return None
-        self._cache[place] = pixels[0]
-        return pixels[0]
+        return None if pixels is None else pixels[0]
 
-    def _forget(self, used: list[tuple[int, int, int]]) -> None:
-        """Keep the segments used last, as many as the cache may hold but at least one."""
-        for place in used:
-            if place in self._cache:
-                self._cache.move_to_end(place)
-        held = sum(pixels.nbytes for pixels in self._cache.values())
-        while held > CACHE_BYTES and len(self._cache) > 1:
-            held -= self._cache.popitem(last=False)[1].nbytes
+    def _keep(self, decoded: dict[tuple[int, int, int], np.ndarray]) -> None:
+        """Keep the lowest tiles of this region, at least one: the next region begins among them."""
+        self._kept, held = {}, 0
+        for place, pixels in reversed(decoded.items()):
+            held += pixels.nbytes
+            if held > CACHE_BYTES and self._kept:
+                break
+            self._kept[place] = pixels
 
     def close(self) -> None:
         self._decoders.shutdown()
@@ -135,7 +132,7 @@ class TiffImage(HeImage):
 
 def open_tiff(path: Path) -> HeImage:
     """Open a TIFF at full resolution; raises InputError where it is damaged or holds no RGB image."""
-    tifffile = needed("tifffile")
+    tifffile: Any = needed("tifffile")
     # Without it only some compressions could be read, and the others would look damaged.
     needed("imagecodecs")
     try:
@@ -144,7 +141,14 @@ def open_tiff(path: Path) -> HeImage:
         # Its reader raises nearly anything on damaged bytes.
         raise InputError(f"{path}: is damaged, truncated or no TIFF ({error})") from None
     try:
-        return _open(path, tiff)
+        try:
+            series = tiff.series[0].levels[0]
+        except Exception:
+            # The description may be that of another file: libvips copies its input's into every page of a pyramid.
+            tiff.close()
+            tiff = tifffile.TiffFile(path)
+            series = _first_page(tifffile, tiff)
+        return _open(path, tiff, series)
     except Exception as error:
         tiff.close()
         if isinstance(error, InputError):
@@ -152,8 +156,15 @@ def open_tiff(path: Path) -> HeImage:
         raise InputError(f"{path}: is damaged or of a kind that cannot be read ({error})") from None
 
 
-def _open(path: Path, tiff: Any) -> HeImage:
-    series = tiff.series[0].levels[0]
+def _first_page(tifffile: Any, tiff: Any) -> Any:
+    """The first page as a series of its own; raises ValueError where a later page is larger."""
+    first = tiff.pages[0]
+    if any(page.imagelength > first.imagelength or page.imagewidth > first.imagewidth for page in tiff.pages):
+        raise ValueError("its description does not fit its pages, and the first page is not the largest")
+    return tifffile.TiffPageSeries([first])
+
+
+def _open(path: Path, tiff: Any, series: Any) -> HeImage:
     page = series.keyframe
     planes = [page] if len(series.pages) == 1 else list(series.pages)
     refused = _refusal(series, page, planes)

@@ -79,6 +79,33 @@ def test_of_a_pyramid_the_full_resolution_is_read(tmp_path):
         assert_same_pixels(image)
 
 
+FOREIGN = {
+    "ImageJ": "ImageJ=1.53\nimages=3\nslices=3\n",
+    "tifffile": '{"shape": [3, 150, 131, 3]}',
+    "ImageScope": "Aperio Image Library v11.2.1 \r\n150x131 (64x64) JPEG/RGB Q=30|AppMag = 20|MPP = 0.4990|Left = 25",
+}
+
+
+def write_pages(path, levels, description):
+    """A pyramid as libvips writes it: a page a level, with the description of its input in each."""
+    with tifffile.TiffWriter(path) as tiff:
+        for level in levels:
+            tiff.write(level, tile=(64, 64), compression="deflate", description=description, metadata=None, **RGB)
+
+
+@pytest.mark.parametrize("description", FOREIGN.values(), ids=FOREIGN)
+def test_of_a_pyramid_that_carries_the_description_of_another_file_the_first_page_is_read(description, tmp_path):
+    write_pages(tmp_path / "slide.tif", (LEVELS, LEVELS[::2, ::2], LEVELS[::4, ::4]), description)
+    with open_he(tmp_path / "slide.tif") as image:
+        assert_same_pixels(image)
+
+
+def test_where_the_description_fits_no_page_and_a_later_page_is_larger_the_file_is_refused(tmp_path):
+    write_pages(tmp_path / "slide.tif", (LEVELS[::2, ::2], LEVELS, LEVELS[::4, ::4]), FOREIGN["ImageJ"])
+    with pytest.raises(InputError, match=r"slide\.tif: .*the first page is not the largest"):
+        open_he(tmp_path / "slide.tif")
+
+
 def test_jpeg_tiles_and_strips_are_decoded_to_rgb(tmp_path):
     smooth = np.stack(np.meshgrid(np.arange(128), np.arange(128)), -1).astype(np.uint8)
     smooth = np.dstack([smooth, 255 - smooth[..., :1]])
@@ -318,16 +345,16 @@ def test_a_slide_compressed_in_one_huge_piece_is_refused_with_advice(tmp_path, m
         open_he(tmp_path / "slide.tif")
 
 
-def test_decoded_tiles_are_kept_within_the_cache_and_reused(tmp_path, monkeypatch):
+def test_of_the_last_region_the_lowest_tiles_are_kept_within_the_cache_and_read_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr("orion_unet.slides.tiff.CACHE_BYTES", 5 * 64 * 32 * 3)
     path = write_tiff(tmp_path / "slide.tif", *TIFFS["tiles"])
     with open_he(path) as image:
-        image.read(0, 0, 64, 131)
+        image.read(0, 0, 110, 131)
         path.write_bytes(b"")
-        # What is not read again comes from the cache; the rest is gone with the file.
-        np.testing.assert_allclose(image.read(10, 0, 50, 131), LEVELS[10:60] / 255, atol=1e-6)
+        # Five tiles a row: those of the second row come from the cache, those of the first are gone with the file.
+        np.testing.assert_allclose(image.read(70, 0, 50, 131), LEVELS[70:120] / 255, atol=1e-6)
         with pytest.raises(InputError, match="slide"):
-            image.read(100, 0, 10, 10)
+            image.read(10, 0, 10, 10)
 
 
 def test_an_array_in_memory_reads_like_a_file():
