@@ -21,7 +21,7 @@ LAYERS = (
     ("data", "checkpoint", "metrics"),
     (
         *("slides", "registration", "models", "losses", "config", "recipes", "distributed", "run_log"),
-        *("errors", "text", "__init__"),
+        *("errors", "extras", "text", "__init__"),
     ),
 )
 ROOMS_APART = {"training", "evaluation", "inspection", "monitor", "demo"}

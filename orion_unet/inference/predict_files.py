@@ -33,7 +33,8 @@ from orion_unet.inference.thumbnails import box_size, thumbnail
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
-from orion_unet.slides.images import HeImage, open_he
+from orion_unet.slides.images import HeImage
+from orion_unet.slides.open import open_he
 
 # Values that are brought to their unit and written at a time: so few that they stay in the processor's cache, or so
 # many that a GPU is not kept waiting.
@@ -148,8 +149,14 @@ def _predict_image(
         augmented=options.tta,
         batch_size=options.batch_size,
     )
-    if options.format == "ome-tiff" and (options.pixel_size_um or image.pixel_size_um) is None:
-        progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
+    if (options.pixel_size_um or image.pixel_size_um) is None:
+        if image.pixel_size_doubt:
+            progress.say(
+                f"warning: {job.name}: the pixel size of the file is not used ({image.pixel_size_doubt}); "
+                "give --pixel_size_um"
+            )
+        elif options.format == "ome-tiff":
+            progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
     unit = Unit(model.normalization, kept, options.normalized)
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)
