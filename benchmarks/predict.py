@@ -1,17 +1,17 @@
-"""Is prediction as fast as its network, flat in memory, and without seams?
+"""Is prediction as fast as its network, constant in memory, and free of seams?
 
     python benchmarks/predict.py [--checkpoint RUN] [--json FILE]
     python benchmarks/predict.py --only slide --slide 20000        # a slide of 400 megapixels, in bounded memory
 
 - speed: megapixels per second of ``predict`` on a tiled TIFF, from the open file to the finished output, over those of
-  the bare network on the same tiles, measured in turns in one process (goal: 0.85 or more);
-- memory: largest resident memory of a process that predicts images of growing height, and of growing width;
-- seams: the prediction of a large image against those of shifted crops, whose tiles meet elsewhere: the difference
-  where tiles of the large image meet, over the difference inside them (goal: about 1), and the step between
+  the bare network on the same tiles, measured in turns in one process (goal: at least 0.85);
+- memory: peak memory of a process that predicts images of growing height, and of growing width;
+- seams: compares the prediction of a large image with those of shifted crops, whose tiles meet elsewhere: the
+  difference where tiles of the large image meet over the difference inside them (goal: about 1), and the step between
   neighbouring pixels there over the step elsewhere;
-- slide (only when asked for): a generated slide, predicted by a tiny network in a process of its own.
+- slide (only with --only slide): a generated slide, predicted by a tiny network in a separate process.
 
-The tissue is that of the demo, repeated. Without ``--checkpoint`` the network has random weights.
+The images are repeated demo tissue. Without ``--checkpoint`` the network has random weights.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TILE = 256
 
 
 def tissue(size: int = TISSUE) -> np.ndarray:
-    """Demo tissue (size, size, 3) uint8 without the glass around it, made to be repeated: mirrored both ways."""
+    """Demo tissue (size, size, 3) uint8 without the glass around it, mirrored both ways so that it tiles."""
     core, _ = draw_core(seed=1, size=size)
     quarter = core[size // 4 : 3 * size // 4, size // 4 : 3 * size // 4]
     half = np.concatenate([quarter, quarter[::-1]])
@@ -64,7 +64,7 @@ def tissue(size: int = TISSUE) -> np.ndarray:
 
 
 def write_slide(path: Path, height: int, width: int) -> None:
-    """A tiled TIFF of repeated tissue, written tile by tile; the size of a pixel is 0.325 micrometres."""
+    """Write a tiled TIFF of repeated tissue, tile by tile; the pixel size is 0.325 micrometres."""
     pattern = tissue()
 
     def tiles() -> Iterator[np.ndarray]:
@@ -81,7 +81,7 @@ def write_slide(path: Path, height: int, width: int) -> None:
 
 
 def write_model(path: Path, markers: int, **options: Any) -> Path:
-    """A checkpoint of random weights from a fixed seed."""
+    """Write a checkpoint with random weights from a fixed seed."""
     config = TrainConfig.from_options(options)
     torch.manual_seed(0)
     network = SpatialUNet.from_options(config.model, markers)
@@ -100,7 +100,7 @@ def write_model(path: Path, markers: int, **options: Any) -> Path:
 
 
 def bare_forward_s(model: TrainedModel, source: Path) -> float:
-    """Seconds of the network alone on all tiles of the image, in the batches in which predict runs them."""
+    """Seconds of the bare network on all tiles of the image, in the same batches as predict."""
     with open_he(source) as image:
         tiles = TiledPrediction(model, image, choose_tiling(model, image.shape))
         count = len(tiles.rows) * len(tiles.columns)
@@ -108,13 +108,13 @@ def bare_forward_s(model: TrainedModel, source: Path) -> float:
     began = time.perf_counter()
     for start in range(0, count, tiles.batch_size):
         predicted = model.predict(batch[: min(tiles.batch_size, count - start)])
-    # Nothing is done before its result is here.
+    # Wait for the result: a GPU computes asynchronously.
     predicted[..., 0, 0].cpu()
     return time.perf_counter() - began
 
 
 def speed(folder: Path, model: TrainedModel, size: int, repeats: int) -> dict[str, Any]:
-    """Megapixels per second of the command and of its network, medians over turns."""
+    """Megapixels per second of the command and of the bare network, as medians over rounds."""
     source = folder / "speed.tif"
     write_slide(source, size, size)
     found: dict[str, list[float]] = {"forward": [], "npy": [], "ome-tiff": []}
@@ -126,7 +126,7 @@ def speed(folder: Path, model: TrainedModel, size: int, repeats: int) -> dict[st
             with contextlib.redirect_stdout(io.StringIO()):
                 predict_files(model, [source], folder / "speed", options)
             seconds[kind] = time.perf_counter() - began
-        # The first turn warms up.
+        # The first round is a warm-up.
         if turn:
             for name, value in seconds.items():
                 found[name].append(value)
@@ -148,7 +148,7 @@ sys.exit(code)
 
 
 def peak_memory(checkpoint_path: Path, source: Path, out: Path, *options: str) -> tuple[float, float]:
-    """Megabytes of resident memory at most, and seconds, of the command in a process of its own."""
+    """Peak resident memory [MB] and seconds of the command in a separate process."""
     words = ["predict", "--checkpoint", checkpoint_path, "--input", source, "--output_dir", out, "--device", "cpu"]
     began = time.perf_counter()
     done = subprocess.run(
@@ -159,7 +159,7 @@ def peak_memory(checkpoint_path: Path, source: Path, out: Path, *options: str) -
 
 
 def memory(folder: Path, sizes: list[int]) -> list[dict[str, Any]]:
-    """Largest memory for heights at one width, then for widths at one height."""
+    """Peak memory for growing heights at one width, then for growing widths at one height."""
     model = write_model(folder / "tiny.pt", markers=4, base_features=4, depth=2, patch_size=64)
     found = []
     for height, width in [(size, sizes[0]) for size in sizes] + [(sizes[0], size) for size in sizes[1:]]:
@@ -181,10 +181,10 @@ def seams(model: TrainedModel, size: int, crops: int) -> dict[str, float]:
     lines = np.zeros(size - 1, bool)
     for start in tiles.rows[1:]:
         meeting[start : start + tiles.tiling.overlap] = meeting[:, start : start + tiles.tiling.overlap] = True
-        # Where one tile begins to count and where the other ceases to.
+        # Where the weight of one tile starts and where that of the other ends.
         lines[[line for line in (start - 1, start + tiles.tiling.overlap - 1) if line < size - 1]] = True
     rng = np.random.default_rng(0)
-    # Of the crop, what lies deep inside one of its own tiles: there only the large image has a seam.
+    # Compare only the inside of one tile of the crop, where no seam of the crop itself can be.
     apart, deep = tiles.tiling.stride, tiles.tiling.overlap
     sums = {(kind, at): [0.0, 0] for kind in ("aligned", "shifted") for at in (True, False)}
     for index in range(crops):
@@ -215,7 +215,7 @@ def seams(model: TrainedModel, size: int, crops: int) -> dict[str, float]:
 
 
 def slide(folder: Path, size: int, keep: bool) -> dict[str, Any]:
-    """A slide of ``size`` x ``size`` pixels by a network of 4 markers: seconds and largest memory."""
+    """Seconds and peak memory for a slide of ``size`` x ``size`` pixels and a network of 4 markers."""
     model = write_model(folder / "tiny.pt", markers=4, base_features=4, depth=2, patch_size=64)
     source = folder / "slide.tif"
     write_slide(source, size, size)
@@ -273,15 +273,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a trained model for speed and seams; default: random weights")
     parser.add_argument("--only", nargs="+", choices=(*PARTS, "slide"), default=PARTS, help="default: all but slide")
-    parser.add_argument("--size", type=int, default=2048, help="side of the image of speed and seams [pixels]")
+    parser.add_argument("--size", type=int, default=2048, help="side of the image for speed and seams [pixels]")
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="sides for memory [pixels]"
     )
     parser.add_argument("--slide", type=int, default=20000, help="side of the slide [pixels]; default: 20000")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of speed; default: 5")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of speed; default: 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
     parser.add_argument(
-        "--work_dir", type=Path, metavar="DIR", help="keep what is made here; default: a temporary folder"
+        "--work_dir", type=Path, metavar="DIR", help="keep images and predictions here; default: a temporary folder"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

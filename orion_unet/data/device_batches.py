@@ -1,4 +1,4 @@
-"""Stored batches from a loader, turned into network batches on the device, with the time spent waiting for them."""
+"""Network batches on the device, made from a loader's stored batches, and the time spent waiting for the loader."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from orion_unet.data.transforms import Batch, BatchTransform
 
 
 class DeviceBatches:
-    """Iterates a loader and transforms each batch on the device.
+    """Iterates over a loader and transforms each batch on the device.
 
-    On a GPU, copy and transforms run on a stream of their own beside the training step before them. ``wait_s`` is
-    the time the last iteration spent waiting for the loader.
+    On a GPU, copies and transforms run on a separate stream, in parallel with the previous training step. ``wait_s`` is
+    the time that the current or last pass has spent waiting for the loader.
     """
 
     def __init__(self, loader: BatchLoader, transform: BatchTransform, augment: bool) -> None:
@@ -32,7 +32,7 @@ class DeviceBatches:
         self.wait_s = 0.0
         copied: deque[torch.cuda.Event] = deque()
         if self._stream is not None:
-            # A new pass fills all memory of the last one anew.
+            # A new pass overwrites the slots of the last one: wait for its copies.
             self._stream.synchronize()
         started = time.perf_counter()
         for raw in self.loader:
@@ -41,7 +41,7 @@ class DeviceBatches:
             if self._stream is not None:
                 copied.append(self._stream.record_event())
                 if len(copied) > 1:
-                    # The next batch but one will take its memory. Done long ago, while the step before it ran.
+                    # The slot is overwritten two batches later. This copy has normally long finished.
                     copied.popleft().synchronize()
             started = time.perf_counter()
         self.wait_s += time.perf_counter() - started
@@ -58,6 +58,6 @@ class DeviceBatches:
         current = torch.cuda.current_stream(self.transform.device)
         current.wait_stream(self._stream)
         for tensor in (batch.he, batch.target, batch.boundary):
-            # The allocator must not hand the memory on while the training stream still reads it.
+            # Keep the allocator from reusing the memory while the training stream still reads it.
             tensor.record_stream(current)
         return batch

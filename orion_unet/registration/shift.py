@@ -1,4 +1,4 @@
-"""Whether H&E and nuclear marker lie on each other: their correlation, and the shift that would raise it."""
+"""How well an H&E and its nuclear marker are aligned: their correlation, and the shift that maximises it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Side of the window that is compared, and the longest shift that is looked for, in pixels.
+# Side of the compared window, and the longest shift that is tried, in pixels.
 WINDOW, LONGEST_SHIFT = 1024, 64
-# Nuclei are a few to a few tens of pixels wide: finer is noise, coarser is the outline of the tissue, which
-# correlates over any shift. Standard deviations of the two Gaussians whose difference lets nuclei pass, in pixels.
+# Standard deviations, in pixels, of the two Gaussians whose difference keeps structures of the size of nuclei. Finer
+# structures are noise; coarser ones are the outline of the tissue, which correlates at any shift.
 FINEST, COARSEST = 1.5, 12.0
 
 
@@ -17,9 +17,9 @@ FINEST, COARSEST = 1.5, 12.0
 class Registration:
     """How well haematoxylin and nuclear marker agree in one core.
 
-    ``correlation`` is Pearson's r as they lie, ``best_correlation`` after the marker has been moved by ``shift``
-    (pixels down, pixels right). ``peak`` says how far the best shift stands out among all shifts that were tried,
-    in standard deviations: under about 6 it is chance. NaN where either image is constant.
+    ``correlation`` is Pearson's r without a shift, ``best_correlation`` after moving the marker by ``shift`` (pixels
+    down, pixels right). ``peak`` is the height of the best shift above all other shifts tried, in standard deviations;
+    below about 6 it is chance. NaN if either image is constant.
     """
 
     correlation: float
@@ -31,9 +31,9 @@ class Registration:
 def register(density: np.ndarray, marker: np.ndarray) -> Registration:
     """Compare the haematoxylin density (H, W) with the nuclear marker (H, W) of the same window.
 
-    The shift maximises the cross-correlation of both images, each reduced to the size of nuclei by a difference of
-    Gaussians; the correlations are of the images as they are, over what overlaps. Shifts up to 64 pixels, and at
-    most a quarter of the window, are looked for.
+    The shift maximises the cross-correlation of both images after a difference of Gaussians that keeps structures of
+    the size of nuclei. The correlations are those of the unfiltered images over their overlap. Tries shifts up to 64
+    pixels, and at most a quarter of the window.
     """
     plain = pearson(density, marker)
     if not np.isfinite(plain):
@@ -45,12 +45,12 @@ def register(density: np.ndarray, marker: np.ndarray) -> Registration:
     frequency = (rows**2 + columns**2).astype(np.float32)
     nuclei = np.exp(-2 * (np.pi * FINEST) ** 2 * frequency) - np.exp(-2 * (np.pi * COARSEST) ** 2 * frequency)
     first, second = (np.fft.rfft2(image - image.mean(), s=size) * nuclei for image in (density, marker))
-    # At (dy, dx) this is the sum of density(y + dy, x + dx) * marker(y, x): the marker moved by (dy, dx).
+    # Element (dy, dx) is the sum of density(y + dy, x + dx) * marker(y, x), i.e. of the marker moved by (dy, dx).
     matched = np.fft.irfft2(first * second.conj(), s=size)
     offsets = np.arange(-reach, reach + 1)
     map_ = matched[np.ix_(offsets, offsets)]
     down, right = (int(offsets[index]) for index in np.unravel_index(map_.argmax(), map_.shape))
-    # The spread away from the peak, which is itself as wide as a nucleus.
+    # Spread outside the peak, which is as wide as a nucleus.
     away = (np.abs(offsets[:, None] - down) > COARSEST) | (np.abs(offsets - right) > COARSEST)
     spread = float(map_[away].std()) if away.any() else 0.0
     peak = float(map_.max() - map_[away].mean()) / spread if spread > 0 else np.nan
@@ -58,7 +58,7 @@ def register(density: np.ndarray, marker: np.ndarray) -> Registration:
 
 
 def overlap(still: np.ndarray, moved: np.ndarray, down: int, right: int) -> tuple[np.ndarray, np.ndarray]:
-    """The parts of two images of one size that lie on each other once the second is moved down and right."""
+    """The overlapping parts of two images of equal size after moving the second one down and right."""
     height, width = still.shape
     rows, columns = slice(max(0, down), height + min(0, down)), slice(max(0, right), width + min(0, right))
     back_rows, back_columns = (
@@ -69,7 +69,7 @@ def overlap(still: np.ndarray, moved: np.ndarray, down: int, right: int) -> tupl
 
 
 def pearson(first: np.ndarray, second: np.ndarray) -> float:
-    """Pearson's r of two images; NaN where one is constant."""
+    """Pearson's r of two images; NaN if one is constant."""
     first, second = (image.astype(np.float64) - image.mean(dtype=np.float64) for image in (first, second))
     scale = float(np.sqrt((first**2).sum() * (second**2).sum()))
     return float((first * second).sum()) / scale if scale > 0 else np.nan

@@ -263,7 +263,7 @@ def test_a_bad_checkpoint_or_input_is_one_sentence(predict, core, tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "empty").mkdir()
     cases = [
-        (predict(core, checkpoint=tmp_path / "junk.pt"), "junk.pt: is no checkpoint"),
+        (predict(core, checkpoint=tmp_path / "junk.pt"), "junk.pt: is damaged or not a checkpoint"),
         (predict(core, checkpoint=tmp_path / "none.pt"), "none.pt: cannot be read"),
         (predict(tmp_path / "none.npy"), "none.npy: does not exist"),
         (predict(tmp_path / "empty"), "empty: holds no image"),
