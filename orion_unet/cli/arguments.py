@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from orion_unet.config import GROUPS, TrainConfig, load_options
 from orion_unet.errors import InputError, RunError
 from orion_unet.recipes import DEFAULT, RECIPES, Recipe, find_recipe
+from orion_unet.text import clean_lines
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 
@@ -158,11 +159,11 @@ def run_command(command: Callable[[list[str]], int], argv: list[str] | None = No
         return _call(command, sys.argv[1:] if argv is None else argv)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USAGE
     except RunError as error:
         if not error.told:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         return 130

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     inspection = inspect_folder(options.data, options.optimisation.seed, given.get("nuclear_marker"), progress)
     written = write_results(inspection, output, progress) if output is not None else []
     if given["json"]:
-        print(json.dumps(inspection.document(), indent=2, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(inspection.document(), indent=2, allow_nan=False))
         return EXIT_OK
     show(inspection, sys.stdout)
     if written:
