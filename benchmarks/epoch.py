@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from data_pipeline import make_set
+from orion_unet.training.run import parallel
 
 from orion_unet.cli.arguments import Parser, end_process, run_command
 from orion_unet.config import TrainConfig
@@ -35,7 +36,6 @@ from orion_unet.distributed import from_main_process, is_main_process, process_g
 from orion_unet.training.devices import choose_device, describe_devices, keep_freed_memory, set_determinism
 from orion_unet.training.engine import evaluate, train_one_epoch
 from orion_unet.training.prepare import build_feeds, prepare_data
-from orion_unet.training.run import parallel
 from orion_unet.training.state import build_loss, build_state
 
 ROOT = Path(__file__).resolve().parents[1]

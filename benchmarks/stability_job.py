@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from orion_unet.training.run import DIVERGED, FINISHED
+
 from orion_unet.checkpoint import BEST, checkpoint_path
 from orion_unet.config import TrainConfig
 from orion_unet.data import loaders, patches
@@ -40,7 +42,6 @@ from orion_unet.losses import CompositeLoss
 from orion_unet.models import blocks, unet
 from orion_unet.run_log import METRICS_FILE, write_json
 from orion_unet.training import run
-from orion_unet.training.run import DIVERGED, FINISHED
 
 # Side of the square in the middle of a patch over which HEXIF takes its loss, pixels.
 CENTRE = 12
