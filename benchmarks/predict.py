@@ -47,7 +47,8 @@ from orion_unet.inference.predict import predict  # noqa: E402
 from orion_unet.inference.predict_files import PredictOptions, predict_files  # noqa: E402
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling  # noqa: E402
 from orion_unet.models.unet import SpatialUNet  # noqa: E402
-from orion_unet.slides.images import ArrayImage, open_he  # noqa: E402
+from orion_unet.slides.images import ArrayImage  # noqa: E402
+from orion_unet.slides.open import open_he  # noqa: E402
 
 PARTS = ("speed", "memory", "seams")
 TISSUE = 1024

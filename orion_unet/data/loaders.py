@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -179,7 +181,7 @@ class BatchLoader:
             multiprocessing_context="fork" if workers > 0 else None,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers > 0 else None,
-            worker_init_fn=_leave_signals_to_the_rank if workers > 0 else None,
+            worker_init_fn=partial(_begin_worker, os.getpid()) if workers > 0 else None,
         )
 
     def __len__(self) -> int:
@@ -212,11 +214,15 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
+def _begin_worker(rank_pid: int, worker: int) -> None:
     # Ctrl-C reaches every process of the terminal, but the rank decides when its workers end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # From here on the loader ends a worker whose parent changes. A rank killed earlier has already been replaced as the
+    # parent, unnoticed, and the worker would wait for ever.
+    if os.getppid() != rank_pid:
+        os._exit(1)
 
 
 def _end_workers() -> None:

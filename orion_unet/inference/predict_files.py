@@ -6,7 +6,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from orion_unet import __version__
+from orion_unet.config import PredictOptions
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.model import TrainedModel
 from orion_unet.inference.outputs import (
@@ -33,29 +33,12 @@ from orion_unet.inference.thumbnails import box_size, thumbnail
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
-from orion_unet.slides.images import HeImage, open_he
+from orion_unet.slides.images import HeImage
+from orion_unet.slides.open import open_he
 
 # Values that are brought to their unit and written at a time: so few that they stay in the processor's cache, or so
 # many that a GPU is not kept waiting.
 CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """How to predict and what to write; None stands for what suits the input."""
-
-    format: str = "npy"
-    dtype: str = "uint16"
-    normalized: bool = False
-    markers: str | None = None
-    pixel_size_um: float | None = None
-    tissue_only: bool | None = None
-    tta: bool = False
-    tile: int | None = None
-    overlap: int | None = None
-    batch_size: int | None = None
-    overwrite: bool = False
-    overview: bool = True
 
 
 def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir: Path, options: PredictOptions) -> int:
@@ -67,8 +50,6 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     InputError for options that cannot be used or outputs that exist, RunError where the disk or memory fails.
     """
     choose_tiling(model, (1, 1), options.tile, options.overlap)
-    if options.batch_size is not None and options.batch_size < 1:
-        raise InputError(f"--batch_size {options.batch_size}: must be at least 1")
     kept = chosen_markers(options.markers, model.names)
     names = [model.names[index] for index in kept]
     decisive = _decisive(model, options)
@@ -148,8 +129,14 @@ def _predict_image(
         augmented=options.tta,
         batch_size=options.batch_size,
     )
-    if options.format == "ome-tiff" and (options.pixel_size_um or image.pixel_size_um) is None:
-        progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
+    if (options.pixel_size_um or image.pixel_size_um) is None:
+        if image.pixel_size_doubt:
+            progress.say(
+                f"warning: {job.name}: the pixel size of the file is not used ({image.pixel_size_doubt}); "
+                "give --pixel_size_um"
+            )
+        elif options.format == "ome-tiff":
+            progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
     unit = Unit(model.normalization, kept, options.normalized)
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)

@@ -17,6 +17,7 @@ from orion_unet.inspection.check import Inspection
 from orion_unet.inspection.cores import THUMBNAIL, he_thumbnail, marker_thumbnail
 from orion_unet.inspection.findings import remark
 from orion_unet.run_log import write_atomic
+from orion_unet.text import for_figure
 
 PER_PAGE, COLUMNS = 48, 12
 # Inches: side of a picture, gaps, the two lines of text over each core, and the title.
@@ -62,10 +63,12 @@ def _draw(inspection: Inspection, cores: range, page: str) -> Figure:
     height = TITLE + rows * block + GAP
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    title = f"{_cut(folder.resolve().name, 60)}: H&E above {_cut(inspection.marker, 30)}, 0–{high:.3g}{page}"
+    title = (
+        f"{for_figure(folder.resolve().name, 60)}: H&E above {for_figure(inspection.marker, 30)}, 0–{high:.3g}{page}"
+    )
     if any(remark(inspection.cores[core]) for core in cores):
         title += " (red: see the warnings)"
-    figure.text(GAP / width, 1 - 0.09 / height, title, fontsize=11, va="top", parse_math=False)
+    figure.text(GAP / width, 1 - 0.09 / height, title, fontsize=11, va="top")
     channel = inspection.table.channel_names.index(inspection.marker)
     for place, core in enumerate(cores):
         down, right = divmod(place, columns)
@@ -74,12 +77,11 @@ def _draw(inspection: Inspection, cores: range, page: str) -> Figure:
         figure.text(
             left / width,
             1 - (top + TEXT - 0.04) / height,
-            f"{_cut(view.name)}\n{_cut(view.group) if view.group != view.name else ''}",
+            f"{for_figure(view.name, LETTERS)}\n{for_figure(view.group, LETTERS) if view.group != view.name else ''}",
             fontsize=7,
             va="bottom",
             linespacing=1.15,
             color="#b00020" if remark(view) else "black",
-            parse_math=False,
         )
         marker = marker_thumbnail(inspection.table, inspection.scales, core, channel, THUMBNAIL)
         pictures: tuple[tuple[np.ndarray, dict[str, Any]], ...] = (
@@ -100,7 +102,3 @@ def _show(axes: Any, picture: np.ndarray, shown: dict[str, Any]) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_linewidth(0.4)
-
-
-def _cut(text: str, letters: int = LETTERS) -> str:
-    return text if len(text) <= letters else text[: letters - 1] + "…"

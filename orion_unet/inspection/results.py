@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ from orion_unet.data.scale import Progress, no_progress
 from orion_unet.errors import InputError, RunError
 from orion_unet.inspection.check import Inspection, channel_record, core_record
 from orion_unet.inspection.contact_sheet import write_contact_sheets
-from orion_unet.run_log import strict, write_atomic, write_json
+from orion_unet.run_log import write_atomic, write_json
+from orion_unet.text import csv_bytes
 
 CHANNELS_FILE, CORES_FILE, DOCUMENT_FILE = "channels.csv", "cores.csv", "check_data.json"
 
@@ -42,9 +41,4 @@ def write_results(inspection: Inspection, folder: Path, progress: Progress = no_
 
 
 def _csv(records: Sequence[dict[str, Any]]) -> bytes:
-    """CSV with a heading; what is undefined or was not measured is empty."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(strict(record) for record in records)
-    return text.getvalue().encode()
+    return csv_bytes(list(records[0]), [list(record.values()) for record in records])

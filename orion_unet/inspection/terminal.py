@@ -13,6 +13,7 @@ from rich.text import Text
 
 from orion_unet.inspection.check import Inspection
 from orion_unet.inspection.findings import mismatched, remark
+from orion_unet.text import clean
 
 WIDE = 110
 NAME_WIDTH, WIDE_NAME = 15, 24
@@ -30,7 +31,7 @@ def show(inspection: Inspection, file: TextIO) -> None:
         file=file, markup=False, highlight=False, emoji=False, force_terminal=file.isatty(), legacy_windows=False
     )
     wide = console.width >= WIDE
-    console.print(Text(_plain(_summary(inspection))))
+    console.print(Text(_summary(inspection)))
     console.print()
     console.print(_channel_table(inspection, wide))
     console.print(
@@ -45,7 +46,7 @@ def show(inspection: Inspection, file: TextIO) -> None:
     if inspection.nuclear:
         console.print(
             Text(
-                f"r: correlation of {_plain(inspection.nuclear)} with the haematoxylin, as stored and after the best "
+                f"r: correlation of {clean(inspection.nuclear)} with the haematoxylin, as stored and after the best "
                 "shift of the marker (pixels down, right).",
                 style="dim",
             )
@@ -54,10 +55,12 @@ def show(inspection: Inspection, file: TextIO) -> None:
         console.print(Text(f"and {len(inspection.cores) - MOST_CORES} more: --output_dir writes them all", style="dim"))
     console.print()
     for note in inspection.notes:
-        console.print(Text(f"note: {_plain(note)}"))
+        console.print(Text(f"note: {clean(note, None)}"))
     for finding in inspection.findings:
-        console.print(Text("warning: ", style="bold yellow").append(_plain(finding.message), style="not bold default"))
-        console.print(Padding(Text(_plain(finding.advice)), (0, 0, 0, 9), expand=False))
+        console.print(
+            Text("warning: ", style="bold yellow").append(clean(finding.message, None), style="not bold default")
+        )
+        console.print(Padding(Text(clean(finding.advice, None)), (0, 0, 0, 9), expand=False))
     if not inspection.findings:
         console.print(Text("Nothing wrong was found.", style="green"))
 
@@ -72,7 +75,7 @@ def _summary(inspection: Inspection) -> str:
     )
     groups = len(set(inspection.split.groups))
     return (
-        f"{inspection.table.folder}: {len(cores)} cores of {size} pixels in {groups} groups, "
+        f"{clean(str(inspection.table.folder), None)}: {len(cores)} cores of {size} pixels in {groups} groups, "
         f"{len(inspection.channels)} channels\n"
         f"stored as {stored}\n"
         f"a split at the default seed: {len(inspection.split.train)} training and {len(inspection.split.val)} "
@@ -134,14 +137,7 @@ def _core_table(inspection: Inspection, wide: bool) -> Table:
 
 
 def _name(text: str, wide: bool) -> Text:
-    room = WIDE_NAME if wide else NAME_WIDTH
-    text = _plain(text)
-    return Text(text if len(text) <= room else text[: room - 1] + "…")
-
-
-def _plain(text: str) -> str:
-    """Nothing in a file's name may move the cursor."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    return Text(clean(text, WIDE_NAME if wide else NAME_WIDTH))
 
 
 def number(value: float) -> str:

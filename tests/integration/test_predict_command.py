@@ -78,6 +78,24 @@ def test_an_unknown_pixel_size_is_a_warning_and_that_of_the_input_is_kept(predic
         assert 'PhysicalSizeX="0.5"' in tiff.ome_metadata
 
 
+@pytest.mark.parametrize("form", ["npy", "ome-tiff"])
+def test_a_pixel_size_that_is_no_length_is_unknown_and_said_once(form, predict, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    metadata = {"axes": "YXS", "PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel"}
+    tifffile.imwrite(tmp_path / "slide.ome.tif", image(), photometric="rgb", metadata=metadata)
+    done = predict(tmp_path / "slide.ome.tif", format=form)
+    assert done.code == 0
+    assert [line for line in done.out.splitlines() if "warning" in line] == [
+        "warning: slide: the pixel size of the file is not used (it states 1 pixel, which is no length); "
+        "give --pixel_size_um"
+    ]
+    if form == "ome-tiff":
+        with tifffile.TiffFile(done.dir / "slide.ome.tiff") as tiff:
+            assert "PhysicalSizeX" not in tiff.ome_metadata
+    given = predict(tmp_path / "slide.ome.tif", format=form, out="given", pixel_size_um=0.5)
+    assert "warning" not in given.out
+
+
 def test_the_same_pixels_give_the_same_prediction_from_every_kind_of_file(predict, core, tmp_path):
     tifffile = pytest.importorskip("tifffile")
     pillow = pytest.importorskip("PIL.Image")

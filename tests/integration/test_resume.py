@@ -1,5 +1,6 @@
 """Interrupted, killed and damaged runs go on as if nothing had happened, bit for bit."""
 
+import errno
 import json
 import os
 import random
@@ -10,11 +11,13 @@ import time
 import pytest
 import torch
 from tiny_runs import (
+    DEADLINE_S,
     ROOT,
     TINY,
     command_line,
     differing,
     environments,
+    free_port,
     losses,
     read_metrics,
     read_status,
@@ -271,22 +274,35 @@ def test_a_kill_between_the_writes_of_an_epoch_loses_and_doubles_nothing(moment,
     assert not list(resumed.dir.rglob("*.tmp"))
 
 
-def test_a_process_killed_at_any_moment_resumes_to_the_same_end(start, pairs, tmp_path, straight):
-    words = trainer(**STATEFUL, pairs_dir=pairs, output_dir=tmp_path / "run", resume="auto", num_workers=1)
-    draw = random.Random(7)
-    expected = straight()
-    command = start(*words)
-    wait_for(lambda: (tmp_path / "run" / "status.json").exists() or command.process.poll() is not None, "the run")
-    time.sleep(draw.uniform(0.1, 1.5))
-    command.signal(signal.SIGKILL)
-    command.process.wait(timeout=30)
+def test_a_process_killed_in_the_middle_of_its_work_resumes_to_the_same_end(start, pairs, tmp_path, straight):
+    expected, draw = straight(), random.Random(7)
+    for trial in range(4):
+        run_dir = tmp_path / f"run_{trial}"
+        words = trainer(**STATEFUL, pairs_dir=pairs, output_dir=run_dir, resume="auto", num_workers=1)
+        if kill_within_training(start(*words), run_dir, draw.uniform(0, 0.3)):
+            break
+    else:
+        pytest.fail("every run ended before its kill")
     again = start(*words).end()
     assert again.code == 0, again.err
-    assert_equal_outcome(outcome(tmp_path / "run"), expected)
-    assert not list((tmp_path / "run").rglob("*.tmp"))
-    assert not (tmp_path / "run" / "run.lock").exists()
-    # The loader's process of the killed one notices, in its own time, that it has lost its rank.
-    wait_for(lambda: not command.others(), "the end of the loader's process", 30)
+    assert_equal_outcome(outcome(run_dir), expected)
+    assert not list(run_dir.rglob("*.tmp"))
+    assert not (run_dir / "run.lock").exists()
+
+
+def kill_within_training(command, run_dir, after_s):
+    """Kill a trainer some time after its first step; returns whether it had not ended before."""
+
+    def trains():
+        return (run_dir / "status.json").exists() and read_status(run_dir)["state"] in ("training", "validating")
+
+    wait_for(lambda: trains() or command.process.poll() is not None, "the first step")
+    time.sleep(after_s)
+    command.signal(signal.SIGKILL)
+    command.process.wait(timeout=DEADLINE_S)
+    # The loader's process notices, in its own time, that it has lost its rank.
+    wait_for(lambda: not command.others(), "the end of the loader's process")
+    return command.process.returncode == -signal.SIGKILL and trains()
 
 
 def test_a_command_ends_with_143_on_sigterm_and_leaves_no_process(start, pairs, tmp_path, straight):
@@ -304,6 +320,37 @@ def test_a_command_ends_with_143_on_sigterm_and_leaves_no_process(start, pairs, 
     done = losses(tmp_path / "run")
     shared = done.keys() & straight()[0].keys()
     assert {epoch: done[epoch] for epoch in shared} == {epoch: straight()[0][epoch] for epoch in shared}
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hang_up_saves_and_ends_unless_it_is_ignored_as_under_nohup(ignored, start, pairs, tmp_path):
+    many = {**STATEFUL, "epochs": 6 if ignored else 500, "early_stopping_patience": 0}
+    words = trainer(**many, pairs_dir=pairs, output_dir=tmp_path / "run")
+    trap = "trap '' HUP; " if ignored else ""
+    command = start("bash", "-c", trap + 'exec "$@"', "bash", *words)
+    log = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, "the first epoch")
+    command.signal(signal.SIGHUP)
+    ended = command.end()
+    state = "finished" if ignored else "interrupted"
+    assert (ended.code, read_status(tmp_path / "run")["state"]) == (0 if ignored else 143, state)
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(train, monkeypatch, tmp_path):
+    class Gone:
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+        def flush(self):
+            pass
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert train(epochs=1).code == 0
+    assert "epoch 1/1" in (tmp_path / "run" / "train.log").read_text()
 
 
 # One epoch of some seconds, so that the signal finds the ranks within it.
@@ -332,6 +379,23 @@ def test_two_ranks_interrupted_within_an_epoch_resume_to_the_same_end(start, pai
     two_ranks("--output_dir", tmp_path / "straight")
     assert_equal_outcome(outcome(run_dir), outcome(tmp_path / "straight"))
     assert [record["attempt"] for record in read_metrics(run_dir)] == [2]
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks_interrupted_within_an_epoch_resume_to_the_same_end(ranks, start, pairs, tmp_path):
+    # From three ranks on, a sum over ranks depends on the order in which the gradients are laid out.
+    options = {**RANKS, "pairs_dir": str(pairs), "accumulate_steps": 1, "base_features": 8}
+    runs = [
+        {"port": free_port(), "stop_at": stop_at, "options": {**options, "output_dir": str(tmp_path / name), **resume}}
+        for name, stop_at, resume in (("run", 2, {}), ("run", None, {"resume": "auto"}), ("straight", None, {}))
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    script = ROOT / "tests" / "integration" / "rank_runs.py"
+    begun = [start(sys.executable, script, tmp_path / "runs.json", **env) for env in environments(ranks)]
+    for ended in [rank.end() for rank in begun]:
+        assert ended.code == 0, ended.err
+        assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
+    assert_equal_outcome(outcome(tmp_path / "run"), outcome(tmp_path / "straight"))
 
 
 def test_changed_options_are_refused_with_their_list(train):
@@ -431,6 +495,37 @@ def test_a_run_can_be_continued_from_a_named_checkpoint(train, tmp_path):
     named = str(made.dir / "checkpoints" / "last.pt")
     assert train(epochs=3, resume=named).code == 0
     assert losses(made.dir) == losses(whole.dir)
+
+
+def test_a_run_continued_in_another_folder_takes_its_best_model_along(train, tmp_path, capsys):
+    # The first epoch stays the best: a rate of nearly nothing, and no norm whose statistics move.
+    still = {"norm": "group", "learning_rate": 1e-30}
+    made = train("made", epochs=1, **still)
+    named = str(made.dir / "checkpoints" / "last.pt")
+    other = train("other", epochs=2, resume=named, **still)
+    assert [record["best"] for record in read_metrics(other.dir)] == [False]
+    assert checkpoint.load(other.dir / "checkpoints" / "best.pt")["epoch"] == 1
+    assert differing(weights(other.dir, "best.pt"), weights(made.dir, "best.pt")) == []
+    (made.dir / "checkpoints" / "best.pt").unlink()
+    capsys.readouterr()
+    third = train("third", epochs=2, resume=named, **still)
+    said = capsys.readouterr().out
+    assert "warning: the best model so far, of epoch 1, cannot be carried over" in said
+    assert "best epoch 1" in said
+    assert f"its model is not in {third.dir / 'checkpoints'}" in said
+
+
+def test_an_epoch_continued_on_another_number_of_ranks_logs_the_mean_over_all_its_steps(train, interrupt, straight):
+    # As two ranks leave it after four steps: the same sums on both, since here both trained on the same batches.
+    calm = interrupt(signal.SIGTERM, 1, 2)
+    made = train(**STATEFUL)
+    calm()
+    last = made.dir / "checkpoints" / "last.pt"
+    content = checkpoint.load(last, to_resume=True)
+    assert content["step"] == 4
+    checkpoint.save(last, {**content, "ranks": content["ranks"] * 2})
+    resumed = train(**STATEFUL, resume="auto")
+    assert_equal_outcome(outcome(resumed.dir), straight())
 
 
 @pytest.mark.parametrize("name", ["best.pt", "absent.pt"])

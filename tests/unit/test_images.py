@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from orion_unet.errors import InputError
-from orion_unet.slides.images import ArrayImage, open_he
+from orion_unet.slides.images import ArrayImage
+from orion_unet.slides.open import open_he
 
 tifffile = pytest.importorskip("tifffile")
 pillow = pytest.importorskip("PIL.Image")
@@ -78,6 +79,33 @@ def test_of_a_pyramid_the_full_resolution_is_read(tmp_path):
         assert_same_pixels(image)
 
 
+FOREIGN = {
+    "ImageJ": "ImageJ=1.53\nimages=3\nslices=3\n",
+    "tifffile": '{"shape": [3, 150, 131, 3]}',
+    "ImageScope": "Aperio Image Library v11.2.1 \r\n150x131 (64x64) JPEG/RGB Q=30|AppMag = 20|MPP = 0.4990|Left = 25",
+}
+
+
+def write_pages(path, levels, description):
+    """A pyramid as libvips writes it: a page a level, with the description of its input in each."""
+    with tifffile.TiffWriter(path) as tiff:
+        for level in levels:
+            tiff.write(level, tile=(64, 64), compression="deflate", description=description, metadata=None, **RGB)
+
+
+@pytest.mark.parametrize("description", FOREIGN.values(), ids=FOREIGN)
+def test_of_a_pyramid_that_carries_the_description_of_another_file_the_first_page_is_read(description, tmp_path):
+    write_pages(tmp_path / "slide.tif", (LEVELS, LEVELS[::2, ::2], LEVELS[::4, ::4]), description)
+    with open_he(tmp_path / "slide.tif") as image:
+        assert_same_pixels(image)
+
+
+def test_where_the_description_fits_no_page_and_a_later_page_is_larger_the_file_is_refused(tmp_path):
+    write_pages(tmp_path / "slide.tif", (LEVELS[::2, ::2], LEVELS, LEVELS[::4, ::4]), FOREIGN["ImageJ"])
+    with pytest.raises(InputError, match=r"slide\.tif: .*the first page is not the largest"):
+        open_he(tmp_path / "slide.tif")
+
+
 def test_jpeg_tiles_and_strips_are_decoded_to_rgb(tmp_path):
     smooth = np.stack(np.meshgrid(np.arange(128), np.arange(128)), -1).astype(np.uint8)
     smooth = np.dstack([smooth, 255 - smooth[..., :1]])
@@ -141,6 +169,46 @@ def test_the_pixel_size_comes_from_ome_xml_in_its_own_unit(tmp_path):
     metadata = {"axes": "YXS", "PhysicalSizeX": 325.0, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 325.0}
     write_tiff(tmp_path / "slide.ome.tif", LEVELS, {**RGB, "ome": True, "metadata": metadata})
     assert open_he(tmp_path / "slide.ome.tif").pixel_size_um == pytest.approx(0.325)
+
+
+OME_SIZES = {
+    "micrometres by default": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}, 0.5, ""),
+    "one axis": ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm"}, 0.5, ""),
+    "1 micrometre": ({"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 1.0}, 1.0, ""),
+    "less than 1 % apart": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.504}, 0.5, ""),
+    "more than 1 % apart": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.51}, None, "0.5 µm across and 0.51 µm down"),
+    "in pixels": ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "pixel"}, None, "0.5 pixel, which is no length"),
+    "in reference frames": ({"PhysicalSizeX": 2.0, "PhysicalSizeXUnit": "reference frame"}, None, "no length"),
+    "1 without a unit": ({"PhysicalSizeX": 1.0, "PhysicalSizeY": 1.0}, None, "1 without a unit"),
+    "one axis is 1 without a unit": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 1.0}, None, "1 without a unit"),
+    "in millimetres": ({"PhysicalSizeX": 0.0005, "PhysicalSizeXUnit": "mm"}, 0.5, ""),
+}
+
+
+@pytest.mark.parametrize(("stated", "expected", "doubt"), OME_SIZES.values(), ids=OME_SIZES)
+def test_a_pixel_size_in_ome_xml_is_believed_only_as_a_length_equal_on_both_axes(stated, expected, doubt, tmp_path):
+    metadata = {"axes": "YXS", **stated}
+    image = open_he(write_tiff(tmp_path / "slide.ome.tif", LEVELS, {**RGB, "ome": True, "metadata": metadata}))
+    assert image.pixel_size_um == (None if expected is None else pytest.approx(expected))
+    assert doubt in image.pixel_size_doubt
+    assert bool(doubt) == bool(image.pixel_size_doubt)
+
+
+def test_what_ome_xml_leaves_in_doubt_other_tags_may_state(tmp_path):
+    options = {"ome": True, "metadata": {"axes": "YXS", "PhysicalSizeX": 1.0}}
+    options |= {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", **RGB}
+    image = open_he(write_tiff(tmp_path / "slide.ome.tif", LEVELS, options))
+    assert image.pixel_size_um == pytest.approx(0.5)
+    assert not image.pixel_size_doubt
+
+
+def test_resolutions_that_differ_between_the_axes_are_no_pixel_size(tmp_path):
+    options = {**RGB, "resolution": (20000, 25000), "resolutionunit": "CENTIMETER", "metadata": None}
+    pillow.fromarray(LEVELS).save(tmp_path / "slide.png", dpi=(50800, 40000))
+    for path in (write_tiff(tmp_path / "slide.tif", LEVELS, options), tmp_path / "slide.png"):
+        image = open_he(path)
+        assert image.pixel_size_um is None
+        assert "across" in image.pixel_size_doubt
 
 
 def test_the_pixel_size_comes_from_the_description_of_imagescope(tmp_path):
@@ -263,7 +331,7 @@ def test_a_missing_file_a_folder_and_an_unknown_kind_are_refused(tmp_path):
 
 
 def test_a_picture_too_large_to_decode_whole_is_refused_with_advice(tmp_path, monkeypatch):
-    monkeypatch.setattr("orion_unet.slides.images.LARGEST_PICTURE", 150 * 131 - 1)
+    monkeypatch.setattr("orion_unet.slides.open.LARGEST_PICTURE", 150 * 131 - 1)
     pillow.fromarray(LEVELS).save(tmp_path / "core.png")
     with pytest.raises(InputError, match="tiled TIFF"):
         open_he(tmp_path / "core.png")
@@ -277,16 +345,16 @@ def test_a_slide_compressed_in_one_huge_piece_is_refused_with_advice(tmp_path, m
         open_he(tmp_path / "slide.tif")
 
 
-def test_decoded_tiles_are_kept_within_the_cache_and_reused(tmp_path, monkeypatch):
+def test_of_the_last_region_the_lowest_tiles_are_kept_within_the_cache_and_read_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr("orion_unet.slides.tiff.CACHE_BYTES", 5 * 64 * 32 * 3)
     path = write_tiff(tmp_path / "slide.tif", *TIFFS["tiles"])
     with open_he(path) as image:
-        image.read(0, 0, 64, 131)
+        image.read(0, 0, 110, 131)
         path.write_bytes(b"")
-        # What is not read again comes from the cache; the rest is gone with the file.
-        np.testing.assert_allclose(image.read(10, 0, 50, 131), LEVELS[10:60] / 255, atol=1e-6)
+        # Five tiles a row: those of the second row come from the cache, those of the first are gone with the file.
+        np.testing.assert_allclose(image.read(70, 0, 50, 131), LEVELS[70:120] / 255, atol=1e-6)
         with pytest.raises(InputError, match="slide"):
-            image.read(100, 0, 10, 10)
+            image.read(10, 0, 10, 10)
 
 
 def test_an_array_in_memory_reads_like_a_file():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -260,24 +261,62 @@ def test_workers_leave_the_signals_of_the_terminal_and_the_cluster_to_their_rank
     assert_same(found, expected)
 
 
-def test_a_process_that_fails_in_an_epoch_ends_though_its_workers_hear_no_signal(write_pairs):
-    script = f"""
-        import numpy as np
-        from orion_unet.config import DataOptions
-        from orion_unet.data.loaders import BatchLoader, TrainingOrder, TrainingSamples
-        from orion_unet.data.pairs import find_pairs
-        from orion_unet.data.patches import PatchReader
-        from orion_unet.data.scale import measure_scales
+LOADING = """
+import numpy as np
+from orion_unet.config import DataOptions
+from orion_unet.data import loaders
+from orion_unet.data.loaders import BatchLoader, TrainingOrder, TrainingSamples
+from orion_unet.data.pairs import find_pairs
+from orion_unet.data.patches import PatchReader
+from orion_unet.data.scale import measure_scales
 
-        table = find_pairs(DataOptions(pairs_dir={str(write_pairs())!r}, patch_size=16))
-        reader = PatchReader(table, measure_scales(table, False), 16)
-        dataset = TrainingSamples(reader, np.arange(4), 8, seed=0, augment=True)
-        loader = BatchLoader(dataset, TrainingOrder(32, 4, 0, 1, seed=0), 4, 2)
+table = find_pairs(DataOptions(pairs_dir={folder!r}, patch_size=16))
+reader = PatchReader(table, measure_scales(table, False), 16)
+dataset = TrainingSamples(reader, np.arange(4), 8, seed=0, augment=True)
+loader = BatchLoader(dataset, TrainingOrder(32, 4, 0, 1, seed=0), 4, 2)
+"""
+
+
+def run_loading(folder, script):
+    """Exit code, output and errors of a process with the loader above, once nothing it has started holds them open."""
+    words = [sys.executable, "-c", LOADING.format(folder=str(folder)) + textwrap.dedent(script)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, text=True, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def test_a_process_that_fails_in_an_epoch_ends_though_its_workers_hear_no_signal(write_pairs):
+    code, _, err = run_loading(
+        write_pairs(),
+        """
         for kept in loader:
             raise RuntimeError("the network failed")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+        """,
     )
-    assert done.returncode == 1
-    assert "the network failed" in done.stderr
+    assert code == 1
+    assert "the network failed" in err
+
+
+def test_workers_end_although_their_process_was_killed_before_they_had_begun(write_pairs):
+    # A worker begins by leaving signals to its rank; here it waits with that until the rank is gone.
+    code, out, _ = run_loading(
+        write_pairs(),
+        """
+        import os, signal, time
+        rank, leave = os.getpid(), signal.signal
+        def leave_late(*given):
+            while os.getppid() == rank:
+                time.sleep(0.01)
+            return leave(*given)
+        loaders.signal.signal = leave_late
+        print("before", flush=True)
+        iterator = iter(loader._loader)
+        os.kill(rank, signal.SIGKILL)
+        """,
+    )
+    assert (code, out) == (-signal.SIGKILL, "before\n")
