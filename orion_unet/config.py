@@ -161,6 +161,14 @@ class RuntimeOptions:
     )
     compile: bool = option(False, "compile the model with torch.compile", fixed=False)
     deterministic: bool = option(False, "deterministic kernels, slower")
+    pinned_memory_mb: float = option(
+        4096.0,
+        "page-locked memory for batches on their way to the GPU, per rank; bounds the automatic number of loader "
+        "processes, too",
+        unit="megabytes",
+        minimum=0,
+        fixed=False,
+    )
     stop_timeout_s: float = option(
         120.0,
         "how long the launcher of several ranks waits for them to save and end after a request to stop",

@@ -244,7 +244,7 @@ BAD_OPTIONS = [
     ({"tile": 30}, "--tile 30: must be a multiple of 4"),
     ({"overlap": 6}, "--overlap 6: must be a multiple of 4"),
     ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
-    ({"pixel_size_um": -1}, "--pixel_size_um -1: must be a number above 0"),
+    ({"pixel_size_um": -1}, "--pixel_size_um -1.0: must be above 0"),
     ({"device": "tpu"}, "--device tpu"),
     ({"format": "jpg"}, "--format"),
     ({"dtype": "float32"}, "--dtype float32: is for --format ome-tiff"),

@@ -214,6 +214,7 @@ SHOWN_BY = {
     "warmup_epochs": "test_warm_up_and_cosine_shape_the_learning_rate",
     "early_stopping_patience": "test_early_stopping_stops_and_says_so",
     "stop_timeout_s": "test_the_launcher_waits_for_its_ranks_as_long_as_asked",
+    "pinned_memory_mb": "tests/unit/test_loaders.py",
     "compile": "test_a_compiled_model_trains_and_is_stored_under_its_own_names",
     "deterministic": "test_deterministic_kernels_are_asked_for",
     "sanity_check_freq": "test_panels_are_drawn_in_the_chosen_epochs_and_can_be_compared",
