@@ -161,6 +161,10 @@ def _predict_image(
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)
     with WorkingFile(job.result.parent, job.name, shape, "<u2" if quantized else "<f4", job.fingerprint) as working:
+        if not options.overwrite and job.result.exists():
+            # Another process has written it since this one looked.
+            working.remove()
+            refuse_existing([job], None)
         first = working.finished_rows
         if first:
             progress.say(f"{job.name}: going on at tile row {first + 1} of {len(tiles.rows)}")
