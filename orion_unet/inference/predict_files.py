@@ -18,6 +18,7 @@ from orion_unet import __version__
 from orion_unet.config import PredictOptions
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.model import TrainedModel
+from orion_unet.inference.ome_tiff import require_writer, write_ome_tiff
 from orion_unet.inference.outputs import (
     Job,
     Record,
@@ -34,7 +35,7 @@ from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
 from orion_unet.slides.images import HeImage
-from orion_unet.slides.open import open_he
+from orion_unet.slides.open import open_he, require_readers
 
 # Values that are brought to their unit and written at a time: so few that they stay in the processor's cache, or so
 # many that a GPU is not kept waiting.
@@ -54,6 +55,9 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     names = [model.names[index] for index in kept]
     decisive = _decisive(model, options)
     jobs = plan_jobs(find_inputs(inputs), output_dir, options.format, options.overview, decisive, options.pixel_size_um)
+    require_readers(job.source for job in jobs)
+    if options.format == "ome-tiff":
+        require_writer()
     prepare_folder(output_dir)
     record, progress = Record(output_dir), Progress()
     waiting = [job for job in jobs if not record.holds(job)]
@@ -141,6 +145,10 @@ def _predict_image(
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)
     with WorkingFile(job.result.parent, job.name, shape, "<u2" if quantized else "<f4", job.fingerprint) as working:
+        if not options.overwrite and job.result.exists():
+            # Another process has written it since this one looked.
+            working.remove()
+            refuse_existing([job], None)
         first = working.finished_rows
         if first:
             progress.say(f"{job.name}: going on at tile row {first + 1} of {len(tiles.rows)}")
@@ -188,8 +196,6 @@ def _write_outputs(
     if options.format == "npy":
         working.become(job.result)
     else:
-        from orion_unet.inference.ome_tiff import write_ome_tiff
-
         meaning = "[0, 1]" if unit.normalized else f"the unit of the training data, where {unit.high:g} is white"
         write_ome_tiff(
             job.result,

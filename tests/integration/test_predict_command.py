@@ -208,6 +208,32 @@ def test_a_slide_found_damaged_halfway_leaves_nothing_behind(predict, tmp_path):
     assert sorted(contents(done.dir)) == ["channel_names.txt"]
 
 
+WRITING = [("tifffile", "tifffile"), ("imagecodecs", "imagecodecs"), ("skimage.color", "scikit-image")]
+READING = [("slide.tif", *WRITING[0]), ("slide.svs", *WRITING[1]), ("picture.png", "PIL.Image", "pillow")]
+
+
+@pytest.mark.parametrize(("module", "package"), WRITING)
+def test_a_package_that_an_ome_tiff_needs_is_missed_before_any_work(module, package, predict, core, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    done = predict(core, format="ome-tiff")
+    assert done.code == 2
+    assert f'the package {package} is needed for this: pip install "orion-unet[inference]"' in done.err
+    assert not done.dir.exists()
+    assert predict(core, overview=False).code == 0
+
+
+@pytest.mark.parametrize(("name", "module", "package"), READING)
+def test_a_package_that_an_input_needs_is_missed_before_any_work(
+    name, module, package, predict, core, tmp_path, monkeypatch
+):
+    (tmp_path / name).write_bytes(b"not looked at")
+    monkeypatch.setitem(sys.modules, module, None)
+    done = predict(core, tmp_path / name)
+    assert done.code == 2
+    assert f'the package {package} is needed for this: pip install "orion-unet[inference]"' in done.err
+    assert not done.dir.exists()
+
+
 def test_two_inputs_with_one_name_are_refused(predict, core, tmp_path):
     (tmp_path / "b").mkdir()
     shutil.copy(core, tmp_path / "b" / "core.npy")
