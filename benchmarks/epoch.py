@@ -254,7 +254,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any] | None:
 
 # One axis grows at a time; everything else is as small as is meaningful.
 AXES: dict[str, list[dict[str, int]]] = {
-    "patches an epoch": [{"steps": steps} for steps in (4, 8, 16, 32)],
+    "patches per epoch": [{"steps": steps} for steps in (4, 8, 16, 32)],
     "channels": [{"channels": channels} for channels in (1, 5, 20, 60)],
     "patch size": [{"patch_size": size} for size in (64, 128, 256)],
     "cores": [{"cores": cores} for cores in (5, 50, 500, 5000)],

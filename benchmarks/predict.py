@@ -1,17 +1,17 @@
-"""Is prediction as fast as its network, constant in memory, and free of seams?
+"""Is prediction as fast as its network, flat in memory, and without seams?
 
     python benchmarks/predict.py [--checkpoint RUN] [--json FILE]
     python benchmarks/predict.py --only slide --slide 20000        # a slide of 400 megapixels, in bounded memory
 
 - speed: megapixels per second of ``predict`` on a tiled TIFF, from the open file to the finished output, over those of
-  the bare network on the same tiles, measured in turns in one process (goal: at least 0.85);
-- memory: peak memory of a process that predicts images of growing height, and of growing width;
-- seams: compares the prediction of a large image with those of shifted crops, whose tiles meet elsewhere: the
-  difference where tiles of the large image meet over the difference inside them (goal: about 1), and the step between
+  the bare network on the same tiles, measured in turns in one process (goal: 0.85 or more);
+- memory: largest resident memory of a process that predicts images of growing height, and of growing width;
+- seams: the prediction of a large image against those of shifted crops, whose tiles meet elsewhere: the difference
+  where tiles of the large image meet, over the difference inside them (goal: about 1), and the step between
   neighbouring pixels there over the step elsewhere;
-- slide (only with --only slide): a generated slide, predicted by a tiny network in a separate process.
+- slide (only when asked for): a generated slide, predicted by a tiny network in a process of its own.
 
-The images are repeated demo tissue. Without ``--checkpoint`` the network has random weights.
+The tissue is that of the demo, repeated. Without ``--checkpoint`` the network has random weights.
 """
 
 from __future__ import annotations

@@ -25,8 +25,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orion_unet.training.run import DIVERGED, FINISHED
-
 from orion_unet.checkpoint import BEST, checkpoint_path
 from orion_unet.config import TrainConfig
 from orion_unet.data import loaders, patches
@@ -41,7 +39,7 @@ from orion_unet.inference.model import TrainedModel, load_trained
 from orion_unet.losses import CompositeLoss
 from orion_unet.models import blocks, unet
 from orion_unet.run_log import METRICS_FILE, write_json
-from orion_unet.training import run
+from orion_unet.training.loop import DIVERGED, FINISHED, train
 
 # Side of the square in the middle of a patch over which HEXIF takes its loss, pixels.
 CENTRE = 12
@@ -222,7 +220,7 @@ def _train_and_score(job: dict[str, Any]) -> int:
     config = TrainConfig.from_options(job["options"])
     run_dir = Path(config.output.output_dir)
     started = time.perf_counter()
-    code = run.run(config)
+    code = train(config)
     seconds = time.perf_counter() - started
     if code not in (FINISHED, DIVERGED):
         # Interrupted: the benchmark runs it again.

@@ -1,8 +1,8 @@
 """The sets and the named recipes that the stability benchmark trains.
 
 ``former`` is the unstable recipe that the toolkit's users had, ``published`` the recipe that the toolkit started from,
-and ``stable`` the recipe of train_stable_learning.sh: ``published`` with the changes that won. Every recipe is a set of
-changes to ``published``: of options, and of code where no option exists (``stability_job.CHANGES``).
+and ``stable`` its default: ``published`` with the changes that won (``orion_unet/recipes.py``). Every recipe here is a
+set of changes to ``published``: of options, and of code where no option exists (``stability_job.CHANGES``).
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from orion_unet.demo.make import make_demo
+from orion_unet.recipes import RECIPES
 from orion_unet.run_log import write_json
 
-PUBLISHED: dict[str, Any] = {
-    "epochs": 30, "learning_rate": 1e-4, "batch_size": 12, "val_split": 0.20,
-    "mse_weight": 0.8, "l1_weight": 0.3, "boundary_weight": 0.1, "focal_weight": 0.0, "variance_weight": 0.1,
-    "scheduler": "plateau", "lr_factor": 0.5, "lr_patience": 5, "early_stopping_patience": 10,
-    "use_amp": True, "use_boundary_guidance": True, "noise_removal": True,
-}  # fmt: skip
-# The former recipe, by the change of published that each value undoes. The weight of its focal term is not on record;
-# 0.1 is a guess.
+PUBLISHED: dict[str, Any] = RECIPES["published"].values
+# Changes of published that make the stable recipe.
+STABLE: dict[str, Any] = {name: found.value for name, found in RECIPES["stable"].own.items()}
+# The former recipe, by the change of published that each value undoes.
 FORMER_CHANGES: dict[str, dict[str, Any]] = {
     "learning rate 1e-4": {"learning_rate": 5e-4},
     "batch of 12": {"batch_size": 8},
@@ -100,10 +97,6 @@ IMPROVEMENTS: dict[str, dict[str, Any]] = {
     "correlation 0.1": {"correlation_weight": 0.1},
     "starts at a half": {"output_start": "half"},
 }
-# Changes of published that make the stable recipe (in which lr_factor and lr_patience have no effect).
-STABLE: dict[str, Any] = {
-    "learning_rate": None, "scheduler": "cosine", "warmup_epochs": 0.5, "ema_decay": 0.95, "correlation_weight": 0.1,
-}  # fmt: skip
 # Single changes of stable: each part left out in turn, and what else was tried.
 VARIATIONS: dict[str, dict[str, Any]] = {
     "without EMA": {"ema_decay": 0.0},

@@ -78,24 +78,14 @@ def test_a_name_of_the_real_pairs_that_would_be_ambiguous_is_refused(tmp_path, n
     assert f"--real_name {name}: use letters" in done.stderr
 
 
-def test_the_stable_recipe_is_the_launcher_s():
-    from stability_recipes import PUBLISHED, STABLE
+def test_the_benchmark_trains_the_recipes_of_the_toolkit():
+    from stability_recipes import PUBLISHED, recipes
 
-    script = (ROOT / "train_stable_learning.sh").read_text(encoding="utf-8")
-    words = re.search(r"^recipe=\(\n(.*?)^\)", script, re.S | re.M).group(1).split()
-    given = {}
-    for place, word in enumerate(words):
-        if word.startswith("--"):
-            following = words[place + 1] if place + 1 < len(words) else "--"
-            given[word[2:]] = True if following.startswith("--") else following
-    assert given.pop("output_dir").startswith("runs_sep6v1/")
-    assert given.pop("learning_rate") == "auto"
-    recipe = {**PUBLISHED, **STABLE}
-    for name in ("lr_factor", "lr_patience"):
-        # They belong to the plateau schedule.
-        recipe.pop(name)
-    assert recipe.pop("learning_rate") is None
-    assert {name: value if value is True else type(recipe[name])(value) for name, value in given.items()} == recipe
+    from orion_unet.recipes import RECIPES
+
+    known = {recipe.name: recipe for recipe in recipes()}
+    for name in ("former", "published", "stable"):
+        assert {**PUBLISHED, **known[name].options} == RECIPES[name].values
 
 
 def test_former_differs_from_published_by_every_single_change_and_each_ablation_lacks_one():
