@@ -213,7 +213,7 @@ SHOWN_BY = {
     "lr_patience": "test_a_plateau_lowers_the_learning_rate",
     "warmup_epochs": "test_warm_up_and_cosine_shape_the_learning_rate",
     "early_stopping_patience": "test_early_stopping_stops_and_says_so",
-    "stop_timeout_s": "test_the_launcher_waits_for_its_ranks_as_long_as_asked",
+    "stop_timeout_s": "tests/integration/test_launcher.py",
     "pinned_memory_mb": "tests/unit/test_loaders.py",
     "compile": "test_a_compiled_model_trains_and_is_stored_under_its_own_names",
     "deterministic": "test_deterministic_kernels_are_asked_for",
