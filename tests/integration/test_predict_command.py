@@ -263,6 +263,23 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others_and_is_tried_agai
     assert predict(*inputs).code == 2
 
 
+def test_escapes_in_names_are_shown_as_such_and_stay_in_the_files(tmp_path, capsys):
+    hostile = ("Hoe\x1b[31mchst", "CD\u202e3\x07", "Blank")
+    checkpoint = write_checkpoint(tmp_path / "best.pt", names=hostile)
+    np.save(tmp_path / "co\x1b[2Jre_HE.npy", image(40, 40))
+    np.save(tmp_path / "b\x1b[2Jad_HE.npy", image(40, 40).astype(np.int32))
+    predict = predictor(checkpoint, tmp_path, capsys)
+    done = predict(tmp_path / "co\x1b[2Jre_HE.npy", tmp_path / "b\x1b[2Jad_HE.npy")
+    wrong = predict(tmp_path / "co\x1b[2Jre_HE.npy", markers="CD\x1b[0m99", out="wrong")
+    assert (done.code, wrong.code) == (2, 2)
+    said = done.out + done.err + wrong.out + wrong.err
+    assert not {letter for letter in said if not letter.isprintable()} - {"\n"}
+    assert "co\\x1b[2Jre.npy: 40 x 40 pixels" in done.out
+    assert "b\\x1b[2Jad_HE.npy: has dtype int32" in done.err
+    assert "no marker CD\\x1b[0m99; the model predicts Hoe\\x1b[31mchst, CD\\u202e3\\x07, Blank" in wrong.err
+    assert (done.dir / "channel_names.txt").read_text(encoding="utf-8").split("\n") == [*hostile, ""]
+
+
 BAD_OPTIONS = [
     ({"markers": "CD3e,CD99"}, "--markers CD3e,CD99: no marker CD99; the model predicts Hoechst, CD3e, Blank"),
     ({"markers": ","}, "--markers ,:"),
