@@ -29,7 +29,8 @@ def parser() -> Parser:
         nargs="+",
         type=Path,
         metavar="FILE|DIR",
-        help="images (.npy, .png, .jpg, .tif, .svs); of a folder its NAME_HE.npy, or else every image",
+        help="images (.npy, .png, .jpg, .tif, .svs; .ndpi, .mrxs, .scn by OpenSlide); for a folder: its NAME_HE.npy "
+        "files, otherwise every image",
     )
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for the predictions; made if need be")
 
@@ -50,7 +51,7 @@ def parser() -> Parser:
 
     how = parser.add_argument_group("prediction")
     add = how.add_argument
-    _on_off(how, "tissue_only", None, "skip tiles of blank glass, which become background; default: on for TIFF, SVS")
+    _on_off(how, "tissue_only", None, "leave tiles without tissue empty; default: on for TIFF and slides")
     add("--tta", action="store_true", help="mean over the 8 flips and turns of each tile, 8 times the work")
     add("--tile", type=int, metavar="N", help="side of a tile [pixels]; default: by the network and the width")
     add("--overlap", type=int, metavar="N", help="overlap of tiles [pixels]; default: by the network's depth")

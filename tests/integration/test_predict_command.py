@@ -108,6 +108,17 @@ def test_the_same_pixels_give_the_same_prediction_from_every_kind_of_file(predic
         np.testing.assert_array_equal(np.load(done.dir / f"{name}.npy"), expected)
 
 
+def test_a_slide_that_openslide_reads_is_predicted_like_the_array(predict, core, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("openslide", reason="the extra openslide is not installed", exc_type=ImportError)
+    (tmp_path / "slides").mkdir()
+    options = {"tile": (64, 64), "compression": "deflate", "photometric": "rgb", "metadata": None}
+    tifffile.imwrite(tmp_path / "slides" / "slide.ndpi", image(), **options)
+    done = predict(tmp_path / "slides", out="slides")
+    assert done.code == 0
+    np.testing.assert_array_equal(np.load(done.dir / "slide.npy"), np.load(predict(core).dir / "core.npy"))
+
+
 def test_the_python_interface_gives_what_the_command_writes(predict, core, model):
     trained = orion_unet.load_model(model)
     expected = np.load(predict(core).dir / "core.npy")
