@@ -46,12 +46,12 @@ import tifffile  # noqa: E402
 import torch  # noqa: E402
 
 from orion_unet import checkpoint  # noqa: E402
-from orion_unet.config import TrainConfig  # noqa: E402
+from orion_unet.config import PredictOptions, TrainConfig  # noqa: E402
 from orion_unet.data.normalization import Normalization  # noqa: E402
 from orion_unet.demo.make import MARKERS, draw_core  # noqa: E402
 from orion_unet.inference.model import TrainedModel, load_trained  # noqa: E402
 from orion_unet.inference.predict import predict  # noqa: E402
-from orion_unet.inference.predict_files import PredictOptions, predict_files  # noqa: E402
+from orion_unet.inference.predict_files import predict_files  # noqa: E402
 from orion_unet.inference.tiling import TiledPrediction, Tiling, choose_tiling  # noqa: E402
 from orion_unet.models.unet import SpatialUNet  # noqa: E402
 from orion_unet.slides.images import ArrayImage  # noqa: E402
@@ -64,7 +64,7 @@ TILE = 256
 
 @functools.cache
 def tissue(size: int = TISSUE) -> np.ndarray:
-    """Demo tissue (size, size, 3) uint8 without the glass around it, made to be repeated: mirrored both ways."""
+    """Demo tissue (size, size, 3) uint8 without the glass around it, mirrored both ways so that it tiles."""
     core, _ = draw_core(seed=1, size=size)
     quarter = core[size // 4 : 3 * size // 4, size // 4 : 3 * size // 4]
     half = np.concatenate([quarter, quarter[::-1]])
@@ -72,7 +72,7 @@ def tissue(size: int = TISSUE) -> np.ndarray:
 
 
 def write_slide(path: Path, height: int, width: int) -> None:
-    """A tiled TIFF of repeated tissue, written tile by tile; the size of a pixel is 0.325 micrometres."""
+    """Write a tiled TIFF of repeated tissue, tile by tile; the pixel size is 0.325 micrometres."""
     pattern = tissue()
 
     def tiles() -> Iterator[np.ndarray]:
@@ -89,7 +89,7 @@ def write_slide(path: Path, height: int, width: int) -> None:
 
 
 def write_model(path: Path, markers: int, **options: Any) -> Path:
-    """A checkpoint of random weights from a fixed seed."""
+    """Write a checkpoint with random weights from a fixed seed."""
     config = TrainConfig.from_options(options)
     torch.manual_seed(0)
     network = SpatialUNet.from_options(config.model, markers)
@@ -108,7 +108,7 @@ def write_model(path: Path, markers: int, **options: Any) -> Path:
 
 
 def bare_forward_s(model: TrainedModel, source: Path) -> float:
-    """Seconds of the network alone on all tiles of the image, in the batches in which predict runs them."""
+    """Seconds of the bare network on all tiles of the image, in the same batches as predict."""
     with open_he(source) as image:
         tiles = TiledPrediction(model, image, choose_tiling(model, image.shape))
         count = len(tiles.rows) * len(tiles.columns)
@@ -116,13 +116,13 @@ def bare_forward_s(model: TrainedModel, source: Path) -> float:
     began = time.perf_counter()
     for start in range(0, count, tiles.batch_size):
         predicted = model.predict(batch[: min(tiles.batch_size, count - start)])
-    # Nothing is done before its result is here.
+    # Wait for the result: a GPU computes asynchronously.
     predicted[..., 0, 0].cpu()
     return time.perf_counter() - began
 
 
 def speed(folder: Path, model: TrainedModel, size: int, repeats: int) -> dict[str, Any]:
-    """Megapixels per second of the command and of its network, medians over turns."""
+    """Megapixels per second of the command and of the bare network, as medians over rounds."""
     source = folder / "speed.tif"
     write_slide(source, size, size)
     found: dict[str, list[float]] = {"forward": [], "npy": [], "ome-tiff": []}
@@ -134,7 +134,7 @@ def speed(folder: Path, model: TrainedModel, size: int, repeats: int) -> dict[st
             with contextlib.redirect_stdout(io.StringIO()):
                 predict_files(model, [source], folder / "speed", options)
             seconds[kind] = time.perf_counter() - began
-        # The first turn warms up.
+        # The first round is a warm-up.
         if turn:
             for name, value in seconds.items():
                 found[name].append(value)
@@ -158,7 +158,7 @@ sys.exit(code)
 
 
 def peak_memory(checkpoint_path: Path, source: Path, out: Path, *options: str) -> tuple[float, float]:
-    """Megabytes of resident memory at most, and seconds, of the command in a process of its own."""
+    """Peak resident memory [MB] and seconds of the command in a separate process."""
     words = ["predict", "--checkpoint", checkpoint_path, "--input", source, "--output_dir", out, "--device", "cpu"]
     began = time.perf_counter()
     done = subprocess.run(
@@ -169,7 +169,7 @@ def peak_memory(checkpoint_path: Path, source: Path, out: Path, *options: str) -
 
 
 def memory(folder: Path, sizes: list[int]) -> list[dict[str, Any]]:
-    """Largest memory for heights at one width, then for widths at one height."""
+    """Peak memory for growing heights at one width, then for growing widths at one height."""
     model = write_model(folder / "tiny.pt", markers=4, base_features=4, depth=2, patch_size=64)
     found = []
     for height, width in [(size, sizes[0]) for size in sizes] + [(sizes[0], size) for size in sizes[1:]]:
@@ -195,10 +195,10 @@ def seams(model: TrainedModel, size: int, crops: int) -> dict[str, float]:
     lines = np.zeros(size - 1, bool)
     for start in tiles.rows[1:]:
         meeting[start : start + tiles.tiling.overlap] = meeting[:, start : start + tiles.tiling.overlap] = True
-        # Where one tile begins to count and where the other ceases to.
+        # Where the weight of one tile starts and where that of the other ends.
         lines[[line for line in (start - 1, start + tiles.tiling.overlap - 1) if line < size - 1]] = True
     rng = np.random.default_rng(0)
-    # Of the crop, what lies deep inside one of its own tiles: there only the large image has a seam.
+    # Compare only the inside of one tile of the crop, where no seam of the crop itself can be.
     apart, deep = tiles.tiling.stride, tiles.tiling.overlap
     sums = {(kind, at): [0.0, 0] for kind in ("aligned", "shifted") for at in (True, False)}
     for index in range(crops):
@@ -229,7 +229,7 @@ def seams(model: TrainedModel, size: int, crops: int) -> dict[str, float]:
 
 
 def slide(folder: Path, size: int, keep: bool) -> dict[str, Any]:
-    """A slide of ``size`` x ``size`` pixels by a network of 4 markers: seconds and largest memory."""
+    """Seconds and peak memory for a slide of ``size`` x ``size`` pixels and a network of 4 markers."""
     model = write_model(folder / "tiny.pt", markers=4, base_features=4, depth=2, patch_size=64)
     source = folder / "slide.tif"
     write_slide(source, size, size)
@@ -446,10 +446,10 @@ def main() -> None:
         "--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="sides for memory [pixels]"
     )
     parser.add_argument("--slide", type=int, default=20000, help="side of the slide [pixels]; default: 20000")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of speed; default: 5")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of speed; default: 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
     parser.add_argument(
-        "--work_dir", type=Path, metavar="DIR", help="keep what is made here; default: a temporary folder"
+        "--work_dir", type=Path, metavar="DIR", help="keep images and predictions here; default: a temporary folder"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -91,7 +91,8 @@ def write_atomic(path: Path, content: bytes, durable: bool = True) -> None:
 def write_json(path: Path, document: Mapping[str, Any], durable: bool = True) -> None:
     """Replace a JSON file atomically; numbers that are not finite become null."""
     text = json.dumps(strict(document), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, (text + "\n").encode(), durable)
+    # A file name that is not UTF-8 holds surrogates: they become JSON's own escapes.
+    write_atomic(path, (text + "\n").encode("utf-8", "backslashreplace"), durable)
 
 
 class MetricsWriter:
@@ -108,7 +109,7 @@ class MetricsWriter:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     line = "\n" + line
-            file.write(line.encode())
+            file.write(line.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
 
@@ -158,6 +159,10 @@ class Heartbeat:
             # A status that cannot be written must not end the training that it tells of.
             with suppress(OSError):
                 self._write()
+
+    def progress(self, **changes: Any) -> None:
+        """Set fields, and note that a step or a validation batch has been finished now."""
+        self.update(**changes, progressed=utc_now())
 
     def _write(self) -> None:
         with self._lock:

@@ -23,9 +23,9 @@ def main(argv: list[str], prog: str | None = None) -> int:
             root = str(Path(__file__).resolve().parents[2])
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
             return launch(["--standalone", f"--nproc_per_node={ranks}", "-m", "orion_unet", "train", *argv])
-    from orion_unet.training.run import run
+    from orion_unet.training.loop import train
 
-    return run(config)
+    return train(config)
 
 
 def _wanted_ranks(config: TrainConfig) -> int:

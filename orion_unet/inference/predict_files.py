@@ -6,7 +6,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from orion_unet import __version__
+from orion_unet.config import PredictOptions
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.model import TrainedModel
 from orion_unet.inference.ome_tiff import require_writer, write_ome_tiff
@@ -43,24 +43,6 @@ from orion_unet.text import clean, duration
 CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
-@dataclass(frozen=True)
-class PredictOptions:
-    """How to predict and what to write; None stands for what suits the input."""
-
-    format: str = "npy"
-    dtype: str = "uint16"
-    normalized: bool = False
-    markers: str | None = None
-    pixel_size_um: float | None = None
-    tissue_only: bool | None = None
-    tta: bool = False
-    tile: int | None = None
-    overlap: int | None = None
-    batch_size: int | None = None
-    overwrite: bool = False
-    overview: bool = True
-
-
 def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir: Path, options: PredictOptions) -> int:
     """Predict every image of ``inputs`` (files and folders) into ``output_dir``; returns how many could not be.
 
@@ -70,8 +52,6 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     InputError for options that cannot be used or outputs that exist, RunError where the disk or memory fails.
     """
     choose_tiling(model, (1, 1), options.tile, options.overlap)
-    if options.batch_size is not None and options.batch_size < 1:
-        raise InputError(f"--batch_size {options.batch_size}: must be at least 1")
     kept = chosen_markers(options.markers, model.names)
     names = [model.names[index] for index in kept]
     decisive = _decisive(model, options)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from orion_unet.monitor import advice
 from orion_unet.monitor.noise import WINDOW, noise_window, recent_level, validation_noise
+from orion_unet.options import option
 
 NOTICE, WARNING = "notice", "warning"
 
@@ -41,12 +42,12 @@ class Finding:
 
 
 def _threshold(default: float, text: str) -> Any:
-    return field(default=default, metadata={"text": text})
+    return option(default, text, minimum=0)
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a number becomes a warning."""
+    """thresholds: where a number becomes a warning"""
 
     max_noise: float = _threshold(0.05, "unstable_validation: noise of the validation loss [loss]")
     max_noise_of_loss: float = _threshold(

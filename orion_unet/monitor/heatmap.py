@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.monitor.report import Report
-from orion_unet.text import clean
+from orion_unet.text import for_figure
 
 MAX_MARKERS = 40
 
@@ -48,8 +48,8 @@ def draw_markers(figure: Any, axes: Any, report: Report) -> None:
     axes.set_xlim(left, right)
     axes.set_ylim(len(order) - 0.5, -0.5)
     size = 9 if len(order) <= 24 else 7
-    labels = [f"{clean(names[at], 18)}  {_two(values[at, -1])}" for at in order]
-    axes.set_yticks(range(len(order)), labels, fontsize=size, parse_math=False)
+    labels = [f"{for_figure(names[at], 18)}  {_two(values[at, -1])}" for at in order]
+    axes.set_yticks(range(len(order)), labels, fontsize=size)
     axes.tick_params(axis="y", length=0)
     whole_epochs(axes)
     if left_out > 0:

@@ -18,7 +18,7 @@ from orion_unet.monitor.diagnostics import loss_scale, noise_and_limit
 from orion_unet.monitor.heatmap import draw_markers, whole_epochs
 from orion_unet.monitor.report import Report
 from orion_unet.monitor.run_reader import LARGEST, TERMS
-from orion_unet.text import clean, short_number
+from orion_unet.text import for_figure, short_number
 
 # Okabe and Ito (2008), told apart by people with any kind of colour vision; with line styles besides.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -41,8 +41,8 @@ def run_figure(report: Report) -> Any:
     grid = figure.add_gridspec(
         3, 3, width_ratios=(1, 1, 0.95), left=0.065, right=0.98, top=0.868, bottom=0.065, wspace=0.24, hspace=0.45
     )
-    title = f"{clean(Path(report.run).name or report.run, 60)}   {report.life.state}, {_progress(report)}"
-    figure.text(0.02, 0.955, title, fontsize=16, parse_math=False)
+    title = f"{for_figure(Path(report.run).name or report.run, 60)}   {report.life.state}, {_progress(report)}"
+    figure.text(0.02, 0.955, title, fontsize=16)
     if report.warnings:
         codes = ", ".join(finding.code for finding in report.warnings)
         figure.text(0.02, 0.93, f"warnings: {codes}", fontsize=11, color=VERMILION)
@@ -195,7 +195,9 @@ def _curve(axes: Any, epochs: np.ndarray, values: np.ndarray, label: str, **look
     (line,) = axes.plot(
         epochs, values, **{"linewidth": 1.6, "marker": "o" if alone else "", "markersize": 4 if count > 1 else 8} | look
     )
-    line.set_label(f"{clean(label, 50)}" if label else "_none")
+    label = for_figure(label, 50)
+    # matplotlib leaves labels that begin with an underscore out of the legend.
+    line.set_label(f" {label}" if label.startswith("_") else label)
 
 
 def _marks(axes: Any, epochs: np.ndarray, label: str, **look: Any) -> None:
@@ -235,7 +237,7 @@ def _finish(
     handles, _ = axes.get_legend_handles_labels()
     if legend and handles:
         crowded = len(handles) > 5
-        box = axes.legend(
+        axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 0.985),
             ncols=6,
@@ -246,8 +248,6 @@ def _finish(
             handletextpad=0.4 if crowded else 0.8,
             columnspacing=0.8 if crowded else 1.2,
         )
-        for text in box.get_texts():
-            text.set_parse_math(False)
 
 
 def _plain_log_ticks(axes: Any, values: np.ndarray) -> None:

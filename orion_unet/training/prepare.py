@@ -1,4 +1,4 @@
-"""Everything that must be known and right before a run may begin: pairs, split, scales, normalisation, patches."""
+"""What must be known and right before a run may begin: pairs, split, scales, normalisation, validation patches."""
 
 from __future__ import annotations
 
@@ -7,33 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from orion_unet.config import TrainConfig
 from orion_unet.data.channels import parse_channel_weights
-from orion_unet.data.device_batches import DeviceBatches
-from orion_unet.data.loaders import (
-    BatchLoader,
-    TrainingOrder,
-    TrainingSamples,
-    ValidationOrder,
-    ValidationSamples,
-    automatic_workers,
-)
 from orion_unet.data.normalization import Normalization, known_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.patches import PatchReader, validation_patches
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.data.split import Split, make_split
-from orion_unet.data.transforms import BatchTransform
-from orion_unet.distributed import local_world_size, rank, world_size
+from orion_unet.distributed import world_size
 from orion_unet.errors import InputError
-from orion_unet.models.unet import memory_format
 
 
 @dataclass
 class Prepared:
-    """What rank 0 finds out about the data and all ranks use."""
+    """What rank 0 finds out about the data, for all ranks."""
 
     table: PairTable
     split: Split
@@ -47,7 +35,7 @@ class Prepared:
 def prepare_data(
     config: TrainConfig, ranks: int, earlier: dict[str, Any] | None = None, progress: Progress = no_progress
 ) -> Prepared:
-    """Check the data and fit the normalisation; cheap checks first, so that a mistake is told at once.
+    """Check the data and fit the normalisation; cheap checks first, so that a mistake shows at once.
 
     ``earlier`` is the checkpoint of a run that is continued: its split and normalisation are kept. Raises
     InputError.
@@ -93,47 +81,3 @@ def planned_steps(config: TrainConfig, prepared: Prepared) -> int:
     options = config.optimisation
     batches = len(prepared.split.train) * config.data.patches_per_image // (options.batch_size * world_size())
     return math.ceil(batches / options.accumulate_steps) * options.epochs
-
-
-@dataclass
-class Feeds:
-    """The training and validation batches of this rank."""
-
-    order: TrainingOrder
-    train: DeviceBatches
-    val: DeviceBatches
-    transform: BatchTransform
-    reader: PatchReader
-    workers: int
-
-
-def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -> Feeds:
-    """Loaders and transforms of this rank."""
-    data, optimisation = config.data, config.optimisation
-    on_gpu = device.type == "cuda"
-    reader = PatchReader(prepared.table, prepared.scales, data.patch_size)
-    transform = BatchTransform(
-        prepared.table,
-        reader.formats,
-        prepared.normalization,
-        data.noise_removal,
-        device,
-        memory_format(config.model.norm, device),
-    )
-    workers = data.num_workers
-    if workers is None:
-        workers = automatic_workers(local_world_size(), on_gpu)
-    training = TrainingSamples(reader, prepared.split.train, data.patches_per_image, optimisation.seed, data.augment)
-    order = TrainingOrder(len(training), optimisation.batch_size, rank(), world_size(), optimisation.seed)
-    validation = ValidationSamples(reader, prepared.validation)
-    val_order = ValidationOrder(len(validation), optimisation.val_batch_size, rank(), world_size())
-    train_loader = BatchLoader(training, order, optimisation.batch_size, workers, pin=on_gpu)
-    val_loader = BatchLoader(validation, val_order, optimisation.val_batch_size, workers, pin=on_gpu)
-    return Feeds(
-        order,
-        DeviceBatches(train_loader, transform, augment=data.augment),
-        DeviceBatches(val_loader, transform, augment=False),
-        transform,
-        reader,
-        workers,
-    )

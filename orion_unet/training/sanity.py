@@ -6,12 +6,14 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from orion_unet.data.patches import PatchPlace, PatchReader
 from orion_unet.data.transforms import BatchTransform
 from orion_unet.run_log import SANITY_DIR, write_atomic
+from orion_unet.text import for_figure
 
 PATCHES, MARKERS = 3, 5
 # A marker is shown from 0 to this quantile of its measured values, the same in every epoch.
@@ -33,12 +35,12 @@ class SanityPanel:
         self.names = names
         rows = places[torch.linspace(0, len(places) - 1, 4 * PATCHES).round().long().unique()].tolist()
         rows.sort(key=lambda row: -reader.tissue_fraction(*row))
-        self.labels = [f"{reader.table.names[core]}\n({y}, {x})" for core, y, x in rows[:PATCHES]]
+        self.labels = [f"{for_figure(reader.table.names[core])}\n({y}, {x})" for core, y, x in rows[:PATCHES]]
         batch = transform(reader.read([PatchPlace(*row) for row in rows[:PATCHES]]), augment=False)
         self.he, self.target = batch.he, batch.target
         self.markers = _various_markers(self.target.transpose(0, 1).flatten(1).cpu())
         self.ranges = [
-            max(SMALLEST_RANGE, float(torch.quantile(self.target[:, marker].float().cpu(), DISPLAY_QUANTILE)))
+            max(SMALLEST_RANGE, float(np.quantile(self.target[:, marker].float().cpu().numpy(), DISPLAY_QUANTILE)))
             for marker in self.markers
         ]
 
@@ -73,7 +75,7 @@ class SanityPanel:
             for column, (marker, high) in enumerate(zip(self.markers, self.ranges, strict=True)):
                 for row, (name, images) in enumerate((("measured", target), ("predicted", prediction))):
                     axes = figure.add_subplot(grid[2 * patch + row, column])
-                    title = _plain(f"{self.names[marker]}  0–{high:.2f}") if patch == row == 0 else ""
+                    title = for_figure(f"{self.names[marker]}  0–{high:.2f}") if patch == row == 0 else ""
                     _show(
                         axes, images[patch, column], title, name if column == 0 else "",
                         cmap="inferno", vmin=0, vmax=high,
@@ -106,8 +108,3 @@ def _show(axes: Any, image: Any, title: str, label: str, **shown: Any) -> None:
     axes.set_ylabel(label, fontsize=7)
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def _plain(text: str) -> str:
-    """Marker names are text, not formulas."""
-    return text.replace("$", r"\$")

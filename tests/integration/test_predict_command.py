@@ -298,7 +298,7 @@ BAD_OPTIONS = [
     ({"tile": 30}, "--tile 30: must be a multiple of 4"),
     ({"overlap": 6}, "--overlap 6: must be a multiple of 4"),
     ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
-    ({"pixel_size_um": -1}, "--pixel_size_um -1: must be a number above 0"),
+    ({"pixel_size_um": -1}, "--pixel_size_um -1.0: must be above 0"),
     ({"device": "tpu"}, "--device tpu"),
     ({"format": "jpg"}, "--format"),
     ({"dtype": "float32"}, "--dtype float32: is for --format ome-tiff"),
@@ -317,7 +317,7 @@ def test_a_bad_checkpoint_or_input_is_one_sentence(predict, core, tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "empty").mkdir()
     cases = [
-        (predict(core, checkpoint=tmp_path / "junk.pt"), "junk.pt: is no checkpoint"),
+        (predict(core, checkpoint=tmp_path / "junk.pt"), "junk.pt: is damaged or not a checkpoint"),
         (predict(core, checkpoint=tmp_path / "none.pt"), "none.pt: cannot be read"),
         (predict(tmp_path / "none.npy"), "none.npy: does not exist"),
         (predict(tmp_path / "empty"), "empty: holds no image"),

@@ -31,9 +31,9 @@ def test_a_list_longer_than_a_file_name_may_be_is_a_list(tmp_path):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("a,b", "gives 2 names, but the ORION files have 3 channels"),
-        ("a,b,c,d", "gives 4 names"),
-        ("panel.txt", "file of that name does not exist"),
+        ("a,b", "has 2 names, but the ORION files have 3 channels"),
+        ("a,b,c,d", "has 4 names"),
+        ("panel.txt", "or no such file exists"),
         ("a,b,a", "a"),
         ("a,,c", "empty"),
         ("a,b,", "empty"),
@@ -47,7 +47,7 @@ def test_names_that_do_not_fit_are_refused(tmp_path, given, told):
 
 def test_a_names_file_at_fault_is_named(tmp_path):
     (tmp_path / "channel_names.txt").write_text("A\nB\n")
-    with pytest.raises(InputError, match=r"channel_names\.txt: gives 2 names"):
+    with pytest.raises(InputError, match=r"channel_names\.txt: has 2 names"):
         channel_names(None, tmp_path, 3)
     (tmp_path / "channel_names.txt").write_bytes(b"\xff\xfe\x00A")
     with pytest.raises(InputError, match=r"channel_names\.txt: cannot be read"):

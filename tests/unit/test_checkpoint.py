@@ -181,7 +181,7 @@ def test_a_checkpoint_that_lacks_a_part_is_damaged(path, key):
     lacking = {name: value for name, value in content().items() if name != key}
     for broken in (lacking, {**content(), key: "text"}):
         save(path, broken)
-        with pytest.raises(InputError, match=f"{path}: is damaged, it lacks {key}"):
+        with pytest.raises(InputError, match=f"{path}: is damaged: {key} is missing"):
             load(path)
 
 
@@ -211,7 +211,7 @@ def test_a_whole_pickled_model_is_refused(tmp_path):
 
 def test_another_schema_is_told_with_both_numbers(path):
     save(path, content(schema=7))
-    with pytest.raises(InputError, match=f"{path}: is of schema 7, this version reads 1"):
+    with pytest.raises(InputError, match=f"{path}: has schema 7, but this version reads schema 1"):
         load(path)
 
 

@@ -18,7 +18,7 @@ from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.page import page
 from orion_unet.monitor.report import Run
 from orion_unet.monitor.terminal import ASCII_BLOCKS, BLOCKS, make_console, one_line, sparkline, view
-from orion_unet.text import clean, duration
+from orion_unet.text import clean
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07<script>alert(1)</script>$\\frac{1}{2}$[red]b[/red]\u202eevil\r\n\x9b31m\u0000é\ud800"
 
@@ -178,42 +178,6 @@ def test_a_terminal_without_blocks_gets_plain_characters(tmp_path):
     console.print(view(report(write_run(tmp_path, *healthy_losses(9))), console), end="")
     file.flush()
     assert b"train ###" in file.buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain é 漢", "plain é 漢"),
-        ("\x1b[31m", "\\x1b[31m"),
-        ("a\nb\tc\r", "a\\x0ab\\x09c\\x0d"),
-        ("\u202e\u2066\u200b", "\\u202e\\u2066\\u200b"),
-        ("\ud800", "\\ud800"),
-        ("\U000e0041", "\\U000e0041"),
-        ("a" + "\u0301" * 50, "a\u0301\u0301"),
-        ("x" * 500, "x" * 119 + "…"),
-        (None, "None"),
-    ],
-)
-def test_clean_escapes_what_could_act(text, shown):
-    assert clean(text) == shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [
-        (4.25, "4.2 s"),
-        (41.4, "41 s"),
-        (720, "12 min"),
-        (12_000, "3 h 20 min"),
-        (200_000, "2 d 7 h"),
-        (None, "-"),
-        (-1, "-"),
-        (1e300, "-"),
-        (float("nan"), "-"),
-    ],
-)
-def test_durations_read_as_a_person_says_them(seconds, shown):
-    assert duration(seconds) == shown
 
 
 def test_compared_runs_stand_side_by_side_with_the_options_that_differ(tmp_path):

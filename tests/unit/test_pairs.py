@@ -251,7 +251,7 @@ def test_one_message_names_every_bad_file_and_no_good_one(write_pairs):
     message = refusal(folder)
     assert [f"core_{core:02d}" for core in range(12) if f"core_{core:02d}" in message] == bad
     assert all(message.count(core) == 1 for core in bad)
-    assert f"{bad[-1]}_ORION.npy: has 2 channels where the others have 3" in message
+    assert f"{bad[-1]}_ORION.npy: has 2 channels, but the others have 3" in message
 
 
 def test_an_image_smaller_than_a_patch_is_told_with_both_sizes(write_pairs):

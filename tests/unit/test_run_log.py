@@ -249,6 +249,14 @@ def test_an_oversized_document_is_none(tmp_path):
     assert read_document(path, limit_bytes=2000)[0] is not None
 
 
+def test_a_file_name_that_is_not_utf8_is_written_and_read_back(tmp_path):
+    name = os.fsdecode(b"core\xff")
+    write_json(tmp_path / "split.json", {"train": [name]})
+    assert read_document(tmp_path / "split.json")[0] == {"train": [name]}
+    MetricsWriter(tmp_path).append(epoch_record(1, 0.5, 0.6, markers=(name,)))
+    assert read(tmp_path / "metrics.jsonl").channels.newest().keys() == {name}
+
+
 def test_the_heartbeat_beats_and_ends_with_the_failure(tmp_path):
     with pytest.raises(RuntimeError), Heartbeat(tmp_path, interval_s=0.01) as heart:
         heart.update(state="training", epoch=1, epochs=3)

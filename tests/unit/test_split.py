@@ -93,7 +93,7 @@ def test_the_groups_csv_given_wins_over_the_folder_and_may_come_from_a_spreadshe
         (b"core,group\ncore_000,A\ncore_001,B\n", ["core_002: has no row", "core_003: has no row"]),
         (
             b"core,group\ncore_000,A\ncore_000,B\ncore_001,\ncore_002,A\ncore_003\n",
-            ["core_000: stands in two groups, A and B", "core_001: has no group", "core_003: has no group"],
+            ["core_000: is in two groups, A and B", "core_001: has no group", "core_003: has no group"],
         ),
     ],
 )
@@ -162,9 +162,9 @@ def test_cores_a_split_file_does_not_know_are_left_out_and_named(tmp_path):
         ('{"train": "core_000", "val": ["core_001"]}', ["is not the split.json"]),
         (json.dumps(sides([], ["core_000"])), ["no core on the train side"]),
         (json.dumps(sides(["core_000"], [])), ["no core on the val side"]),
-        (json.dumps(sides(["core_000", "core_001"], ["core_001"])), ["core_001: stands on both sides"]),
+        (json.dumps(sides(["core_000", "core_001"], ["core_001"])), ["core_001: is on both sides"]),
         (json.dumps(sides(["core_000", "x"], ["core_001", "y"])), ["x: is not among", "y: is not among"]),
-        (json.dumps(sides(["core_000"], ["core_001"])), ["group A: stands on both sides"]),
+        (json.dumps(sides(["core_000"], ["core_001"])), ["group A: is on both sides"]),
     ],
 )
 def test_a_split_file_at_fault_is_told(tmp_path, content, culprits):
