@@ -337,7 +337,8 @@ class PredictRequest:
     checkpoint: Path = option(None, "best.pt or last.pt, or a run's folder", metavar="FILE|RUN", required=True)
     input: tuple[Path, ...] = option(
         None,
-        "images (.npy, .png, .jpg, .tif, .svs, ...); for a folder: its NAME_HE.npy files, otherwise every image",
+        "images (.npy, .png, .jpg, .tif, .svs; .ndpi, .mrxs, .scn with the extra openslide); for a folder: its "
+        "NAME_HE.npy files, otherwise every image",
         metavar="FILE|DIR",
         required=True,
     )

@@ -14,13 +14,14 @@ from orion_unet.run_log import open_regular
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
 from orion_unet.slides.tiff import open_tiff
+from orion_unet.slides.whole_slide import open_whole_slide
 
 # A PNG or JPEG can only be decoded whole, at about seven bytes a pixel while it is done.
 LARGEST_PICTURE = 16384**2
 
 
 def open_he(path: str | Path) -> HeImage:
-    """Open an H&E image: .npy, .png, .jpg, .tif (tiled, striped, pyramidal, OME) or .svs.
+    """Open an H&E image: .npy, .png, .jpg, .tif (tiled, striped, pyramidal, OME), .svs, or what OpenSlide reads.
 
     Raises InputError where the file is missing, damaged, of another kind, or has not three colour channels, and where
     a package that reads this kind is not installed.
@@ -41,7 +42,7 @@ def require_readers(paths: Iterable[Path]) -> None:
     """Raise InputError where a package is missing that one of these files needs, before any of them is opened."""
     for suffix in sorted({path.suffix.lower() for path in paths} & KINDS.keys()):
         for module, package in KINDS[suffix].packages.items():
-            needed(module, package)
+            needed(module, package, KINDS[suffix].extra)
 
 
 def open_npy(path: Path) -> HeImage:
@@ -100,18 +101,21 @@ def _resolution(info: dict[Any, Any]) -> PixelSize:
 
 
 class Kind(NamedTuple):
-    """How files of a kind are opened, and the modules that it takes, each with the name of its package."""
+    """How files of a kind are opened; the modules that it takes, each with its package; the extra that brings them."""
 
     open: Callable[[Path], HeImage]
     packages: dict[str, str]
+    extra: str = "inference"
 
 
 PICTURE = Kind(open_picture, {"PIL.Image": "pillow"})
 # Without imagecodecs only some compressions could be read, and the others would look damaged.
 TIFF = Kind(open_tiff, {"tifffile": "tifffile", "imagecodecs": "imagecodecs"})
+WHOLE_SLIDE = Kind(open_whole_slide, {"openslide": "openslide-python"}, "openslide")
 KINDS = {
     ".npy": Kind(open_npy, {}),
     **dict.fromkeys((".png", ".jpg", ".jpeg"), PICTURE),
     **dict.fromkeys((".tif", ".tiff", ".svs"), TIFF),
+    **dict.fromkeys((".ndpi", ".mrxs", ".scn", ".bif", ".svslide"), WHOLE_SLIDE),
 }
 SUFFIXES = tuple(KINDS)
