@@ -15,7 +15,8 @@ import numpy as np
 from stability_figures import REGRESSION, draw_comparison, draw_curves, draw_markers, kind
 from stability_recipes import Recipe
 
-from orion_unet.monitor.diagnostics import WARNING, Thresholds, diagnose
+from orion_unet.findings import WARNING
+from orion_unet.monitor.diagnostics import Thresholds, diagnose
 
 # The window of the former complaint: the last epochs of a run.
 LAST = 10
