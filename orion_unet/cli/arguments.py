@@ -172,8 +172,8 @@ def parse_train_config(argv: list[str], prog: str | None = None) -> TrainConfig:
 
 
 def run_command(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit code. InputError is one message and 2, RunError one message and 1, anything else a
-    traceback and 1.
+    """Run a command; returns its exit code. InputError is one message and 2, RunError one message and 1, anything else
+    a traceback and 1.
 
     Under a launcher only the first rank of each machine reports bad input, because all its ranks see the same.
     """
