@@ -33,7 +33,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from orion_unet.monitor.diagnostics import WARNING, Thresholds, diagnose
+from orion_unet.findings import WARNING
+from orion_unet.monitor.diagnostics import Thresholds, diagnose
 from orion_unet.monitor.noise import validation_noise
 
 SCALES = (0.01, 0.1, 1.0, 10.0)

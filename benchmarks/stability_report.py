@@ -15,7 +15,8 @@ import numpy as np
 from stability_figures import REGRESSION, draw_comparison, draw_curves, draw_markers, kind
 from stability_recipes import Recipe
 
-from orion_unet.monitor.diagnostics import WARNING, Thresholds, diagnose
+from orion_unet.findings import WARNING
+from orion_unet.monitor.diagnostics import Thresholds, diagnose
 
 # Epochs at the end of a run over which movement and noise are measured.
 LAST = 10

@@ -161,6 +161,14 @@ class RuntimeOptions:
     )
     compile: bool = option(False, "compile the model with torch.compile", fixed=False)
     deterministic: bool = option(False, "deterministic kernels, slower")
+    pinned_memory_mb: float = option(
+        4096.0,
+        "page-locked memory for batches on their way to the GPU, per rank; bounds the automatic number of loader "
+        "processes, too",
+        unit="megabytes",
+        minimum=0,
+        fixed=False,
+    )
     stop_timeout_s: float = option(
         120.0,
         "how long the launcher of several ranks waits for them to save and end after a request to stop",
@@ -329,7 +337,8 @@ class PredictRequest:
     checkpoint: Path = option(None, "best.pt or last.pt, or a run's folder", metavar="FILE|RUN", required=True)
     input: tuple[Path, ...] = option(
         None,
-        "images (.npy, .png, .jpg, .tif, .svs, ...); for a folder: its NAME_HE.npy files, otherwise every image",
+        "images (.npy, .png, .jpg, .tif, .svs; .ndpi, .mrxs, .scn with the extra openslide); for a folder: its "
+        "NAME_HE.npy files, otherwise every image",
         metavar="FILE|DIR",
         required=True,
     )

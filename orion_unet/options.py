@@ -61,6 +61,8 @@ def checked(group: type[T], given: Mapping[str, Any]) -> T:
     """The dataclass of a command's options from the values given; raises InputError naming every one out of range."""
     values = group(**{f.name: given[f.name] for f in fields(group) if f.name in given})  # type: ignore[arg-type]
     problems = list(range_problems(values))
+    if len(problems) == 1:
+        raise InputError(problems[0])
     if problems:
         raise InputError.listing("these options cannot be used:", problems, "Run with --help for every option.")
     return values

@@ -61,9 +61,11 @@ def short_number(value: float | None, digits: int = 4) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as ``4.2 s``, ``41 s``, ``12 min``, ``3 h 20 min`` or ``2 d 7 h``; ``-`` where unknown."""
+    """Seconds as ``0.042 s``, ``4.2 s``, ``41 s``, ``12 min``, ``3 h 20 min`` or ``2 d 7 h``; ``-`` where unknown."""
     if seconds is None or not 0 <= seconds < 1e9:
         return "-"
+    if seconds < 1:
+        return f"{seconds:.2g} s"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:

@@ -1,4 +1,4 @@
-"""Turns the declared options into an argparse parser, and failures into exit codes."""
+"""Declared options become an argparse parser, failures become exit codes."""
 
 from __future__ import annotations
 
@@ -172,11 +172,10 @@ def parse_train_config(argv: list[str], prog: str | None = None) -> TrainConfig:
 
 
 def run_command(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Run a command and close on its failure: InputError is one message and 2, RunError one message and 1.
+    """Run a command; returns its exit code. InputError is one message and 2, RunError one message and 1, anything else
+    a traceback and 1.
 
-    Anything else is a traceback and 1.
-
-    Under a launcher only the first rank of each machine speaks of bad input: its ranks meet the same one.
+    Under a launcher only the first rank of each machine reports bad input, because all its ranks see the same.
     """
     try:
         return _call(command, sys.argv[1:] if argv is None else argv)
@@ -191,7 +190,7 @@ def run_command(command: Callable[[list[str]], int], argv: list[str] | None = No
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of a pipe (head, less) has left; nothing is wrong, and nobody is there to be told.
+        # The reader of a pipe (head, less) has left: nothing is wrong, and nobody is listening.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except Exception:
@@ -225,11 +224,11 @@ def missing_package(package: str, root: Path) -> str:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process with an exit code; a rank ends without the interpreter's last rites.
+    """End this process with an exit code; a rank ends without the interpreter's usual shutdown.
 
-    A thread of gloo may still hold a tensor of the last exchange. Where it lets go of it while the interpreter is
-    being torn down, the process is aborted, and a finished run looks failed (seen with torch 2.13 in one pair of
-    ranks in ten, although the process group had been destroyed).
+    A thread of gloo may still own a tensor of the last exchange. If it releases the tensor while the interpreter shuts
+    down, the process aborts, and a finished run looks failed (seen with torch 2.13 in one pair of ranks in ten,
+    although the process group had been destroyed).
     """
     if "RANK" in os.environ:
         for stream in (sys.stdout, sys.stderr):

@@ -36,7 +36,7 @@ def launch(argv: list[str]) -> int:
     ranks = int(arguments.nproc_per_node) if str(arguments.nproc_per_node).isdecimal() else 1
     # torchrun would give each rank a single thread; CPU ranks share the machine's cores instead.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // max(1, ranks))))
-    # The rank that fails says why; the launcher's own log of it would bury that.
+    # The rank that fails says why; the launcher's own log would bury that message.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -44,7 +44,7 @@ def launch(argv: list[str]) -> int:
         run_elastic(arguments)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
-        # A rank that was killed is the cause, even where another, having lost it, ended within the same second.
+        # If a rank was killed, that is the cause, even if another rank, having lost it, ended within the same second.
         killed = (failure for failure in error.failures.values() if failure.exitcode < 0)
         first = next(killed, first)
         if first.exitcode < 0:

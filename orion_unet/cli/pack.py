@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     print(f"{done.cores} cores in {given.output_dir} ({done.written + done.found} files, {_size(done.nbytes)}{found}).")
     if fits_page_cache(done.nbytes):
         print("note: this set fits in memory, where the layout matters little after the first epoch")
-    # What was said of the source holds no longer; what could not be told by itself must still be said.
+    # The packed files have another layout than the source. A layout that had to be given is still ambiguous.
     still = [f"--{name} hwc" for name, layout in layouts.items() if layout != "auto"]
     words = ["--pairs_dir", shlex.quote(str(given.output_dir)), *still]
     print(f"To train on it: python train_spatial_orion_unet.py {' '.join(words)}")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from orion_unet.data.patches import PatchPlace, PatchReader, RawBatch, describe, draw_training_patch
 from orion_unet.data.randomness import ORDER, counter_rng
-from orion_unet.data.slots import PREFETCH, BatchSlots
+from orion_unet.data.slots import MODALITIES, PREFETCH, BatchSlots
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 
@@ -130,6 +130,14 @@ class ValidationOrder(Sampler[BatchRequest]):
             yield BatchRequest(0, self.mine[start : start + self.batch_size])
 
 
+def slots_bytes(reader: PatchReader, batch_size: int) -> int:
+    """Memory of the batches that one loader process prepares in advance."""
+    return (PREFETCH + 2) * sum(
+        int(np.prod(reader.batch_shape(modality, batch_size))) * reader.formats[modality].dtype.itemsize
+        for modality in MODALITIES
+    )
+
+
 def automatic_workers(local_world_size: int, on_gpu: bool) -> int:
     """Loader processes per rank: the usable cores divided among the ranks of the machine, minus one for the rank.
 
@@ -158,17 +166,18 @@ class BatchLoader:
     """Whole batches as stored, assembled by worker processes in the sampler's order.
 
     The images of a batch are valid until two further batches have been taken or a new pass begins; then their memory is
-    overwritten. ``pin`` locks the memory, for asynchronous copies to a GPU. Workers are forked at the first pass and
+    overwritten. Up to ``pin_bytes`` of the
+    memory are locked, for asynchronous copies to a GPU. Workers are forked at the first pass and
     kept for later ones. On systems without fork, the rank loads in its own process.
     """
 
     def __init__(
-        self, samples: Samples, order: Sampler[BatchRequest], batch_size: int, workers: int, pin: bool = False
+        self, samples: Samples, order: Sampler[BatchRequest], batch_size: int, workers: int, pin_bytes: int = 0
     ) -> None:
         if "fork" not in multiprocessing.get_all_start_methods():
             workers = 0
         self.workers = workers
-        self._pin = pin
+        self._pin_bytes = pin_bytes
         self._slots = BatchSlots(samples.reader, batch_size, workers)
         if workers > 0:
             atexit.register(_end_workers)
@@ -190,12 +199,17 @@ class BatchLoader:
     def __iter__(self) -> Iterator[RawBatch]:
         try:
             for slot, described in self._loader:
-                if self._pin:
-                    self._slots.pin()
+                if self._pin_bytes:
+                    self._slots.pin(self._pin_bytes)
                 yield RawBatch.of(self._slots.buffers[slot], described)
         except InputError as error:
             # A worker's exception arrives as a traceback that ends with its message.
             raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the batches prepared in advance."""
+        return self._slots.nbytes
 
     def worker_ids(self) -> list[int]:
         """Process ids of the workers; empty before the first pass."""

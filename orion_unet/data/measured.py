@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,25 @@ def file_state(path: Path) -> tuple[int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+@cache
+def measuring_code() -> str:
+    """Digest of the code that measures: this package, and what it scans values with. A measurement made by other code
+    is not used, whatever its version is called."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted([*package.glob("*.py"), package.parent / "slides" / "intensity.py"]):
+        # Without its source (in an archive) the code is known by its version alone.
+        with suppress(OSError):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def fingerprint(paths: Iterable[Path], *about: Any) -> str:
-    """Name of a measurement. It depends on the path and state of every file, on ``about`` and on the version.
+    """Name of a measurement, from the path and state of every file, ``about`` and the code that measures.
 
     Raises InputError if a file is gone.
     """
-    digest = hashlib.sha256(json.dumps([__version__, *about]).encode())
+    digest = hashlib.sha256(json.dumps([measuring_code(), *about]).encode())
     for path in paths:
         digest.update(json.dumps([str(path.resolve()), *file_state(path)]).encode())
     return digest.hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +17,9 @@ from orion_unet.data.pairs import PairTable
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.slides.intensity import WHITE, declared_white, value_range
+
+# Seconds between two stores of what has been measured so far.
+KEEP_EVERY_S = 5.0
 
 Progress = Callable[[int, str], Callable[[], None]]
 
@@ -59,7 +64,8 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
         path = table.path(job[1], job[0])
         found = known.get(path)
         if found is None:
-            found = known.files[path.name] = (*file_state(path), *value_range(table.open(job[1], job[0])))
+            found = (*file_state(path), *value_range(table.open(job[1], job[0])))
+            known.add(path, found)
         step()
         return found[-2], found[-1]
 
@@ -104,17 +110,31 @@ class _Ranges:
             for name, found in (stored.items() if isinstance(stored, dict) else ())
             if isinstance(found, list) and len(found) == 5 and all(isinstance(value, int | float) for value in found)
         }
-        self._before = dict(self.files)
+        self._lock = threading.Lock()
+        self._changed = False
+        self._kept_at = time.monotonic()
 
     def get(self, path: Path) -> tuple[float, ...] | None:
         """The entry of a file, or None if there is none or the file has changed since."""
         found = self.files.get(path.name)
         return found if found and found[:-2] == file_state(path) else None
 
+    def add(self, path: Path, found: tuple[float, ...]) -> None:
+        """Add the entry of a file; now and then all entries are stored, so that a killed run need not start again."""
+        with self._lock:
+            self.files[path.name] = found
+            self._changed = True
+            due = time.monotonic() - self._kept_at > KEEP_EVERY_S
+        if due:
+            self.keep()
+
     def keep(self) -> None:
         """Store the ranges for the next run, except those of files with NaN or infinity."""
-        if self.files != self._before:
+        with self._lock:
+            if not self._changed:
+                return
             usable = {name: found for name, found in self.files.items() if np.isfinite(found[-2:]).all()}
+            self._changed, self._kept_at = False, time.monotonic()
             remember(self._name, {"files": usable})
 
 

@@ -43,8 +43,14 @@ class BatchSlots:
         self._filled += 1
         return slot
 
-    def pin(self) -> None:
-        """Lock the memory for asynchronous copies to a GPU. If the system refuses, copies are synchronous.
+    @property
+    def nbytes(self) -> int:
+        """Memory of all slots."""
+        return sum(buffer.nbytes for slot in self.buffers for buffer in slot.values())
+
+    def pin(self, limit_bytes: int) -> None:
+        """Lock up to so much of the memory for asynchronous copies to a GPU. Copies from other memory are synchronous,
+        also where the system refuses.
 
         Call it after the workers have been forked, so that they do not inherit pages that the driver has registered.
         """
@@ -53,6 +59,8 @@ class BatchSlots:
         self._pinned = []
         runtime = torch.cuda.cudart()
         for buffer in (buffer for slot in self.buffers for buffer in slot.values()):
+            if sum(pinned.nbytes for pinned in self._pinned) + buffer.nbytes > limit_bytes:
+                return
             if int(runtime.cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0)) != 0:
                 # Run a dummy kernel, so that the pending error is not blamed on the next one.
                 with suppress(RuntimeError):

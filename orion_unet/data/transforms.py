@@ -99,6 +99,10 @@ class BatchTransform:
         images = torch.empty(moved.shape, device=self.device, memory_format=self.memory_format)
         if geometry is None:
             return images.copy_(moved)
+        if self.device.type == "cuda":
+            # A few launches for the batch instead of a few for each image.
+            turned = turn_batch(images.copy_(moved), torch.tensor(geometry, device=self.device))
+            return turned.contiguous(memory_format=self.memory_format)
         for image, source, row in zip(images, moved, geometry, strict=True):
             image.copy_(turn(source, row))
         return images
@@ -116,6 +120,14 @@ def turn(image: Tensor, geometry: Sequence[bool]) -> Tensor:
         moved = image.view(torch.int16) if image.dtype == torch.uint16 else image
         image = moved.flip(flipped).view(image.dtype)
     return image.transpose(-1, -2) if swap else image
+
+
+def turn_batch(images: Tensor, geometry: Tensor) -> Tensor:
+    """``turn`` of every image of a batch (B, C, P, P) by its row of ``geometry`` (B, 3) bool, on the same device."""
+    rows, columns, swap = geometry[:, :, None, None, None].unbind(1)
+    images = torch.where(rows, images.flip(-2), images)
+    images = torch.where(columns, images.flip(-1), images)
+    return torch.where(swap, images.transpose(-1, -2), images)
 
 
 def jitter_colour(he: Tensor, drawn: Tensor) -> Tensor:

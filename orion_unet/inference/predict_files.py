@@ -18,6 +18,7 @@ from orion_unet import __version__
 from orion_unet.config import PredictOptions
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.model import TrainedModel
+from orion_unet.inference.ome_tiff import require_writer, write_ome_tiff
 from orion_unet.inference.outputs import (
     Job,
     Record,
@@ -28,13 +29,14 @@ from orion_unet.inference.outputs import (
     refuse_existing,
     write_names,
 )
-from orion_unet.inference.progress import Progress, duration
-from orion_unet.inference.thumbnails import box_size, thumbnail
+from orion_unet.inference.overview import box_size, thumbnail, write_overview
+from orion_unet.inference.progress import LONGEST_LINE, Progress
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
 from orion_unet.slides.images import HeImage
-from orion_unet.slides.open import open_he
+from orion_unet.slides.open import open_he, require_readers
+from orion_unet.text import clean, duration
 
 # Values that are brought to their unit and written at a time: so few that they stay in the processor's cache, or so
 # many that a GPU is not kept waiting.
@@ -54,6 +56,9 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     names = [model.names[index] for index in kept]
     decisive = _decisive(model, options)
     jobs = plan_jobs(find_inputs(inputs), output_dir, options.format, options.overview, decisive, options.pixel_size_um)
+    require_readers(job.source for job in jobs)
+    if options.format == "ome-tiff":
+        require_writer()
     prepare_folder(output_dir)
     record, progress = Record(output_dir), Progress()
     waiting = [job for job in jobs if not record.holds(job)]
@@ -74,7 +79,8 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
                 raise
             failed += 1
             progress.end()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            lines = (clean(line, LONGEST_LINE) for line in f"error: {error}".splitlines())
+            print("\n".join(lines), file=sys.stderr, flush=True)
             continue
         finally:
             progress.end()
@@ -93,7 +99,7 @@ def chosen_markers(given: str | None, names: Sequence[str]) -> list[int]:
     unknown = [name for name in wanted if name not in names]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
         what = f"no marker {', '.join(unknown)}" if unknown else "name each marker once, and at least one"
-        raise InputError(f"--markers {given}: {what}; the model predicts {', '.join(names)}")
+        raise InputError(clean(f"--markers {given}: {what}; the model predicts {', '.join(names)}", LONGEST_LINE))
     return [names.index(name) for name in wanted]
 
 
@@ -141,6 +147,10 @@ def _predict_image(
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)
     with WorkingFile(job.result.parent, job.name, shape, "<u2" if quantized else "<f4", job.fingerprint) as working:
+        if not options.overwrite and job.result.exists():
+            # Another process has written it since this one looked.
+            working.remove()
+            refuse_existing([job], None)
         first = working.finished_rows
         if first:
             progress.say(f"{job.name}: going on at tile row {first + 1} of {len(tiles.rows)}")
@@ -164,7 +174,7 @@ def _predict_image(
             ) from error
         finally:
             progress.end()
-        _write_outputs(model, image, job, working, unit, options, progress)
+        _write_outputs(model, image, job, working, unit, options)
     pixels = image.shape[0] * image.shape[1]
     progress.say(
         f"{job.result.name}: {image.shape[1]:,} x {image.shape[0]:,} pixels, {len(kept)} markers, "
@@ -179,7 +189,6 @@ def _write_outputs(
     working: WorkingFile,
     unit: Unit,
     options: PredictOptions,
-    progress: Progress,
 ) -> None:
     """The output under its final name, and its overview."""
     pixel_size_um = options.pixel_size_um or image.pixel_size_um
@@ -188,8 +197,6 @@ def _write_outputs(
     if options.format == "npy":
         working.become(job.result)
     else:
-        from orion_unet.inference.ome_tiff import write_ome_tiff
-
         meaning = "[0, 1]" if unit.normalized else f"the unit of the training data, where {unit.high:g} is white"
         write_ome_tiff(
             job.result,
@@ -203,8 +210,6 @@ def _write_outputs(
         )
         working.remove()
     if job.overview and pictures:
-        from orion_unet.inference.overview import write_overview
-
         shown = pixel_size_um * box_size(image.shape) if pixel_size_um else None
         write_overview(job.overview, *pictures, unit.names, pixel_size_um=shown)
 

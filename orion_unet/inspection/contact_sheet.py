@@ -1,4 +1,4 @@
-"""Every core at a glance: its H&E above one marker, so many to a page."""
+"""Contact sheets: every core, its H&E above one marker, 48 cores to a page."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from orion_unet.run_log import write_atomic
 from orion_unet.text import for_figure
 
 PER_PAGE, COLUMNS = 48, 12
-# Inches: side of a picture, gaps, the two lines of text over each core, and the title.
+# Inches: side of a picture, gap, the two lines of text above each core, and the title.
 SIDE, GAP, TEXT, TITLE = 1.35, 0.07, 0.34, 0.38
 DPI = 110
 LETTERS = 19
 
 
 def write_contact_sheets(inspection: Inspection, folder: Path, progress: Progress = no_progress) -> list[Path]:
-    """Draw contact_sheet_01.png and so on into a folder that exists; returns their paths. Raises RunError.
+    """Draw contact_sheet_01.png and so on into an existing folder; returns their paths. Raises RunError.
 
-    The marker is shown from 0 to its 99.9 % quantile, in the same range for all cores, so that cores can be
-    compared; names of cores with a warning on their registration, or with less than 5 % tissue, are red.
+    The marker is shown from 0 to its 99.9 % quantile, the same range for all cores, so that cores can be compared.
+    Names are red where the registration has a warning, or there is less than 5 % tissue.
     """
     total = len(inspection.cores)
     pages = math.ceil(total / PER_PAGE)
@@ -53,9 +53,9 @@ def write_contact_sheets(inspection: Inspection, folder: Path, progress: Progres
 def _draw(inspection: Inspection, cores: range, page: str) -> Figure:
     folder = inspection.table.folder
     row = next(row for row in inspection.channels if row.name == inspection.marker)
-    # The 99.9 % quantile is the nearest of those measured; a marker without signal is black.
+    # A marker whose 99.9 % quantile is its median is shown up to its maximum; one without signal is black.
     high = row.quantiles[-1] if row.quantiles[-1] > row.quantiles[1] else max(row.high, 1e-6)
-    # A page about half as wide again as tall, its last row as full as can be.
+    # The page is about 1.5 times as wide as high; the columns are as few as these rows allow, to fill the last row.
     rows = math.ceil(len(cores) / min(COLUMNS, math.ceil(math.sqrt(3.3 * len(cores)))))
     columns = math.ceil(len(cores) / rows)
     block = TEXT + 2 * SIDE + 2 * GAP

@@ -1,4 +1,4 @@
-"""The files of an inspection: two tables, one JSON document, and the contact sheets."""
+"""Writes the files of an inspection: two tables, a JSON document, and the contact sheets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHANNELS_FILE, CORES_FILE, DOCUMENT_FILE = "channels.csv", "cores.csv", "check_d
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder before anything slow is done; raises InputError where it cannot be."""
+    """Make the folder, before the slow work starts; raises InputError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -25,7 +25,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_results(inspection: Inspection, folder: Path, progress: Progress = no_progress) -> list[Path]:
-    """Write all files of an inspection, replacing those of an earlier one; returns their paths. Raises RunError."""
+    """Write all files, replacing those of an earlier inspection; returns their paths. Raises RunError."""
     channels, cores, document = (folder / name for name in (CHANNELS_FILE, CORES_FILE, DOCUMENT_FILE))
     try:
         write_atomic(channels, _csv([channel_record(row) for row in inspection.channels]), durable=False)
@@ -35,7 +35,7 @@ def write_results(inspection: Inspection, folder: Path, progress: Progress = no_
         raise RunError(f"{folder}: cannot be written to ({error.strerror or error})") from error
     sheets = write_contact_sheets(inspection, folder, progress)
     for sheet in set(folder.glob("contact_sheet_[0-9][0-9]*.png")) - set(sheets):
-        # Of an earlier inspection, which saw more cores.
+        # Left by an earlier inspection of more cores.
         sheet.unlink(missing_ok=True)
     return [channels, cores, document, *sheets]
 

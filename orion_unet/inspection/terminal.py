@@ -1,4 +1,4 @@
-"""The inspection on a terminal: tables that fit 80 columns and use more, then the warnings in plain sentences."""
+"""Prints an inspection: tables that fit 80 columns and use more where there are more, then the warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orion_unet.text import clean
 WIDE = 110
 NAME_WIDTH, WIDE_NAME = 15, 24
 MOST_CORES = 24
-# What stands in narrow terminals too is marked.
+# Headings, and whether narrow terminals show them too.
 CHANNEL_HEADINGS = (
     ("min", False), ("1 %", True), ("50 %", True), ("99 %", True), ("99.9 %", True), ("max", True),
     ("mean", True), ("threshold", False), ("positive", True), ("satur.", True),
@@ -26,7 +26,7 @@ CHANNEL_HEADINGS = (
 
 
 def show(inspection: Inspection, file: TextIO) -> None:
-    """Print the inspection. Nothing in names or paths is interpreted as markup or sent to the terminal as control."""
+    """Print the inspection. Names and paths are cleaned, and never interpreted as markup."""
     console = Console(
         file=file, markup=False, highlight=False, emoji=False, force_terminal=file.isatty(), legacy_windows=False
     )
@@ -36,8 +36,8 @@ def show(inspection: Inspection, file: TextIO) -> None:
     console.print(_channel_table(inspection, wide))
     console.print(
         Text(
-            f"Intensities as stored / full scale, from {inspection.sampled_pixels:,} sampled pixels. positive: above "
-            "the median + 5 sd of the background; satur.: at the largest value, where that is a plateau.",
+            f"Intensities are stored values / full scale, from {inspection.sampled_pixels:,} sampled pixels. positive: "
+            "above the median + 5 sd of the background; satur.: at the largest value, if enough pixels share it.",
             style="dim",
         )
     )
@@ -60,7 +60,7 @@ def show(inspection: Inspection, file: TextIO) -> None:
         console.print(
             Text("warning: ", style="bold yellow").append(clean(finding.message, None), style="not bold default")
         )
-        console.print(Padding(Text(clean(finding.advice, None)), (0, 0, 0, 9), expand=False))
+        console.print(Padding(Text(clean(" ".join(finding.advice), None)), (0, 0, 0, 9), expand=False))
     if not inspection.findings:
         console.print(Text("Nothing wrong was found.", style="green"))
 
@@ -129,7 +129,7 @@ def _core_table(inspection: Inspection, wide: bool) -> Table:
         if core.registration is not None:
             found = core.registration
             cells += [_correlation(found.correlation), _correlation(found.best_correlation)]
-            cells.append("" if mismatched(core) else f"{found.shift[0]:+d}, {found.shift[1]:+d}")
+            cells.append("" if found.shift is None or mismatched(core) else "{:+d}, {:+d}".format(*found.shift))
         table.add_row(
             _name(core.name, wide), _name(core.group, wide), *map(Text, cells), Text(remark(core), style="yellow")
         )
@@ -148,7 +148,7 @@ def number(value: float) -> str:
 
 
 def share(value: float) -> str:
-    """A share as a percentage; what is there but tiny is not called 0."""
+    """A share as a percentage; a tiny one is shown as ``<0.01%``, not as 0."""
     if value == 0:
         return "0"
     return "<0.01%" if value < 1e-4 else f"{100 * value:.2f}%" if value < 0.1 else f"{100 * value:.1f}%"

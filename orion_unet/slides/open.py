@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,25 +14,35 @@ from orion_unet.run_log import open_regular
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
 from orion_unet.slides.tiff import open_tiff
+from orion_unet.slides.whole_slide import open_whole_slide
 
 # A PNG or JPEG can only be decoded whole, at about seven bytes a pixel while it is done.
 LARGEST_PICTURE = 16384**2
 
 
 def open_he(path: str | Path) -> HeImage:
-    """Open an H&E image: .npy, .png, .jpg, .tif (tiled, striped, pyramidal, OME) or .svs.
+    """Open an H&E image: .npy, .png, .jpg, .tif (tiled, striped, pyramidal, OME), .svs, or what OpenSlide reads.
 
-    Raises InputError where the file is missing, damaged, of another kind, or has not three colour channels.
+    Raises InputError where the file is missing, damaged, of another kind, or has not three colour channels, and where
+    a package that reads this kind is not installed.
     """
     path = Path(path)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"{path}: is of no kind that can be read; use {', '.join(READERS)}")
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise InputError(f"{path}: is of no kind that can be read; use {', '.join(KINDS)}")
+    require_readers([path])
     try:
         open_regular(path).close()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return reader(path)
+    return kind.open(path)
+
+
+def require_readers(paths: Iterable[Path]) -> None:
+    """Raise InputError where a package is missing that one of these files needs, before any of them is opened."""
+    for suffix in sorted({path.suffix.lower() for path in paths} & KINDS.keys()):
+        for module, package in KINDS[suffix].packages.items():
+            needed(module, package, KINDS[suffix].extra)
 
 
 def open_npy(path: Path) -> HeImage:
@@ -54,7 +65,9 @@ def open_npy(path: Path) -> HeImage:
 
 def open_picture(path: Path) -> HeImage:
     """A PNG or JPEG, decoded whole; raises InputError where it is damaged, too large or not in colour."""
-    pillow: Any = needed("PIL.Image", "pillow")
+    import PIL.Image
+
+    pillow: Any = PIL.Image
     # Pillow refuses images of this size only to guard servers; what fits into memory is decided below.
     limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
     try:
@@ -87,9 +100,22 @@ def _resolution(info: dict[Any, Any]) -> PixelSize:
     return square_pixel(across, down)
 
 
-READERS = {
-    ".npy": open_npy,
-    **dict.fromkeys((".png", ".jpg", ".jpeg"), open_picture),
-    **dict.fromkeys((".tif", ".tiff", ".svs"), open_tiff),
+class Kind(NamedTuple):
+    """How files of a kind are opened; the modules that it takes, each with its package; the extra that brings them."""
+
+    open: Callable[[Path], HeImage]
+    packages: dict[str, str]
+    extra: str = "inference"
+
+
+PICTURE = Kind(open_picture, {"PIL.Image": "pillow"})
+# Without imagecodecs only some compressions could be read, and the others would look damaged.
+TIFF = Kind(open_tiff, {"tifffile": "tifffile", "imagecodecs": "imagecodecs"})
+WHOLE_SLIDE = Kind(open_whole_slide, {"openslide": "openslide-python"}, "openslide")
+KINDS = {
+    ".npy": Kind(open_npy, {}),
+    **dict.fromkeys((".png", ".jpg", ".jpeg"), PICTURE),
+    **dict.fromkeys((".tif", ".tiff", ".svs"), TIFF),
+    **dict.fromkeys((".ndpi", ".mrxs", ".scn", ".bif", ".svslide"), WHOLE_SLIDE),
 }
-SUFFIXES = tuple(READERS)
+SUFFIXES = tuple(KINDS)

@@ -14,7 +14,6 @@ import numpy as np
 
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
-from orion_unet.extras import needed
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.pixel_size import MICROMETRES, UNKNOWN_PIXEL_SIZE, PixelSize, positive, square_pixel
 
@@ -132,9 +131,8 @@ class TiffImage(HeImage):
 
 def open_tiff(path: Path) -> HeImage:
     """Open a TIFF at full resolution; raises InputError where it is damaged or holds no RGB image."""
-    tifffile: Any = needed("tifffile")
-    # Without it only some compressions could be read, and the others would look damaged.
-    needed("imagecodecs")
+    import tifffile
+
     try:
         tiff = tifffile.TiffFile(path)
     except Exception as error:
@@ -147,7 +145,7 @@ def open_tiff(path: Path) -> HeImage:
             # The description may be that of another file: libvips copies its input's into every page of a pyramid.
             tiff.close()
             tiff = tifffile.TiffFile(path)
-            series = _first_page(tifffile, tiff)
+            series = _first_page(tiff)
         return _open(path, tiff, series)
     except Exception as error:
         tiff.close()
@@ -156,8 +154,10 @@ def open_tiff(path: Path) -> HeImage:
         raise InputError(f"{path}: is damaged or of a kind that cannot be read ({error})") from None
 
 
-def _first_page(tifffile: Any, tiff: Any) -> Any:
+def _first_page(tiff: Any) -> Any:
     """The first page as a series of its own; raises ValueError where a later page is larger."""
+    import tifffile
+
     first = tiff.pages[0]
     if any(page.imagelength > first.imagelength or page.imagewidth > first.imagewidth for page in tiff.pages):
         raise ValueError("its description does not fit its pages, and the first page is not the largest")

@@ -23,6 +23,7 @@ from orion_unet.data.loaders import (
     ValidationOrder,
     ValidationSamples,
     automatic_workers,
+    slots_bytes,
 )
 from orion_unet.data.patches import PatchReader
 from orion_unet.data.transforms import BatchTransform
@@ -190,14 +191,19 @@ def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -
         memory_format(config.model.norm, device),
     )
     workers = data.num_workers
+    pin_bytes = int(config.runtime.pinned_memory_mb * 1e6) if on_gpu else 0
     if workers is None:
         workers = automatic_workers(local_world_size(), on_gpu)
+        if on_gpu:
+            workers = max(1, min(workers, pin_bytes // slots_bytes(reader, optimisation.batch_size)))
     training = TrainingSamples(reader, prepared.split.train, data.patches_per_image, optimisation.seed, data.augment)
     order = TrainingOrder(len(training), optimisation.batch_size, rank(), world_size(), optimisation.seed)
     validation = ValidationSamples(reader, prepared.validation)
     val_order = ValidationOrder(len(validation), optimisation.val_batch_size, rank(), world_size())
-    train_loader = BatchLoader(training, order, optimisation.batch_size, workers, pin=on_gpu)
-    val_loader = BatchLoader(validation, val_order, optimisation.val_batch_size, workers, pin=on_gpu)
+    train_loader = BatchLoader(training, order, optimisation.batch_size, workers, pin_bytes)
+    val_loader = BatchLoader(
+        validation, val_order, optimisation.val_batch_size, workers, max(0, pin_bytes - train_loader.nbytes)
+    )
     return Feeds(
         order,
         DeviceBatches(train_loader, transform, augment=data.augment),

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, and the same lines in train.log."""
+"""What a run prints: a bar on a terminal, plain lines elsewhere, and the same lines in train.log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orion_unet.run_log import LOG_FILE
 
 
 class Console:
-    """Speaks on rank 0 only. Lines go to standard output, and to train.log once the run folder is there."""
+    """Prints on rank 0 only, to standard output, and to train.log once the run folder exists."""
 
     def __init__(self) -> None:
         self.speaks = is_main_process()
@@ -84,7 +84,7 @@ class Console:
         width = len(str(epochs))
         pearson = record["val"]["metrics"]["pearson"]
         took = record["duration_s"]
-        # Fits 80 columns, where a line that breaks would hide its mark.
+        # Fits 80 columns: a wrapped line would hide its last word, "best".
         parts = [
             f"epoch {record['epoch']:>{width}}/{epochs}",
             f"train {_number(record['train']['loss'])}",

@@ -1,4 +1,4 @@
-"""Which device a rank trains on, and how its kernels behave."""
+"""The device a rank trains on, and how its kernels behave."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def choose_device(options: RuntimeOptions) -> torch.device:
     needed = local_world_size() if under_launcher() else wanted or 1
     if needed > visible:
         raise InputError(
-            f"{needed} GPUs are wanted on this machine, {visible} can be seen: lower --gpus (0 = CPU) or the number "
-            "of ranks, or look at CUDA_VISIBLE_DEVICES"
+            f"{needed} GPUs are wanted on this machine, {visible} are visible: lower --gpus (0 = CPU) or the number "
+            "of ranks, or check CUDA_VISIBLE_DEVICES"
         )
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
@@ -53,7 +53,7 @@ def device_warning(device: torch.device, options: RuntimeOptions) -> list[str]:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Deterministic kernels, or the fastest ones for the shapes at hand."""
+    """Use deterministic kernels, or the fastest ones for the shapes at hand."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -76,7 +76,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def describe_devices(device: torch.device, ranks: int) -> str:
-    """The devices of a run in words."""
+    """The devices of a run, for a person."""
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()

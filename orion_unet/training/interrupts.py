@@ -14,7 +14,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 class Interrupts:
     """Context in which SIGNALS set ``requested`` instead of ending the process; a signal that is ignored stays ignored.
 
-    A second SIGINT ends at once with KeyboardInterrupt: the person does not want to wait.
+    A second SIGINT raises KeyboardInterrupt at once: the person does not want to wait.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after any other request (this rank's or, where it had none, another's)."""
+        """130 after Ctrl-C, 143 after any other request, of this rank or another."""
         return 130 if self.received == signal.SIGINT else 143
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -25,8 +25,8 @@ INCHES, TITLES = 1.7, 0.5
 class SanityPanel:
     """Draws ``sanity/epoch_0002.png``: one block of rows per patch, H&E, then measured above predicted per marker.
 
-    Patches and display ranges are chosen once, from measured values only, so that panels of different epochs can
-    be compared by eye.
+    Patches and display ranges are chosen once, from measured values only, so that a person can compare the panels of
+    different epochs.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SanityPanel:
     @torch.inference_mode()
     def draw(self, model: nn.Module, run_dir: Path, epoch: int) -> Path:
         """Predict, draw and save the panel of an epoch; returns its path. The model is left in evaluation mode."""
-        # Not before the first panel is due: a run should not wait for it to begin.
+        # Imported when the first panel is due, so that no run waits for it at its start.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -61,7 +61,7 @@ class SanityPanel:
         FigureCanvasAgg(figure)
         figure.text(0.01, 1 - 0.08 / height, f"Epoch {epoch}, measured above predicted", fontsize=10, va="top")
         top, bottom = 1 - TITLES / height, 0.05 / height
-        # The H&E stands apart, so that the row labels of the markers fit between.
+        # The H&E has a grid of its own, so that the row labels of the markers fit between.
         stain = figure.add_gridspec(
             len(he), 1, left=0.38 / width, right=(0.38 + INCHES) / width, bottom=bottom, top=top, hspace=0.04
         )

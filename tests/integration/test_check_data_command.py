@@ -110,6 +110,25 @@ def test_every_planted_fault_is_found(folder, capsys):
     assert "core_3 (0%)" in told["little_tissue"]
 
 
+def test_cores_too_small_to_register_are_a_note_and_no_mismatch(folder, capsys):
+    for core in range(6):
+        for kind in ("HE", "ORION"):
+            path = folder / f"core_{core}_{kind}.npy"
+            np.save(path, np.load(path)[: 48 if core < 2 else 160])
+    options = ("--patch_size", "32", "--exclude_channels", "Blank")
+    found = document(capsys, folder, *options)
+    assert codes(found) == []
+    assert [note for note in found["notes"] if "too small" in note] == [
+        "2 of 6 cores are less than 96 pixels high or wide, too small to check the registration of: core_0, core_1"
+    ]
+    small, large = found["per_core"][0], found["per_core"][5]
+    assert small["nuclear_correlation"] > 0.8
+    assert small["best_correlation"] is small["shift_down"] is small["shift_right"] is small["shift_peak"] is None
+    assert (large["shift_down"], large["shift_right"]) == (0, 0)
+    assert check(folder, *options) == 0
+    assert "too small to check" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_numbers_are_those_of_the_pixels(folder, capsys):
     found = document(capsys, folder)
     pixels = np.stack([np.load(folder / f"core_{core}_ORION.npy") for core in range(6)]) / 65535

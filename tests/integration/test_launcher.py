@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from tiny_runs import ROOT, TINY, command_line, command_of, free_port, read_metrics, read_status, wait_for
 
 from orion_unet.cli.arguments import parse_train_config
-from orion_unet.config import GROUPS, OutputOptions, TrainConfig
+from orion_unet.cli.launch import stop_timeout
+from orion_unet.config import GROUPS, OutputOptions, RuntimeOptions, TrainConfig
 from orion_unet.demo.make import make_demo
 
 LAUNCHER = ROOT / "train_stable_learning.sh"
@@ -202,6 +204,38 @@ def test_a_machine_that_does_not_know_its_place_is_told_what_to_set(env, missing
     assert ended.code != 0
     assert missing in ended.err
     assert "set it to" in ended.err
+
+
+SLOW_TO_STOP = """
+import signal, sys, time
+
+def save(number, frame):
+    time.sleep(4)
+    open("saved", "w").close()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+open("ready", "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(1, False), (60, True)])
+def test_the_launcher_waits_for_its_ranks_as_long_as_asked(seconds, saved, start, tmp_path):
+    (tmp_path / "rank.py").write_text(SLOW_TO_STOP)
+    words = ["-m", "orion_unet.cli.launch", "--standalone", "--nproc_per_node", "1", "rank.py"]
+    command = start(sys.executable, *words, "--stop_timeout_s", seconds)
+    wait_for(lambda: (tmp_path / "ready").exists(), "the rank")
+    command.signal(signal.SIGTERM)
+    assert command.end().code == 143
+    assert (tmp_path / "saved").exists() == saved
+
+
+def test_the_time_to_wait_is_found_among_the_words_of_the_trainer():
+    assert stop_timeout(["--epochs", "3", "--stop_timeout_s", "7"]) == 7
+    assert stop_timeout(["train", "--stop_timeout_s=8.5"]) == 8.5
+    assert stop_timeout(["--epochs", "3"]) == RuntimeOptions.stop_timeout_s
+    assert stop_timeout(["--not", "our options"]) == RuntimeOptions.stop_timeout_s
 
 
 def test_the_demo_makes_its_data_and_trains_a_small_model_on_them(noted):

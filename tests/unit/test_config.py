@@ -72,6 +72,7 @@ DEFAULTS = {
         "gpus": None,
         "compile": False,
         "deterministic": False,
+        "pinned_memory_mb": 4096.0,
         "stop_timeout_s": 120.0,
         "resume": None,
     },
@@ -132,6 +133,7 @@ def test_an_on_off_option_has_a_no_form_and_the_last_one_wins(name):
 def test_an_option_takes_a_value_and_the_last_one_wins(name):
     words = {
         "stop_timeout_s": "2.5",
+        "pinned_memory_mb": "2.5",
         "weight_decay": "0.25",
         "learning_rate": "0.25",
         "lr_factor": "0.25",
@@ -168,7 +170,8 @@ def test_help_shows_every_option_with_its_default(capsys):
     for name, value in FLAT.items():
         entry = re.search(rf" --{name}[ ,](?:(?! --(?!no_{name})).)*?default: (\S+)", shown)
         assert entry, name
-        usual = "none" if value is None else {"True": "on", "False": "off"}.get(str(value), str(value))
+        written = f"{value:g}" if isinstance(value, float) else str(value)
+        usual = "none" if value is None else {"True": "on", "False": "off"}.get(written, written)
         usual = {"gpus": "auto", "num_workers": "auto", "grid_stride": "patch_size"}.get(name, usual)
         assert entry[1] == usual, name
         assert (f"--no_{name}" in entry[0]) == isinstance(value, bool)

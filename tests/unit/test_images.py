@@ -1,6 +1,8 @@
 """Every kind of H&E file gives the same pixels by region as the array it was written from, or one plain sentence."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from orion_unet.errors import InputError
 from orion_unet.slides.images import ArrayImage
 from orion_unet.slides.open import open_he
+from orion_unet.slides.whole_slide import WholeSlide
 
 tifffile = pytest.importorskip("tifffile")
 pillow = pytest.importorskip("PIL.Image")
@@ -320,6 +323,91 @@ def test_damage_inside_a_tiff_names_the_file_and_the_place(tmp_path):
         image.read(0, 0, 64, 131)
         with pytest.raises(InputError, match=r"slide\.tif: .*row 64, column 32"):
             image.read(60, 0, 10, 131)
+
+
+def write_tiles(path, tiles, shape):
+    """A tiled TIFF that OpenSlide reads as a slide; a tile that is None is left out."""
+    with tifffile.TiffWriter(path) as tiff:
+        options = {**RGB, "tile": (64, 64), "compression": "deflate", "metadata": None}
+        tiff.write(iter(tiles), shape=(*shape, 3), dtype=np.uint8, **options)
+
+
+@pytest.fixture
+def openslide():
+    return pytest.importorskip("openslide", reason="the extra openslide is not installed", exc_type=ImportError)
+
+
+@pytest.mark.usefixtures("openslide")
+@pytest.mark.parametrize("suffix", [".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".SCN"])
+def test_openslide_reads_the_formats_of_scanners_by_region(suffix, tmp_path, monkeypatch):
+    # Pieces narrower than the image.
+    monkeypatch.setattr("orion_unet.slides.whole_slide.LARGEST_WIDTH", 50)
+    options = {**RGB, "tile": (64, 64), "compression": "deflate", "description": FOREIGN["ImageScope"]}
+    write_tiff(tmp_path / f"slide{suffix}", LEVELS, {**options, "metadata": None})
+    with open_he(tmp_path / f"slide{suffix}") as image:
+        assert image.is_slide
+        assert image.pixel_size_um == pytest.approx(0.499)
+        assert_same_pixels(image)
+        assert image.read(-20, 0, 10, 10).shape == (0, 10, 3)
+
+
+@pytest.mark.usefixtures("openslide")
+def test_openslide_states_the_pixel_size_where_both_axes_agree(tmp_path):
+    for across, expected in ((20000, 0.5), (25000, None)):
+        options = {**RGB, "tile": (64, 64), "resolution": (across, 20000), "resolutionunit": "CENTIMETER"}
+        with open_he(write_tiff(tmp_path / "slide.scn", LEVELS, {**options, "metadata": None})) as image:
+            assert image.pixel_size_um == (None if expected is None else pytest.approx(expected))
+            assert ("0.4 µm across and 0.5 µm down" in image.pixel_size_doubt) == (expected is None)
+
+
+@pytest.mark.usefixtures("openslide")
+def test_what_a_scanner_left_out_is_white_inside_the_slide_and_cropped_around_it(tmp_path):
+    tile = LEVELS[:64, :64]
+    write_tiles(tmp_path / "slide.scn", [tile, None, tile, None, None, None, None, None], (128, 256))
+    with open_he(tmp_path / "slide.scn") as image:
+        region = image.read(0, 0, 64, 192)
+        assert image.shape == (64, 192)
+    expected = np.concatenate([tile / 255, np.ones((64, 64, 3)), tile / 255], axis=1)
+    np.testing.assert_allclose(region, expected, atol=1e-6)
+
+
+def test_half_transparent_pixels_are_seen_through_onto_white():
+    def read_region(corner, level, size):
+        assert (corner, level, size) == ((5, 7), 0, (2, 1))
+        return pillow.fromarray(np.array([[[100, 50, 0, 51], [10, 20, 30, 255]]], np.uint8))
+
+    bounds = {"openslide.bounds-x": "5", "openslide.bounds-y": "7"}
+    slide = SimpleNamespace(properties=bounds, dimensions=(2, 1), read_region=read_region)
+    image = WholeSlide(Path("slide.mrxs"), slide)
+    # 100 at a fifth of opacity: 100 / 5 + 255 * 4 / 5.
+    assert image.stored(0, 0, 1, 2).tolist() == [[[224, 214, 204], [10, 20, 30]]]
+
+
+@pytest.mark.usefixtures("openslide")
+def test_a_slide_that_openslide_finds_damaged_is_refused_by_name(tmp_path):
+    path = tmp_path / "slide.ndpi"
+    write_tiff(path, LEVELS, {**RGB, "tile": (64, 64), "compression": "deflate", "metadata": None})
+    content = bytearray(path.read_bytes())
+    # By its name, tifffile would look for the long offsets of NDPI.
+    with tifffile.TiffFile(path, is_ndpi=False) as tiff:
+        start, count = tiff.pages[0].dataoffsets[4], tiff.pages[0].databytecounts[4]
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"slide\.ndpi: cannot be read by OpenSlide"):
+        open_he(path)
+    content[start : start + count] = bytes(count)
+    path.write_bytes(content)
+    with open_he(path) as image, pytest.raises(InputError, match=r"slide\.ndpi: is damaged at rows 60 to 70"):
+        image.read(60, 0, 10, 131)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match=r"slide\.ndpi: cannot be read by OpenSlide"):
+        open_he(path)
+
+
+def test_without_openslide_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    (tmp_path / "slide.mrxs").write_bytes(b"not looked at")
+    with pytest.raises(InputError, match=r'openslide-python is needed for this: pip install "orion-unet\[openslide\]"'):
+        open_he(tmp_path / "slide.mrxs")
 
 
 def test_a_missing_file_a_folder_and_an_unknown_kind_are_refused(tmp_path):

@@ -22,6 +22,7 @@ from orion_unet.data.loaders import (
     ValidationOrder,
     ValidationSamples,
     automatic_workers,
+    slots_bytes,
 )
 from orion_unet.data.normalization import fit_normalization
 from orion_unet.data.patches import validation_patches
@@ -227,13 +228,33 @@ def test_memory_that_cannot_be_locked_is_asked_for_once_and_no_kernel_is_blamed(
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch, "ones", kernel)
     dataset = TrainingSamples(opened.reader, CORES, patches_per_image=8, seed=11, augment=True)
-    loader = BatchLoader(dataset, TrainingOrder(len(dataset), 4, 0, 1, 11), 4, 0, pin=True)
+    loader = BatchLoader(dataset, TrainingOrder(len(dataset), 4, 0, 1, 11), 4, 0, pin_bytes=1 << 30)
     assert len(list(loader)) == 6
     assert (len(runtime.locked), runtime.asked) == (locked, asked)
     # A refusal stays with the runtime until a kernel is started, which then fails for it.
     assert blamed == (["cuda"] if room < 4 else [])
     loader.close()
     assert runtime.locked == []
+
+
+def test_no_more_memory_is_locked_than_allowed(opened, monkeypatch):
+    runtime = Runtime(100)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    dataset = TrainingSamples(opened.reader, CORES, patches_per_image=8, seed=11, augment=True)
+
+    def locked(pin_bytes):
+        loader = BatchLoader(dataset, TrainingOrder(len(dataset), 4, 0, 1, 11), 4, 0, pin_bytes)
+        assert len(list(loader)) == 6
+        count = len(runtime.locked)
+        loader.close()
+        return count, loader.nbytes
+
+    every, nbytes = locked(1 << 30)
+    # Two slots of an H&E and a target each; the memory of a loader process has four.
+    assert (every, nbytes) == (4, slots_bytes(opened.reader, 4) // 2)
+    assert locked(nbytes)[0] == 4
+    assert locked(nbytes - 1)[0] == 3
+    assert locked(0)[0] == 0
 
 
 def test_workers_share_the_cores_of_the_machine(monkeypatch):
@@ -255,7 +276,7 @@ def test_workers_leave_the_signals_of_the_terminal_and_the_cluster_to_their_rank
         # With the second batch both workers have begun their work.
         if len(found) == 1:
             for worker in loader.worker_ids():
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                     os.kill(worker, number)
         found.append([tensor.clone() for tensor in batch])
     assert_same(found, expected)

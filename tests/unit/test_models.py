@@ -196,9 +196,9 @@ def test_a_compiled_model_gives_the_same_prediction_and_gradients():
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "instance"])
-def test_the_order_in_memory_is_channels_last_but_for_instance_norm_on_a_cpu(norm):
+def test_the_order_in_memory_is_channels_last_where_the_norm_has_such_a_kernel(norm):
     last = torch.channels_last
-    assert memory_format(norm, torch.device("cuda")) is last
+    assert (memory_format(norm, torch.device("cuda")) is last) == (norm == "batch")
     assert (memory_format(norm, torch.device("cpu")) is last) == (norm != "instance")
 
 

@@ -180,6 +180,28 @@ def test_a_terminal_without_blocks_gets_plain_characters(tmp_path):
     assert b"train ###" in file.buffer.getvalue()
 
 
+def test_every_compared_run_is_in_the_legend(tmp_path):
+    """matplotlib leaves out labels that begin with an underscore, and reads what stands between dollar signs."""
+    names = ["_first", r"$\frac$", "third"]
+    reports = [report(write_run(tmp_path / str(at), *healthy_losses(5))) for at in range(3)]
+    figure = plots.comparison_figure(reports, names)
+    assert_png(plots.png(figure))
+    shown = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
+    assert shown == ["_first", r"\$\frac\$", "third"]
+
+
+def test_advice_names_alternatives_and_steps(tmp_path):
+    """Options are alternatives; sentences are steps, and not something to paste."""
+    train, val = former_losses()
+    told = report(write_run(tmp_path / "run", train, val, options={"learning_rate": 5e-4}))
+    shown = " ".join(screen(told, 200).split())
+    assert "try --learning_rate 5e-5, or --batch_size 16, or" in shown
+    slow = "calm the validation loss first; try --weight_decay 5e-05; check that the patches are diverse"
+    assert slow in shown
+    text = html.unescape(page(told, b""))
+    assert "calm the validation loss first; try <code>--weight_decay 5e-05</code>; check that" in text
+
+
 def test_compared_runs_stand_side_by_side_with_the_options_that_differ(tmp_path):
     first = report(write_run(tmp_path / "a", *healthy_losses(25), options={"learning_rate": 1e-4, "output_dir": "a"}))
     second = report(write_run(tmp_path / "b", *former_losses(), options={"learning_rate": 5e-4, "output_dir": "b"}))

@@ -34,6 +34,8 @@ def test_clean_escapes_what_could_act(text, shown):
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [
+        (0, "0 s"),
+        (0.0416, "0.042 s"),
         (4.25, "4.2 s"),
         (41.4, "41 s"),
         (720, "12 min"),
