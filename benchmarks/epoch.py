@@ -28,15 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from data_pipeline import make_set
-from orion_unet.training.run import parallel
 
 from orion_unet.cli.arguments import Parser, end_process, run_command
 from orion_unet.config import TrainConfig
 from orion_unet.distributed import from_main_process, is_main_process, process_group, world_size
+from orion_unet.training.build import build_feeds, build_loss, build_state, parallel
 from orion_unet.training.devices import choose_device, describe_devices, keep_freed_memory, set_determinism
-from orion_unet.training.engine import evaluate, train_one_epoch
-from orion_unet.training.prepare import build_feeds, prepare_data
-from orion_unet.training.state import build_loss, build_state
+from orion_unet.training.engine import TrainSums, ValidationSums, train_steps, validate
+from orion_unet.training.prepare import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {"use_boundary_guidance": True, "noise_removal": True, "use_amp": True}
@@ -136,26 +135,22 @@ class Bench:
         self.loss = build_loss(self.config, self.prepared, self.device)
         compiled = getattr(options, "compile", False)
         self.forward = forward = torch.compile(self.state.model, dynamic=False) if compiled else self.state.model
-        self.parallel = parallel(forward, self.device)
+        self.learner = self.state.learner
+        self.learner.model = parallel(forward, self.device)
         self.epoch = 0
 
     def end_to_end(self) -> float:
         """Patches per second of a training epoch on this rank, as the trainer logs it."""
         self.epoch += 1
         self.feeds.order.set_epoch(self.epoch)
-        done = train_one_epoch(
-            self.parallel,
-            self.feeds.train,
-            self.loss,
-            self.state.optimizer,
-            self.device,
-            statistics=self.state.statistics,
-            steps=self.feeds.order.steps,
-            grad_clip=self.config.optimisation.grad_clip,
-            precision=self.state.precision,
-        )
-        self.wait = self.feeds.train.wait_s / done.duration_s
-        return done.samples / done.duration_s
+        steps = self.feeds.order.steps
+        rates = [self.state.schedule.at(0, step) for step in range(steps)]
+        started = time.perf_counter()
+        for _ in train_steps(self.learner, self.feeds.train, self.loss, TrainSums.start(self.loss, self.device), rates):
+            pass
+        duration_s = time.perf_counter() - started
+        self.wait = self.feeds.train.wait_s / duration_s
+        return steps * self.config.optimisation.batch_size / duration_s
 
     def keep_batch(self) -> None:
         """Keep one batch on the device."""
@@ -166,32 +161,29 @@ class Bench:
     def bare_step(self) -> float:
         """Patches per second of the minimal loop on the resident batch."""
         batch, steps = self.resident, self.feeds.order.steps
-        parameters = [p for group in self.state.optimizer.param_groups for p in group["params"]]
-        self.parallel.train()
+        optimizer = self.learner.optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.learner.model.train()
         self.synchronize()
         started = time.perf_counter()
         for _ in range(steps):
-            self.state.optimizer.zero_grad(set_to_none=True)
-            with self.state.precision.autocast(self.device):
-                prediction = self.parallel(batch.he)
+            optimizer.zero_grad(set_to_none=True)
+            with self.learner.precision.autocast(self.device):
+                prediction = self.learner.model(batch.he)
             value, _ = self.loss(prediction, batch.target, batch.boundary)
             value.backward()
             torch.nn.utils.clip_grad_norm_(parameters, self.config.optimisation.grad_clip)
-            self.state.optimizer.step()
+            optimizer.step()
         self.synchronize()
         return steps * len(batch.he) / (time.perf_counter() - started)
 
     def validation(self) -> float:
         """Patches per second of a validation of this rank's share."""
         started = time.perf_counter()
-        found = evaluate(
-            self.forward,
-            self.feeds.val,
-            self.loss,
-            self.device,
-            names=self.prepared.table.kept_names,
-            precision=self.state.precision,
-        )
+        sums = ValidationSums(self.prepared.table.kept_names, self.device)
+        for _ in validate(self.forward, self.feeds.val, self.loss, sums, self.learner.precision):
+            pass
+        found = sums.reduced(self.loss)
         self.synchronize()
         return found.patches / world_size() / (time.perf_counter() - started)
 
@@ -201,7 +193,7 @@ class Bench:
         self.forward.eval()
         self.synchronize()
         started = time.perf_counter()
-        with torch.inference_mode(), self.state.precision.autocast(self.device):
+        with torch.inference_mode(), self.learner.precision.autocast(self.device):
             for _ in range(count):
                 self.forward(batch.he)
         self.synchronize()

@@ -1,21 +1,21 @@
-"""Is prediction as fast as its network, flat in memory, and without seams?
+"""Is prediction as fast as its network, constant in memory, and free of seams?
 
     python benchmarks/predict.py [--checkpoint RUN] [--json FILE]
     python benchmarks/predict.py --only slide --slide 20000        # a slide of 400 megapixels, in bounded memory
     python benchmarks/predict.py --only reading                    # slides/tiff.py beside tifffile's zarr store
 
 - speed: megapixels per second of ``predict`` on a tiled TIFF, from the open file to the finished output, over those of
-  the bare network on the same tiles, measured in turns in one process (goal: 0.85 or more);
-- memory: largest resident memory of a process that predicts images of growing height, and of growing width;
-- seams: the prediction of a large image against those of shifted crops, whose tiles meet elsewhere: the difference
-  where tiles of the large image meet, over the difference inside them (goal: about 1), and the step between
+  the bare network on the same tiles, measured in turns in one process (goal: at least 0.85);
+- memory: peak memory of a process that predicts images of growing height, and of growing width;
+- seams: compares the prediction of a large image with those of shifted crops, whose tiles meet elsewhere: the
+  difference where tiles of the large image meet over the difference inside them (goal: about 1), and the step between
   neighbouring pixels there over the step elsewhere;
-- slide (only when asked for): a generated slide, predicted by a tiny network in a process of its own;
-- reading (only when asked for; needs zarr 3): the regions of TIFFs that prediction reads, by the toolkit's reader and
-  through zarr, without and with its cache of decoded tiles, each in a process of its own; and what either makes of
-  damaged files.
+- slide (only with --only slide): a generated slide, predicted by a tiny network in a separate process;
+- reading (only with --only reading; needs zarr 3): reads the regions of TIFFs that prediction needs with the toolkit's
+  reader and with zarr, without and with its cache of decoded tiles, each in a separate process; then reads damaged
+  files with both.
 
-The tissue is that of the demo, repeated. Without ``--checkpoint`` the network has random weights.
+The images are repeated demo tissue. Without ``--checkpoint`` the network has random weights.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ READERS = ("toolkit", "zarr", "zarr, cached")
 
 
 def write_layout(path: Path, layout: str, height: int, width: int) -> None:
-    """A TIFF of repeated tissue in one of the layouts; multiples of 1024 pixels, or less than that."""
+    """Write a TIFF of repeated tissue in one of the layouts; sides are multiples of 1024 pixels, or smaller."""
     options = {"photometric": "rgb", "metadata": None, **LAYOUTS[layout]}
     if options.get("ome"):
         options |= {"photometric": "minisblack", "metadata": {"axes": "CYX"}}
@@ -298,13 +298,13 @@ def region_reader(reader: str, path: Path) -> Iterator[tuple[tuple[int, int], Ca
 
 
 def resident_mb(key: str) -> float:
-    """VmRSS or VmHWM of this process."""
+    """VmRSS or VmHWM of this process [MB]."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(key))
 
 
 def read_rows(reader: str, path: str) -> None:
-    """Read a TIFF as prediction does; print seconds, processor seconds, and megabytes above those of the imports."""
+    """Read a TIFF as prediction does; print seconds, processor seconds, and memory on top of the imports [MB]."""
     with region_reader(reader, Path(path)) as (_, read):
         # Loads the decoder.
         read(0, 1)
@@ -317,7 +317,7 @@ def read_rows(reader: str, path: str) -> None:
 
 
 def reading(folder: Path, height: int, width: int, repeats: int) -> list[dict[str, Any]]:
-    """Medians of ``read_rows`` of every reader and layout, in turns."""
+    """Medians of ``read_rows`` for every reader and layout, measured in turns."""
     script = "import sys; from predict import read_rows; read_rows(*sys.argv[1:])"
     env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
     source, found = folder / "reading.tif", []
@@ -337,7 +337,7 @@ def reading(folder: Path, height: int, width: int, repeats: int) -> list[dict[st
 
 
 def damages(source: Path) -> dict[str, bytes]:
-    """The file with one tile or strip in the middle damaged (of every plane, where channels are planes), by name."""
+    """The file with one tile or strip in the middle damaged (one per plane, if channels are planes), by name."""
     whole = source.read_bytes()
     zeroed, halved, left_out = bytearray(whole), bytearray(whole), bytearray(whole)
     with tifffile.TiffFile(source) as tiff:
@@ -360,7 +360,7 @@ def damages(source: Path) -> dict[str, bytes]:
 
 
 def damaged(folder: Path) -> dict[str, dict[str, Counter[str]]]:
-    """Of every damage and reader: in how many layouts the file is refused, read as white there, or read wrongly."""
+    """Number of layouts, by damage and reader, in which the file is refused, read as white, or read wrongly."""
     # What zarr leaves of tasks that failed beside the one that is raised.
     for name in ("asyncio", "tifffile"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -256,19 +256,19 @@ class BytesMoved(TorchDispatchMode):
         given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **(kwargs or {})}
         moved = 0
         for argument in func._schema.arguments:
-            size = held(given.get(argument.name))
+            size = stored_bytes(given.get(argument.name))
             # An argument that is changed in place is read and written.
             moved += 2 * size if argument.alias_info is not None and argument.alias_info.is_write else size
         values = returned if isinstance(returned, tuple) else (returned,)
         for value, declared in zip(values, func._schema.returns, strict=False):
-            moved += held(value) if declared.alias_info is None else 0
+            moved += stored_bytes(value) if declared.alias_info is None else 0
         self.total += moved
         if name.startswith(UNFUSABLE):
             self.unfusable += moved
         return returned
 
 
-def held(value: Any) -> int:
+def stored_bytes(value: Any) -> int:
     """Bytes of all tensors in a value; for an expanded tensor, those of its storage."""
     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return sum(min(leaf.numel() * leaf.element_size(), leaf.untyped_storage().nbytes()) for leaf in tensors)
@@ -288,7 +288,7 @@ def built(name: str, memory_format: str, options: argparse.Namespace) -> tuple[S
     before = torch.cuda.memory_allocated()
     step = Step(network(name, options), memory_format, options)
     # The batch does not depend on the network.
-    before += held((step.he, step.target))
+    before += stored_bytes((step.he, step.target))
     for _ in range(3):
         step.run()
     torch.cuda.synchronize()

@@ -22,33 +22,33 @@ T = TypeVar("T")
 
 # A collective that waits longer than this has lost a rank.
 TIMEOUT = timedelta(minutes=10)
-# How long the other ranks wait for rank 0 to finish one more part of what it does alone, such as measuring a file.
+# How long the other ranks wait for rank 0 between two parts of what it does alone, such as measuring a file.
 PREPARATION_STALL_S = 1800.0
-# Within training, a rank that finishes nothing for so long is stuck; less than TIMEOUT, so that it can say so.
+# In training, a rank that finishes nothing for this long is stuck. Below TIMEOUT, so that the watchdog speaks first.
 STUCK_S = 540.0
-# A rank whose peer has failed gets so long to notice by itself.
+# Time that a rank gets to notice the failure of a peer without the watchdog.
 GRACE_S = 15.0
 _FAILED, _PROGRESS = "orion_unet/failed", "orion_unet/progress"
 _turns = count()
 
 
 def usable_cores() -> int:
-    """Processor cores this process may run on."""
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def under_launcher() -> bool:
-    """True where torchrun (or our own launcher) has started this process as one rank of several or of one."""
+    """True if torchrun or our launcher started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def rank() -> int:
-    """This process's rank; 0 alone."""
+    """Rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of ranks; 1 alone."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -63,16 +63,16 @@ def local_world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """True on rank 0, which alone writes and speaks."""
+    """True on rank 0, the only one that writes files and prints."""
     return rank() == 0
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the launcher's process group for as long as the block runs: NCCL on GPUs, gloo on CPUs; alone, nothing.
+    """Join the launcher's process group while the block runs: NCCL on GPUs, gloo on CPUs. Without a launcher, nothing.
 
-    The group is left in order only where the block succeeds: after a failure, leaving it could wait for ever for a
-    peer that is gone. The process is then expected to end.
+    Leaves the group only if the block succeeds: after a failure, leaving could wait for ever for a peer that is gone.
+    The process is then expected to end.
     """
     if not under_launcher():
         yield
@@ -92,7 +92,7 @@ def _store() -> Any:
 
 
 def _announce(failure: str) -> None:
-    """Tell the watchdogs of the other ranks; without effect where the store is gone, too."""
+    """Inform the watchdogs of the other ranks, unless the store is gone too."""
     try:
         _store().set(_FAILED, failure.splitlines()[0][:500])
     except RuntimeError:
@@ -100,19 +100,19 @@ def _announce(failure: str) -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; the tensor itself alone."""
+    """Sum over ranks, in place; without a process group, the tensor itself."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean over ranks, in place; the tensor itself alone."""
+    """Mean over ranks, in place; without a process group, the tensor itself."""
     return all_reduce_sum(tensor).div_(world_size())
 
 
 def any_rank(flag: bool) -> bool:
-    """True where the flag is set on any rank: how a decision that could part the ranks is taken once."""
+    """True if the flag is set on any rank. All ranks get the same answer, so they take the same decision."""
     if not dist.is_initialized():
         return flag
     shared = torch.tensor(int(flag))
@@ -121,7 +121,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def broadcast(value: T) -> T:
-    """The value of rank 0, on every rank. Plain Python values and arrays."""
+    """The value of rank 0, on every rank; plain Python values and arrays."""
     if not dist.is_initialized():
         return value
     box: list[Any] = [value if is_main_process() else None]
@@ -130,15 +130,15 @@ def broadcast(value: T) -> T:
 
 
 def note_progress() -> None:
-    """On rank 0, while the others wait for it: let them know that it is getting on."""
+    """On rank 0, while the others wait: signal that it is making progress."""
     if dist.is_initialized():
         _store().add(_PROGRESS, 1)
 
 
 def from_main_process(compute: Callable[[], T]) -> T:
-    """Compute a value once, on rank 0, and give it to all; its InputError or RunError is raised on every rank.
+    """Compute a value on rank 0 and return it on every rank. Every rank raises its InputError or RunError.
 
-    The others wait as long as rank 0 calls ``note_progress`` at least every PREPARATION_STALL_S; RunError after that.
+    The others wait as long as rank 0 calls ``note_progress`` at least every PREPARATION_STALL_S, then raise RunError.
     """
     turn = f"orion_unet/turn/{next(_turns)}"
     outcome: tuple[T | None, Exception | None] = (None, None)
@@ -168,7 +168,7 @@ def _finish(turn: str) -> None:
 
 
 def _await(turn: str) -> None:
-    """Wait until rank 0 has finished its turn. A collective would give up after TIMEOUT, whatever rank 0 does."""
+    """Wait until rank 0 has finished its turn. A collective would give up after TIMEOUT whatever rank 0 does."""
     store, pause_s = _store(), 0.005
     seen, since = -1, time.monotonic()
     try:
@@ -187,11 +187,11 @@ def _await(turn: str) -> None:
 
 
 class Watchdog:
-    """Ends this rank when it is stuck, or when another has failed and this one waits for it. A context manager.
+    """Ends this rank when it is stuck, or when another rank has failed and this one waits for it. A context manager.
 
-    A rank that waits in a collective for a lost peer cannot be interrupted: the thread says why and ends the process
-    with 1. It counts its own seconds, so that a machine or process that was suspended is not taken for stuck. Alone,
-    it does nothing. ``leave`` is called with the reason before the end.
+    A rank that waits in a collective for a lost peer cannot be interrupted, so a thread prints the reason and ends the
+    process with exit code 1, after calling ``leave`` with the reason. The thread counts its own seconds, so that a
+    suspended machine or process does not count as stuck. With one rank it does nothing.
     """
 
     def __init__(self, leave: Callable[[str], None] = lambda reason: None, stuck_s: float = STUCK_S) -> None:
@@ -202,12 +202,12 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def progress(self) -> None:
-        """Note that a step or a validation batch has been finished. Before the first, nothing counts as stuck."""
+        """Note that a step or a validation batch is finished. Before the first, the rank does not count as stuck."""
         self._idle_s = 0.0
 
     def __enter__(self) -> Watchdog:
         if world_size() > 1:
-            # Its own connection: one that waits must not keep this thread waiting.
+            # A separate connection, because a waiting rank blocks the shared one.
             self._store = _store().clone()
             self._thread.start()
         return self
@@ -247,7 +247,7 @@ def gather(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    # all_gather_object would take the GPU's backend for plain values: a broadcast from each rank stays on the CPU.
+    # all_gather_object would use the GPU's backend for plain values; a broadcast from each rank stays on the CPU.
     for source in range(world_size()):
         box: list[Any] = [value if source == rank() else None]
         dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))

@@ -166,9 +166,8 @@ class BatchLoader:
     """Whole batches as stored, assembled by worker processes in the sampler's order.
 
     The images of a batch are valid until two further batches have been taken or a new pass begins; then their memory is
-    overwritten. Up to ``pin_bytes`` of the
-    memory are locked, for asynchronous copies to a GPU. Workers are forked at the first pass and
-    kept for later ones. On systems without fork, the rank loads in its own process.
+    overwritten. Up to ``pin_bytes`` of it are locked, for asynchronous copies to a GPU. Workers are forked at the first
+    pass and kept for later ones. On systems without fork, the rank loads in its own process.
     """
 
     def __init__(

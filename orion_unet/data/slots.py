@@ -49,8 +49,9 @@ class BatchSlots:
         return sum(buffer.nbytes for slot in self.buffers for buffer in slot.values())
 
     def pin(self, limit_bytes: int) -> None:
-        """Lock up to so much of the memory for asynchronous copies to a GPU. Copies from other memory are synchronous,
-        also where the system refuses.
+        """Lock up to ``limit_bytes`` of the memory for asynchronous copies to a GPU.
+
+        Copies from memory that is not locked, or that the system refuses to lock, are synchronous.
 
         Call it after the workers have been forked, so that they do not inherit pages that the driver has registered.
         """

@@ -196,7 +196,7 @@ def test_memory_for_batches_is_made_once(opened):
 
 
 class Runtime:
-    """Stands in for the CUDA runtime: refuses to lock memory after so many ranges."""
+    """A fake CUDA runtime that refuses to lock memory after a number of ranges."""
 
     def __init__(self, room):
         self.room = room

@@ -37,12 +37,12 @@ def arrays(folder):
 
 
 def identities(folder):
-    """Which file lies under each name: another one, once it has been written again."""
+    """The inode of the file of each name; it changes when the file is written again."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.npy")}
 
 
 def assert_packed(source, output):
-    """Every array of the source lies in the output as (H, W, C) C-order little-endian, with the very same bits."""
+    """Check that the output has every array of the source as (H, W, C), C order, little-endian, equal bit for bit."""
     before, after = arrays(source), arrays(output)
     assert before.keys() == after.keys()
     for name, stored in after.items():
@@ -290,7 +290,7 @@ def test_two_packs_never_write_to_one_folder(write_pairs, tmp_path):
     packed(source, output)
 
 
-def test_too_small_a_disk_is_told_before_anything_is_written(write_pairs, tmp_path, monkeypatch):
+def test_too_small_a_disk_is_reported_before_anything_is_written(write_pairs, tmp_path, monkeypatch):
     source, output = write_pairs(cores=2, size=(48, 40), channels=3), tmp_path / "packed"
     needed = 2 * (48 * 40 * 3 + 48 * 40 * 3 * 2)
     usage = packing.shutil.disk_usage(tmp_path)

@@ -147,11 +147,11 @@ def test_integer_folders_are_not_read(write_pairs, open_pairs, monkeypatch):
 def test_progress_counts_every_float_file(write_pairs, open_pairs):
     folder = write_pairs(cores=3, he_dtype="float32", orion_dtype="float16")
     table = open_pairs(folder).table
-    told = []
+    calls = []
 
     def progress(total, text):
-        told.append(total)
-        return lambda: told.append("step")
+        calls.append(total)
+        return lambda: calls.append("step")
 
     scale.measure_scales(table, bounded_targets=False, progress=progress)
-    assert told == [6] + ["step"] * 6
+    assert calls == [6] + ["step"] * 6

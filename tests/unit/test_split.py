@@ -44,7 +44,7 @@ def test_cores_are_parted_as_near_to_the_fraction_as_whole_cores_allow(cores, va
     val_split=st.floats(0.05, 0.95),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_a_group_never_stands_on_both_sides(tmp_path_factory, groups, val_split, seed):
+def test_a_group_is_never_on_both_sides(tmp_path_factory, groups, val_split, seed):
     folder = tmp_path_factory.mktemp("groups")
     write_groups(folder / "groups.csv", groups)
     split, warnings = make_split(table_of(len(groups), folder), DataOptions(val_split=val_split), seed)
@@ -105,7 +105,7 @@ def test_a_groups_csv_at_fault_names_every_core(tmp_path, content, culprits):
         assert culprit in str(caught.value)
 
 
-def test_a_groups_csv_that_is_missing_is_told(tmp_path):
+def test_a_missing_groups_csv_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.csv: cannot be read"):
         make_split(table_of(4), DataOptions(groups_csv=str(tmp_path / "gone.csv")), 0)
 
@@ -167,7 +167,7 @@ def test_cores_a_split_file_does_not_know_are_left_out_and_named(tmp_path):
         (json.dumps(sides(["core_000"], ["core_001"])), ["group A: is on both sides"]),
     ],
 )
-def test_a_split_file_at_fault_is_told(tmp_path, content, culprits):
+def test_a_bad_split_file_is_refused(tmp_path, content, culprits):
     write_groups(tmp_path / "groups.csv", "AAB")
     file = tmp_path / "split.json"
     file.write_text(content)
@@ -177,6 +177,6 @@ def test_a_split_file_at_fault_is_told(tmp_path, content, culprits):
         assert culprit in str(caught.value)
 
 
-def test_a_split_file_that_is_missing_is_told(tmp_path):
+def test_a_missing_split_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"--split_file .*gone\.json: cannot be read"):
         make_split(table_of(3), DataOptions(split_file=str(tmp_path / "gone.json")), 0)
