@@ -30,13 +30,13 @@ from orion_unet.inference.outputs import (
     write_names,
 )
 from orion_unet.inference.overview import box_size, thumbnail, write_overview
-from orion_unet.inference.progress import LONGEST_LINE, Progress
+from orion_unet.inference.progress import Progress
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
 from orion_unet.slides.images import HeImage
 from orion_unet.slides.open import open_he, require_readers
-from orion_unet.text import clean, duration
+from orion_unet.text import clean_lines, duration
 
 # Values that are brought to their unit and written at a time: so few that they stay in the processor's cache, or so
 # many that a GPU is not kept waiting.
@@ -79,8 +79,7 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
                 raise
             failed += 1
             progress.end()
-            lines = (clean(line, LONGEST_LINE) for line in f"error: {error}".splitlines())
-            print("\n".join(lines), file=sys.stderr, flush=True)
+            print(f"error: {clean_lines(str(error))}", file=sys.stderr, flush=True)
             continue
         finally:
             progress.end()
@@ -99,7 +98,7 @@ def chosen_markers(given: str | None, names: Sequence[str]) -> list[int]:
     unknown = [name for name in wanted if name not in names]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
         what = f"no marker {', '.join(unknown)}" if unknown else "name each marker once, and at least one"
-        raise InputError(clean(f"--markers {given}: {what}; the model predicts {', '.join(names)}", LONGEST_LINE))
+        raise InputError(f"--markers {given}: {what}; the model predicts {', '.join(names)}")
     return [names.index(name) for name in wanted]
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from orion_unet.text import clean, duration
+from orion_unet.text import clean, clean_lines, duration
 
 LINE_EVERY_S = 30.0
-LONGEST_LINE = 500
 
 
 class Progress:
@@ -23,7 +22,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line, above the bar if there is one; what could move the cursor is shown as an escape."""
-        text = clean(text, LONGEST_LINE)
+        text = clean_lines(text)
         if self._bar is not None:
             tqdm.write(text, file=sys.stdout)
         else:

@@ -61,7 +61,7 @@ def test_an_interrupted_prediction_goes_on_at_its_tile_row_and_ends_the_same(for
         StopAfter(patched, 2)
         stopped = predict(core, **options)
     assert stopped.code == 130
-    assert "the same command goes on from there" in stopped.out
+    assert "the same command continues from there" in stopped.out
     assert result not in contents(stopped.dir)
     with monkeypatch.context() as patched:
         rest = StopAfter(patched, 99)
