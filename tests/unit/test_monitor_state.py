@@ -158,7 +158,7 @@ def test_a_new_epoch_or_validation_starts_the_patience_anew(tmp_path):
 def test_a_stall_names_likely_causes_and_what_to_do(tmp_path):
     life = judged(tmp_path, working(95, step_s=0.42))
     assert "no training step has finished for 9" in life.reason
-    for word in ("usually takes 0.42 s", "loader process", "storage", "another rank"):
+    for word in ("usually takes 0.42 s", "loader process", "storage", "lost rank"):
         assert word in life.finding.message
     assert any("--resume auto" in step for step in life.finding.advice)
     assert any("ps: state T or D" in step for step in life.finding.advice)
@@ -212,6 +212,7 @@ def test_the_report_of_a_stall_carries_its_warning_first(tmp_path):
     run = write_run(tmp_path / "run", *healthy_losses(12), state="training", **document)
     report = Run(run, Thresholds()).poll().document()
     assert report["state"] == "stalled" and report["warnings"][0]["code"] == "stalled"
+    assert report["left_s"] is None
     assert report["warnings"][0]["threshold"] == 30 and report["heartbeat_age_s"] < 10
 
 

@@ -202,6 +202,13 @@ def test_advice_names_alternatives_and_steps(tmp_path):
     assert "calm the validation loss first; try <code>--weight_decay 5e-05</code>; check that" in text
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_a_line_never_ends_between_an_option_and_its_value(tmp_path, width):
+    lines = screen(report(write_run(tmp_path, *former_losses())), width).splitlines()
+    assert sum(line.startswith("  ") and "--" in line for line in lines) >= 3
+    assert not [line for line in lines if re.search(r"--\w+$", line)]
+
+
 def test_compared_runs_stand_side_by_side_with_the_options_that_differ(tmp_path):
     first = report(write_run(tmp_path / "a", *healthy_losses(25), options={"learning_rate": 1e-4, "output_dir": "a"}))
     second = report(write_run(tmp_path / "b", *former_losses(), options={"learning_rate": 5e-4, "output_dir": "b"}))
