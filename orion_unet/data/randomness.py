@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # Purposes of streams. Drawing more numbers from one stream never changes another.
-SPLIT, ORDER, SAMPLE, VALIDATION, NORMALIZATION, SCORED_PIXELS, BOOTSTRAP, REGRESSION = range(8)
+SPLIT, ORDER, SAMPLE, VALIDATION, NORMALIZATION, SCORED_PIXELS, BOOTSTRAP, REGRESSION, DIGEST = range(9)
 
 
 def counter_rng(seed: int, purpose: int, first: int = 0, second: int = 0) -> np.random.Generator:
