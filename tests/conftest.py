@@ -20,8 +20,10 @@ settings.load_profile("steady")
 
 GLASS = 240
 
-# For tensors this small, threads cost more than they bring; and on a busy machine they wait for each other.
+# Here and in every process that a test starts: for tensors this small, threads cost more than they bring, and on a busy
+# machine they wait for each other.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_finish():
