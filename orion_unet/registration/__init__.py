@@ -1,1 +1,1 @@
-"""How an H&E lies on its markers."""
+"""How well an H&E and its markers are aligned."""
