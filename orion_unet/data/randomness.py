@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # What a stream is for. A stream's numbers never move when another one draws more.
-SPLIT, ORDER, SAMPLE, VALIDATION, NORMALIZATION, SCORED_PIXELS, BOOTSTRAP, REGRESSION = range(8)
+SPLIT, ORDER, SAMPLE, VALIDATION, NORMALIZATION, SCORED_PIXELS, DIGEST, REGRESSION = range(8)
 
 
 def counter_rng(seed: int, purpose: int, first: int = 0, second: int = 0) -> np.random.Generator:
