@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The stable recipe, on every visible GPU of the machine (or on the CPU). Any option of the trainer may follow and wins:
+# Trains with the stable recipe (orion_unet/recipes.py) on every visible GPU of the machine, or on the CPU. Any option of
+# the trainer may follow and wins:
 #
 #   ./train_stable_learning.sh --pairs_dir my_cores --epochs 50
+#   ./train_stable_learning.sh --config RUN/config.json --output_dir runs/again     all options of an earlier run
 #   ./train_stable_learning.sh --demo          make a small generated data set and train on it
-#   ./train_stable_learning.sh --help          every option
+#   ./train_stable_learning.sh --help          every option, with the recipe's values as defaults
 #
 # Several machines: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set.
 # NPROC_PER_NODE sets the number of ranks on this machine (default: one per GPU, one on a CPU).
@@ -16,23 +18,7 @@ root=$PWD
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 cd "$called_from"
 
-# Why each of these is what it is: TRAINING_IMPROVEMENTS.md.
-recipe=(
-  --epochs 30 --learning_rate auto --batch_size 12 --val_split 0.20
-  --mse_weight 0.8 --l1_weight 0.3 --boundary_weight 0.1 --focal_weight 0.0 --variance_weight 0.1
-  --correlation_weight 0.1
-  --scheduler cosine --warmup_epochs 0.5 --ema_decay 0.95 --early_stopping_patience 10
-  --use_amp --use_boundary_guidance --noise_removal
-  --output_dir runs_sep6v1/orion_stable_learning
-)
-# The demo: small patches and a small network, so that the whole of it takes minutes on a CPU. Without the L1 term, whose
-# optimum for a sparse marker is dark, scarce markers come up in so few epochs.
-demo=(
-  --pairs_dir demo_pairs --output_dir runs/demo
-  --patch_size 128 --patches_per_image 16 --base_features 12 --depth 3 --epochs 12 --batch_size 8
-  --warmup_epochs 1 --l1_weight 0
-)
-
+recipe=(--recipe stable --output_dir runs_sep6v1/orion_stable_learning)
 options=()
 gpus=auto
 with_demo=no
@@ -43,7 +29,7 @@ for argument in "$@"; do
     --demo) with_demo=yes; previous=''; continue ;;
     --output_dir | --output_dir=* | --resume | --resume=*) own_folder=yes ;;
     --gpus=*) gpus=${argument#--gpus=} ;;
-    -h | --help) exec "$PYTHON" "$root/train_spatial_orion_unet.py" --help ;;
+    -h | --help) exec "$PYTHON" "$root/train_spatial_orion_unet.py" "$@" ;;
   esac
   if [ "$previous" = --gpus ]; then gpus=$argument; fi
   previous=$argument
@@ -51,7 +37,7 @@ for argument in "$@"; do
 done
 if [ "$with_demo" = yes ]; then
   "$PYTHON" -m orion_unet make-demo demo_pairs
-  recipe+=("${demo[@]}")
+  recipe=(--recipe demo)
   # The demo may be tried again and again; a folder that was named is never replaced unasked.
   if [ "$own_folder" = no ]; then recipe+=(--overwrite); fi
 fi

@@ -1,16 +1,16 @@
-"""Does the data path deliver patches at the speed of a memory copy?
+"""Does the data path deliver patches as fast as a memory copy?
 
     python benchmarks/data_pipeline.py --pairs_dir D --patch_size 256 --json
     python benchmarks/data_pipeline.py               # makes four sets: float32 and uint16, (H, W, C) and (C, H, W)
 
-The loader of the trainer (random crops that prefer tissue, whole batches assembled in worker processes) against
-two plain copies of the same crops out of the memory maps, by one process, from the page cache:
+Compares the trainer's loader (random crops that prefer tissue, whole batches assembled in worker processes) with two
+plain copies of the same crops from memory maps, in one process, from the page cache:
 
-- raw_copy: NumPy copies each crop to its place in a batch that is already there, which a loader must at least do;
-- raw_crop: NumPy copies each crop to memory that is used again at once, so that nothing leaves the processor's cache.
+- raw_copy: NumPy copies each crop to its place in an existing batch, the least that a loader must do;
+- raw_crop: NumPy copies each crop to memory that is reused at once, so that nothing leaves the processor's cache.
 
-With --cold also from the disk: each pass begins with nothing of the set in memory, once reading as the system does
-by default, and once as the trainer does for sets that memory cannot hold.
+With --cold, also reads from the disk: each pass starts with an empty page cache, once with the system's default
+read-ahead, and once as the trainer reads sets larger than memory.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ SEED = 0
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs_dir", metavar="DIR", help="measure this folder; default: four sets made for it")
+    parser.add_argument("--pairs_dir", metavar="DIR", help="folder to measure; default: four generated sets")
     parser.add_argument("--patch_size", type=int, default=256, metavar="N", help="side of a patch; default: 256")
-    parser.add_argument("--batch_size", type=int, default=12, metavar="N", help="patches of a batch; default: 12")
-    parser.add_argument("--patches", type=int, default=240, metavar="N", help="patches of a pass; default: 240")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="passes, medians count; default: 7")
-    parser.add_argument("--num_workers", type=int, metavar="N", help="the n of n workers; default: the usable cores")
-    parser.add_argument("--cores", type=int, default=4, metavar="N", help="cores of a set that is made; default: 4")
-    parser.add_argument("--size", type=int, default=2048, metavar="N", help="their side; default: 2048")
-    parser.add_argument("--channels", type=int, default=20, metavar="N", help="their channels; default: 20")
+    parser.add_argument("--batch_size", type=int, default=12, metavar="N", help="patches per batch; default: 12")
+    parser.add_argument("--patches", type=int, default=240, metavar="N", help="patches per pass; default: 240")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="passes; reports medians; default: 7")
+    parser.add_argument("--num_workers", type=int, metavar="N", help="n in 'n workers'; default: the usable cores")
+    parser.add_argument("--cores", type=int, default=4, metavar="N", help="cores per generated set; default: 4")
+    parser.add_argument("--size", type=int, default=2048, metavar="N", help="side of a generated core; default: 2048")
+    parser.add_argument("--channels", type=int, default=20, metavar="N", help="channels of such a core; default: 20")
     parser.add_argument("--cold", action="store_true", help="also read from the disk")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(argv)
     if options.pairs_dir:
         results = {"pairs_dir": options.pairs_dir, **measure(options.pairs_dir, options)}
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure_made(options: argparse.Namespace) -> dict[str, Any]:
-    """Every stored form of a set of its own, one after the other to spare the disk."""
+    """Generate and measure every stored form, one after the other to save disk space."""
     found = {}
     for dtype in ("float32", "uint16"):
         for layout in ("hwc", "chw"):
@@ -75,7 +75,7 @@ def measure_made(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_set(folder: Path, dtype: str, layout: str, options: argparse.Namespace) -> None:
-    """Cores of noise that passes for tissue."""
+    """Write cores of noise that counts as tissue."""
     rng = np.random.default_rng(SEED)
     for core in range(options.cores):
         he = rng.integers(60, 200, (options.size, options.size, 3), dtype=np.uint8)
@@ -87,7 +87,7 @@ def make_set(folder: Path, dtype: str, layout: str, options: argparse.Namespace)
 
 
 def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Patches per second of loader and plain copies, interleaved."""
+    """Patches per second of the loader and the plain copies, measured in turns."""
     data = DataOptions(pairs_dir=folder, patch_size=options.patch_size)
     table = find_pairs(data)
     scales = measure_scales(table, False)
@@ -95,7 +95,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     order = TrainingOrder(each * len(table), options.batch_size, 0, 1, SEED)
     count = order.steps * options.batch_size
 
-    # First, while no memory map keeps the pages of the set.
+    # First, while no memory map keeps pages of the set in memory.
     cold = measure_cold(table, scales, options) if options.cold else {}
     samples = TrainingSamples(
         PatchReader(table, scales, options.patch_size), np.arange(len(table)), each, SEED, augment=True
@@ -153,7 +153,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def interleaved(subjects: dict[str, Callable[[], None]], count: int, repeats: int) -> dict[str, float]:
-    """Median rate of each subject over passes that take turns; the first pass of each warms up."""
+    """Median rate of each subject over passes in turns; the first pass of each is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     for repeat in range(repeats + 1):
         for name, subject in subjects.items():
@@ -165,9 +165,9 @@ def interleaved(subjects: dict[str, Callable[[], None]], count: int, repeats: in
 
 
 def measure_cold(table: PairTable, scales: Scales, options: argparse.Namespace) -> dict[str, Any]:
-    """Rates and bytes read with an empty page cache, with and without the trainer's way for very large sets.
+    """Rates and bytes read with an empty page cache, with and without the trainer's method for very large sets.
 
-    So many patches of a core as an epoch draws by default: more would read all of it either way.
+    Draws as many patches per core as an epoch does by default: more of them would read the whole core either way.
     """
     each = DataOptions().patches_per_image
     order = TrainingOrder(each * len(table), options.batch_size, 0, 1, SEED)
@@ -199,13 +199,13 @@ def forget(reader: PatchReader) -> None:
 
 
 def bytes_read() -> int:
-    """Bytes that this process has had fetched from storage."""
+    """Bytes that the system has read from storage for this process."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
     return int(fields["read_bytes"])
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for a person."""
+    """The results as a text table."""
     lines = [f"{'':<14}{'1 worker':>10}{'raw copy':>10}{'fraction':>10}{'raw crop':>10}{'n workers':>11}"]
     for name, found in results.get("sets", {results.get("pairs_dir", ""): results}).items():
         lines.append(

@@ -1,17 +1,17 @@
-"""How often does the monitor find what is wrong, and how often does it cry wolf?
+"""How often does the monitor find a fault, and how often does it raise a false alarm?
 
-Simulated runs of known kind, judged at their end and, the healthy ones, at every epoch on the way. The kinds are
-what a person who looks at curves for a living would call them; none is defined through a formula of the detector:
+Simulates runs of known kinds and diagnoses them at their end, and healthy runs at every epoch as well. The kinds follow
+the judgement of an experienced person; none is defined through a formula of the detector:
 
 - healthy_fast, healthy_slow: V and L fall to 5-40 % of their start with a time constant of 1-6 or 6-20 epochs
   (exponential or power law); V ends 3 % of the gain below L to 6 % above; noise of V 0.3, 1 or 2 % (shrinking with
-  V or not); half have a poor first epoch, a third one bad epoch (+15 to 60 %), a third a step down in the loss.
-- plateau: healthy, exponential with a time constant of 5-9 % of the run, floor 15-50 %: at rest since half time.
+  V or not); half have a poor first epoch, a third one bad epoch (+15 to 60 %), a third a sudden fall of the loss.
+- plateau: healthy, exponential with a time constant of 5-9 % of the run, floor 15-50 %: flat in the second half.
 - noisy_validation: V falls by at most half and jumps by 8, 12 or 20 % of itself (sd) from epoch to epoch.
 - slow: L falls by 2-18 % over 20 epochs (in proportion over fewer epochs, no more over longer runs).
-- overfitting: healthy, then from 20-60 % of the run on V rises to 20-60 % above its best while L falls on.
-- diverging: healthy, then in the last epochs V (and L) grow by 1.6-3 an epoch to over 5 times the best, or turn
-  into something not finite.
+- overfitting: healthy, then from 20-60 % of the run on V rises to 20-60 % above its best while L keeps falling.
+- diverging: healthy, then in the last epochs V (and L) grow by 1.6-3 per epoch to over 5 times the best, or
+  become infinite.
 
 Each at loss scales 0.01, 0.1, 1, 10 and 6, 8, 10, 15, 20, 30, 60, 100, 200 epochs, noise Gaussian or heavy-tailed.
 
@@ -33,7 +33,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from orion_unet.monitor.diagnostics import WARNING, Thresholds, diagnose
+from orion_unet.findings import WARNING
+from orion_unet.monitor.diagnostics import Thresholds, diagnose
 from orion_unet.monitor.noise import validation_noise
 
 SCALES = (0.01, 0.1, 1.0, 10.0)
@@ -50,7 +51,7 @@ KINDS = ("healthy_fast", "healthy_slow", *EXPECTED)
 
 
 def falling(rng: np.random.Generator, epochs: int, floor: float, tau: float) -> np.ndarray:
-    """A curve from 1 towards ``floor``, (epochs,)."""
+    """A curve that falls from 1 towards ``floor``: (epochs,)."""
     t = np.arange(epochs)
     power = rng.uniform(1, 2)
     shape = np.exp(-t / tau) if rng.random() < 0.5 else (1 + t / (tau * power)) ** -power
@@ -58,14 +59,14 @@ def falling(rng: np.random.Generator, epochs: int, floor: float, tau: float) -> 
 
 
 def jitter(rng: np.random.Generator, epochs: int) -> np.ndarray:
-    """Unit noise, Gaussian or Student t with 5 degrees of freedom, (epochs,)."""
+    """Noise of unit variance, Gaussian or Student t with 5 degrees of freedom: (epochs,)."""
     return rng.standard_normal(epochs) if rng.random() < 0.5 else rng.standard_t(5, epochs) / math.sqrt(5 / 3)
 
 
 def healthy(
     rng: np.random.Generator, epochs: int, tau: float, resting: bool = False
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Training and validation loss (epochs,) and the noise level of the latter."""
+    """Training and validation loss (epochs,), and the noise level of the latter."""
     if resting:
         floor = rng.uniform(0.15, 0.5)
         train = floor + (1 - floor) * np.exp(-np.arange(epochs) / tau)
@@ -85,7 +86,7 @@ def healthy(
 
 
 def simulate(rng: np.random.Generator, kind: str, epochs: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """One run of a kind: training and validation loss (epochs,), first epoch of order 1, and the noise level."""
+    """One run of a kind: training and validation loss (epochs,), about 1 in the first epoch, and the noise level."""
     if kind in ("healthy_fast", "healthy_slow"):
         return healthy(rng, epochs, rng.uniform(1, 6) if kind == "healthy_fast" else rng.uniform(6, 20))
     if kind == "plateau":
@@ -128,19 +129,19 @@ def simulate(rng: np.random.Generator, kind: str, epochs: int) -> tuple[np.ndarr
 
 
 def plain_noise(val: np.ndarray) -> float:
-    """The plainer estimate of noise: the median second difference of the last 8 epochs."""
+    """A simpler estimate of noise: the median second difference of the last 8 epochs."""
     recent = val[1:][-8:]
     return 1.4826 * float(np.median(np.abs(recent[2:] - 2 * recent[1:-1] + recent[:-2]))) / math.sqrt(6)
 
 
 def codes(train: np.ndarray, val: np.ndarray) -> dict[str, str]:
-    """Code and severity of what the monitor says of the curves."""
+    """Codes of the monitor's findings for these curves, with their severity."""
     return {f.code: f.severity for f in diagnose(np.arange(1, len(val) + 1), train, val)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=int, default=1000, help="runs per kind")
+    parser.add_argument("--runs", type=int, default=1000, help="runs per kind; default: 1000")
     parser.add_argument("--curves", type=Path, default=Path("../shared/data/curves"), help="labelled real curves")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, help="also write the report to this file")

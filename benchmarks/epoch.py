@@ -1,13 +1,13 @@
-"""Is an epoch as fast as its steps, and does its cost grow no faster than the work?
+"""Is an epoch as fast as its steps, and does its cost grow at most linearly with the work?
 
     python benchmarks/epoch.py                       # end to end over the bare step, on 1 and 2 ranks
     python benchmarks/epoch.py --growth              # cost per patch as patches, channels, pixels and cores grow
-    python benchmarks/epoch.py --profile             # where the time of an epoch goes
+    python benchmarks/epoch.py --profile             # profile of an epoch
     python benchmarks/epoch.py --base_features 16 --patch_size 128 --batch_size 8 --json
 
 End to end is what the trainer runs: loader, transforms, step, sums. The bare step is a minimal loop on one batch that
-stays on the device: forward, composite loss, backward, clipping, AdamW. The same for validation, against the forward
-pass alone. Both take turns in one process, and medians count.
+stays on the device: forward, composite loss, backward, clipping, AdamW. Validation is compared with the forward pass
+alone. Both sides are measured in turns in one process; the report gives medians.
 """
 
 from __future__ import annotations
@@ -32,32 +32,31 @@ from data_pipeline import make_set
 from orion_unet.cli.arguments import Parser, end_process, run_command
 from orion_unet.config import TrainConfig
 from orion_unet.distributed import from_main_process, is_main_process, process_group, world_size
+from orion_unet.training.build import build_feeds, build_loss, build_state, parallel
 from orion_unet.training.devices import choose_device, describe_devices, keep_freed_memory, set_determinism
-from orion_unet.training.engine import evaluate, train_one_epoch
-from orion_unet.training.prepare import build_feeds, prepare_data
-from orion_unet.training.run import parallel
-from orion_unet.training.state import build_loss, build_state
+from orion_unet.training.engine import TrainSums, ValidationSums, train_steps, validate
+from orion_unet.training.prepare import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {"use_boundary_guidance": True, "noise_removal": True, "use_amp": True}
-# Where rank 0 leaves what it has measured, for the process that started it.
+# Environment variable: the file to which rank 0 writes its results for the process that started it.
 RESULT = "ORION_EPOCH_RESULT"
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs_dir", metavar="DIR", help="measure on these pairs; default: a set made for it")
+    parser.add_argument("--pairs_dir", metavar="DIR", help="pairs to measure on; default: a generated set")
     parser.add_argument("--patch_size", type=int, default=256, metavar="N", help="side of a patch; default: 256")
     parser.add_argument("--batch_size", type=int, default=12, metavar="N", help="patches of all ranks; default: 12")
     parser.add_argument("--base_features", type=int, default=32, metavar="N", help="width; default: 32")
-    parser.add_argument("--channels", type=int, default=20, metavar="N", help="of a set that is made; default: 20")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of an epoch; default: 4")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="epochs, medians count; default: 3")
+    parser.add_argument("--channels", type=int, default=20, metavar="N", help="of the generated set; default: 20")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps per epoch; default: 4")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="epochs; reports medians; default: 3")
     parser.add_argument("--ranks", default="1,2", metavar="N,...", help="numbers of ranks; default: 1,2")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--growth", action="store_true", help="how the cost grows, with a small model")
-    parser.add_argument("--profile", action="store_true", help="where the time of a training epoch goes")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--growth", action="store_true", help="measure how the cost grows, with a small model")
+    parser.add_argument("--profile", action="store_true", help="profile a training epoch")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(argv)
     if "RANK" in os.environ:
         result = compare(options)
@@ -87,13 +86,13 @@ def made(folder: Path, cores: int, size: int, channels: int) -> str:
 
 
 def on_ranks(count: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The comparison on so many ranks of this machine, in processes of their own."""
+    """Run the comparison on ``count`` ranks of this machine, in separate processes."""
     words = [
         f"--{name}={getattr(options, name)}"
         for name in ("pairs_dir", "patch_size", "batch_size", "base_features", "steps", "repeats")
     ]
     launch = [sys.executable, "-m", "orion_unet.cli.launch", "--standalone", f"--nproc_per_node={count}"]
-    # Through a file: gloo speaks on the ranks' standard output.
+    # Through a file, because gloo prints to the ranks' standard output.
     with tempfile.TemporaryDirectory(prefix="orion_epoch_") as folder:
         path = Path(folder) / "result.json"
         subprocess.run(
@@ -108,7 +107,7 @@ def on_ranks(count: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Bench:
-    """A run's data, model and loss, without its folder."""
+    """Data, model and loss of a run, without a run folder."""
 
     def __init__(self, options: argparse.Namespace, **changed: Any) -> None:
         cores = len(list(Path(options.pairs_dir).glob("*_HE.npy")))
@@ -136,29 +135,25 @@ class Bench:
         self.loss = build_loss(self.config, self.prepared, self.device)
         compiled = getattr(options, "compile", False)
         self.forward = forward = torch.compile(self.state.model, dynamic=False) if compiled else self.state.model
-        self.parallel = parallel(forward, self.device)
+        self.learner = self.state.learner
+        self.learner.model = parallel(forward, self.device)
         self.epoch = 0
 
     def end_to_end(self) -> float:
-        """Patches per second of a training epoch of this rank, as the trainer logs it."""
+        """Patches per second of a training epoch on this rank, as the trainer logs it."""
         self.epoch += 1
         self.feeds.order.set_epoch(self.epoch)
-        done = train_one_epoch(
-            self.parallel,
-            self.feeds.train,
-            self.loss,
-            self.state.optimizer,
-            self.device,
-            statistics=self.state.statistics,
-            steps=self.feeds.order.steps,
-            grad_clip=self.config.optimisation.grad_clip,
-            precision=self.state.precision,
-        )
-        self.wait = self.feeds.train.wait_s / done.duration_s
-        return done.samples / done.duration_s
+        steps = self.feeds.order.steps
+        rates = [self.state.schedule.at(0, step) for step in range(steps)]
+        started = time.perf_counter()
+        for _ in train_steps(self.learner, self.feeds.train, self.loss, TrainSums.start(self.loss, self.device), rates):
+            pass
+        duration_s = time.perf_counter() - started
+        self.wait = self.feeds.train.wait_s / duration_s
+        return steps * self.config.optimisation.batch_size / duration_s
 
     def keep_batch(self) -> None:
-        """One batch that stays on the device."""
+        """Keep one batch on the device."""
         self.feeds.order.set_epoch(1)
         self.resident = next(iter(self.feeds.train))
         self.feeds.order.set_epoch(1)
@@ -166,32 +161,29 @@ class Bench:
     def bare_step(self) -> float:
         """Patches per second of the minimal loop on the resident batch."""
         batch, steps = self.resident, self.feeds.order.steps
-        parameters = [p for group in self.state.optimizer.param_groups for p in group["params"]]
-        self.parallel.train()
+        optimizer = self.learner.optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.learner.model.train()
         self.synchronize()
         started = time.perf_counter()
         for _ in range(steps):
-            self.state.optimizer.zero_grad(set_to_none=True)
-            with self.state.precision.autocast(self.device):
-                prediction = self.parallel(batch.he)
+            optimizer.zero_grad(set_to_none=True)
+            with self.learner.precision.autocast(self.device):
+                prediction = self.learner.model(batch.he)
             value, _ = self.loss(prediction, batch.target, batch.boundary)
             value.backward()
             torch.nn.utils.clip_grad_norm_(parameters, self.config.optimisation.grad_clip)
-            self.state.optimizer.step()
+            optimizer.step()
         self.synchronize()
         return steps * len(batch.he) / (time.perf_counter() - started)
 
     def validation(self) -> float:
-        """Patches per second of a validation, of this rank's share."""
+        """Patches per second of a validation of this rank's share."""
         started = time.perf_counter()
-        found = evaluate(
-            self.forward,
-            self.feeds.val,
-            self.loss,
-            self.device,
-            names=self.prepared.table.kept_names,
-            precision=self.state.precision,
-        )
+        sums = ValidationSums(self.prepared.table.kept_names, self.device)
+        for _ in validate(self.forward, self.feeds.val, self.loss, sums, self.learner.precision):
+            pass
+        found = sums.reduced(self.loss)
         self.synchronize()
         return found.patches / world_size() / (time.perf_counter() - started)
 
@@ -201,7 +193,7 @@ class Bench:
         self.forward.eval()
         self.synchronize()
         started = time.perf_counter()
-        with torch.inference_mode(), self.state.precision.autocast(self.device):
+        with torch.inference_mode(), self.learner.precision.autocast(self.device):
             for _ in range(count):
                 self.forward(batch.he)
         self.synchronize()
@@ -217,7 +209,7 @@ class Bench:
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any] | None:
-    """On every rank: epochs and bare loops in turn. To rank 0 the figures of all ranks together, as it sees them."""
+    """Measure epochs and bare loops in turns, on every rank. Rank 0 returns the rates of all ranks together."""
     device = choose_device(TrainConfig().runtime)
     with process_group(device):
         bench = Bench(options)
@@ -237,7 +229,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any] | None:
                     rates[name].append(rate)
             waits.append(bench.wait)
         bench.close()
-        # Without its group, every rank would take itself for the first.
+        # Ask inside the block: without its process group, every rank counts as rank 0.
         if not is_main_process():
             return None
         found: dict[str, Any] = {f"{name}_patches_per_s": median(taken) for name, taken in rates.items()}
@@ -252,9 +244,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any] | None:
         }
 
 
-# One axis grows at a time; all else is as small as it may be and still say something.
+# One axis grows at a time; everything else is as small as is meaningful.
 AXES: dict[str, list[dict[str, int]]] = {
-    "patches an epoch": [{"steps": steps} for steps in (4, 8, 16, 32)],
+    "patches per epoch": [{"steps": steps} for steps in (4, 8, 16, 32)],
     "channels": [{"channels": channels} for channels in (1, 5, 20, 60)],
     "patch size": [{"patch_size": size} for size in (64, 128, 256)],
     "cores": [{"cores": cores} for cores in (5, 50, 500, 5000)],
@@ -272,7 +264,7 @@ def growth(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
             made(folder, point.get("cores", 5), size, point.get("channels", 5))
             chosen = argparse.Namespace(pairs_dir=str(folder), patch_size=64, batch_size=8, steps=8, base_features=4)
             chosen.__dict__.update({name: value for name, value in point.items() if hasattr(chosen, name)})
-            # All cores take part in every epoch: with many, one patch of each.
+            # Every core has a patch in every epoch; with many cores, one each.
             bench = Bench(chosen, depth=3, patches_per_image_val=1)
             bench.end_to_end()
             train = [bench.end_to_end() for _ in range(options.repeats)]
@@ -293,7 +285,7 @@ def growth(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def loader_memory(bench: Bench) -> float | None:
-    """Memory that a loader process has for itself [MB]: what it does not share with the rank."""
+    """Private memory of a loader process [MB], i.e. without what it shares with the rank."""
     found = []
     for process in bench.feeds.train.loader.worker_ids():
         lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
@@ -302,7 +294,7 @@ def loader_memory(bench: Bench) -> float | None:
 
 
 def profile(options: argparse.Namespace) -> str:
-    """Operators of one training epoch by their own time, from torch's profiler."""
+    """Operators of one training epoch, sorted by their own time, from torch's profiler."""
     bench = Bench(options)
     bench.end_to_end()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -317,7 +309,7 @@ def profile(options: argparse.Namespace) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for a person."""
+    """The results as a text table."""
     first = next(iter(results.values()))
     if isinstance(first, list):
         lines = []

@@ -1,10 +1,10 @@
-"""What a run survives: kills, full disks, bad numbers, dying ranks. Real processes, real signals, no hooks.
+"""Does a run survive kills, full disks, bad numbers and dying ranks? Uses real processes and signals, no hooks.
 
     python benchmarks/faults.py                 every case, 50 kills; writes benchmarks/results/faults.md
     python benchmarks/faults.py --kills 3 --only kills,damaged --no_write
 
-Each case trains a tiny network on generated pairs in a temporary folder, breaks it, and compares what is left with
-what must be left. Exit status 1 where a case was not survived.
+Each case trains a tiny network on generated pairs in a temporary folder, breaks the run, and checks what is left of it.
+Exit code 1 if a run does not survive.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TINY = [
 
 
 def make_pairs(folder: Path, dtype: str = "uint8", cores: int = 4) -> Path:
-    """Small random pairs with something to learn: the markers are blurred functions of the H&E."""
+    """Small random pairs with something to learn: the markers are functions of the H&E."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for core in range(cores):
@@ -52,7 +52,7 @@ def make_pairs(folder: Path, dtype: str = "uint8", cores: int = 4) -> Path:
 
 
 class Training:
-    """A training process (or a launcher with its ranks) that is always cleared away."""
+    """A training process, or a launcher with its ranks."""
 
     def __init__(self, pairs: Path, run: Path, *options: str, ranks: int = 1, epochs: int = 4) -> None:
         self.run = run
@@ -67,7 +67,7 @@ class Training:
         )  # fmt: skip
 
     def wait(self) -> tuple[int, str]:
-        """Exit code and output; a process that outlives the deadline is killed and fails the case."""
+        """Exit code and output. Kills a process that exceeds the deadline and raises AssertionError."""
         try:
             output, _ = self.process.communicate(timeout=DEADLINE_S)
         except subprocess.TimeoutExpired:
@@ -82,7 +82,7 @@ class Training:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def wait_for_training(self, line: int = 0) -> None:
-        """Return once this very process trains, and metrics.jsonl has so many lines."""
+        """Return once this process is training and metrics.jsonl has ``line`` lines."""
         while time.monotonic() - self.started < DEADLINE_S and self.process.poll() is None:
             status = read_status(self.run)
             mine = status.get("pid") in {self.process.pid, *children(self.process.pid)}
@@ -100,7 +100,7 @@ def children(pid: int) -> list[int]:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """status.json, or nothing."""
+    """Content of status.json; empty if it cannot be read."""
     try:
         return dict(json.loads((run / "status.json").read_text()))
     except (OSError, ValueError):
@@ -108,7 +108,7 @@ def read_status(run: Path) -> dict[str, Any]:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """Whole lines of metrics.jsonl."""
+    """Complete lines of metrics.jsonl."""
     try:
         lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
     except OSError:
@@ -117,7 +117,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def assert_equal_runs(run: Path, straight: Path) -> None:
-    """Final weights, averages and every logged loss are those of the straight run, each epoch once by attempt."""
+    """Check that final weights, averages and every logged loss equal those of the uninterrupted run."""
     ours, theirs = (torch.load(path / "checkpoints" / "last.pt", weights_only=True) for path in (run, straight))
     for part in (lambda c: c["model"], lambda c: c["ema"]["model"]):
         for name, tensor in part(theirs).items():
@@ -132,7 +132,7 @@ def assert_equal_runs(run: Path, straight: Path) -> None:
 
 
 def assert_nothing_left(run: Path) -> None:
-    """No temporary files, no lock, no process that still has the run folder on its command line."""
+    """Check that no temporary file, no lock and no process with the run folder on its command line is left."""
     left = [*run.glob(".*"), *run.glob("checkpoints/.*"), *run.glob("run.lock")]
     assert not left, f"left over: {left}"
     for _ in range(100):
@@ -143,7 +143,7 @@ def assert_nothing_left(run: Path) -> None:
 
 
 def processes_of(run: Path) -> list[str]:
-    """Command lines that name the run folder."""
+    """Command lines of processes that name the run folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -163,7 +163,7 @@ def finish(pairs: Path, run: Path, *options: str, ranks: int = 1, epochs: int = 
 
 
 def case_kills(folder: Path, kills: int) -> str:
-    """SIGKILL at random moments of one training, saves included; then equality with the straight run."""
+    """SIGKILL at random moments of one training, also during saves; then equality with the uninterrupted run."""
     pairs, rng = make_pairs(folder / "pairs"), random.Random(0)
     epochs = max(6, kills // 2)
     saving = ("--save_every_minutes", "0.001", "--resume", "auto")
@@ -172,7 +172,7 @@ def case_kills(folder: Path, kills: int) -> str:
     while done < kills:
         training = Training(pairs, run, *saving, epochs=epochs)
         training.wait_for_training()
-        # Late in the run a short life keeps enough of it for the kills that are still to come.
+        # Short lives, so that the training does not end before the last kill.
         time.sleep(rng.random() * 0.35)
         if training.process.poll() is not None:
             training.wait()
@@ -190,10 +190,10 @@ def case_kills(folder: Path, kills: int) -> str:
 
 
 def case_two_ranks(folder: Path, kills: int) -> str:
-    """kill -9 of either rank, and SIGTERM to the launcher: all ranks end, and the run goes on to the same end."""
+    """SIGKILL to either rank, and SIGTERM to the launcher: all ranks end, and the resumed run ends the same."""
     pairs = make_pairs(folder / "pairs")
     finish(pairs, folder / "straight", ranks=2, epochs=12)
-    run, told = folder / "run", []
+    run, outcomes = folder / "run", []
     for victim in (0, 1, None):
         training = Training(pairs, run, "--resume", "auto", ranks=2, epochs=12)
         training.wait_for_training(line=len(records(run)) + 1)
@@ -212,11 +212,11 @@ def case_two_ranks(folder: Path, kills: int) -> str:
                 break
             time.sleep(0.1)
         assert not processes_of(run), "ranks are left"
-        told.append(f"{'SIGTERM' if victim is None else f'rank {victim} killed'}: exit {code} in {took:.1f} s")
+        outcomes.append(f"{'SIGTERM' if victim is None else f'rank {victim} killed'}: exit {code} in {took:.1f} s")
     finish(pairs, run, "--resume", "auto", ranks=2, epochs=12)
     assert_equal_runs(run, folder / "straight")
     assert_nothing_left(run)
-    return "; ".join(told) + "; then equal to the straight run"
+    return "; ".join(outcomes) + "; then equal to the uninterrupted run"
 
 
 def case_launcher(folder: Path, kills: int) -> str:
@@ -242,12 +242,12 @@ def case_launcher(folder: Path, kills: int) -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert_nothing_left(run)
-    return "exit 143, state interrupted; the same line goes on to epoch 12"
+    return "exit 143, state interrupted; the same command resumes and reaches epoch 12"
 
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of its own; AssertionError where mounting is not allowed."""
+    """Mount a tmpfs of this size; raises PermissionError if mounting is not allowed."""
     folder.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
@@ -296,7 +296,7 @@ def case_read_only(folder: Path, kills: int) -> str:
 
 
 def case_file_size(folder: Path, kills: int) -> str:
-    """A limit on the size of files that no checkpoint fits in, met by a run that is resumed."""
+    """A limit on file size below that of a checkpoint, while a run is being resumed."""
     pairs, run = make_pairs(folder / "pairs"), folder / "run"
     finish(pairs, run, epochs=2)
     before = (run / "checkpoints" / "last.pt").read_bytes()
@@ -308,7 +308,7 @@ def case_file_size(folder: Path, kills: int) -> str:
     assert (run / "checkpoints" / "last.pt").read_bytes() == before, "last.pt has changed"
     finish(pairs, run, "--resume", "auto", epochs=4)
     assert_nothing_left(run)
-    return "exit 1, last.pt as before; without the limit the run goes on"
+    return "exit 1, last.pt unchanged; without the limit the run resumes"
 
 
 def load(path: Path) -> bool:
@@ -320,7 +320,7 @@ def load(path: Path) -> bool:
 
 
 def case_bad_numbers(folder: Path, kills: int) -> str:
-    """NaN that appears in the files during training: steps are skipped, ten in a row end the run with 3."""
+    """NaN appears in the files during training: steps are skipped, and ten in a row end the run with exit code 3."""
     pairs, run = make_pairs(folder / "pairs", "float32"), folder / "run"
     training = Training(pairs, run, epochs=2000)
     training.wait_for_training(line=2)
@@ -337,7 +337,7 @@ def case_bad_numbers(folder: Path, kills: int) -> str:
 
 
 def case_two_writers(folder: Path, kills: int) -> str:
-    """A second run in the folder of a living one is refused; a dead one's lock is taken over."""
+    """A second run in the folder of a live one is refused; a run takes over the lock of a dead one."""
     pairs, run = make_pairs(folder / "pairs"), folder / "run"
     first = Training(pairs, run, epochs=2000)
     first.wait_for_training(line=1)
@@ -349,11 +349,11 @@ def case_two_writers(folder: Path, kills: int) -> str:
     assert (run / "run.lock").exists()
     finish(pairs, run, "--resume", "auto", epochs=max(record["epoch"] for record in records(run)) + 2)
     assert_nothing_left(run)
-    return "second run: exit 2; the dead run's lock is taken over"
+    return "second run: exit 2; the lock of the dead run is taken over"
 
 
 def case_damaged(folder: Path, kills: int) -> str:
-    """A truncated last.pt falls back to the one before it, and the run still ends like the straight one."""
+    """A truncated last.pt: the run falls back to the one before it and ends like the uninterrupted run."""
     pairs, run = make_pairs(folder / "pairs"), folder / "run"
     finish(pairs, folder / "straight", epochs=4)
     finish(pairs, run, epochs=3)
@@ -362,7 +362,7 @@ def case_damaged(folder: Path, kills: int) -> str:
     output = finish(pairs, run, "--resume", "auto", epochs=4)
     assert "warning" in output and "last_previous.pt" in output, output
     assert_equal_runs(run, folder / "straight")
-    return "falls back to last_previous.pt, says so, and ends like the straight run"
+    return "falls back to last_previous.pt with a warning, and ends like the uninterrupted run"
 
 
 CASES: dict[str, Callable[[Path, int], str]] = {
@@ -379,11 +379,11 @@ CASES: dict[str, Callable[[Path, int], str]] = {
 
 
 def main() -> int:
-    """Run the cases; returns 1 where one was not survived."""
+    """Run the cases; returns 1 if a run did not survive one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs over one training; default: 50")
+    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs in one training; default: 50")
     parser.add_argument("--only", default=",".join(CASES), help="cases, separated by commas; default: all")
-    parser.add_argument("--no_write", action="store_true", help="leave benchmarks/results as it is")
+    parser.add_argument("--no_write", action="store_true", help="do not write benchmarks/results/faults.md")
     options = parser.parse_args()
     rows, failed = [], False
     for name in options.only.split(","):
@@ -405,9 +405,9 @@ def main() -> int:
 
 
 def write_results(rows: list[tuple[str, str, str, float]], kills: int) -> None:
-    """The table of cases tried and survived."""
+    """Write the table of cases and verdicts."""
     lines = [
-        "# Faults tried and survived",
+        "# Faults that a run survives",
         "",
         f"`python benchmarks/faults.py --kills {kills}`, {os.cpu_count()} CPU cores, {platform.system()}, Python "
         f"{platform.python_version()}, torch {torch.__version__}.",

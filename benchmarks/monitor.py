@@ -1,11 +1,11 @@
-"""How fast is the monitor, and how much memory does it take, at 30, 1,000 and 100,000 epochs?
+"""How fast is the monitor, and how much memory does it need, at 30, 1,000 and 100,000 epochs?
 
-Each size is measured in a process of its own, pinned to one core where the system allows it:
+Each size is measured in a separate process, pinned to one core if the system allows it:
 
-- first text: from starting ``python monitor_training.py`` until its report stands on standard output;
-- whole command: until it has written the figure, too, and ended;
-- poll: reading one new epoch, judging the run, composing the terminal view and writing monitor.json;
-- poll, nothing new: the same without a new epoch; figure: drawing it, which --watch does not do at every poll.
+- first text: from starting ``python monitor_training.py`` until its report is on standard output;
+- whole command: until it has also written the figure and ended;
+- poll: reading one new epoch, diagnosing the run, rendering the terminal view and writing monitor.json;
+- poll, nothing new: the same without a new epoch; figure: drawing the figure, which --watch does not do at every poll.
 
     python benchmarks/monitor.py [--out FILE]
 """
@@ -34,7 +34,7 @@ MARKERS = 20
 
 
 def write_run(folder: Path, epochs: int) -> None:
-    """A finished run with 20 markers, four metrics each: about 3.4 kB an epoch."""
+    """Write a finished run with 20 markers and four metrics per marker: about 3.4 kB per epoch."""
     folder.mkdir(parents=True)
     rng = random.Random(0)
     with open(folder / "metrics.jsonl", "w") as file:
@@ -75,7 +75,7 @@ def record(rng: random.Random, epoch: int) -> dict[str, object]:
 
 
 def start_up(folder: Path) -> tuple[float, float, float]:
-    """Seconds until the report is on standard output, until the command has ended, and of processor time in all."""
+    """Seconds until the report is on standard output, seconds until the command ends, and total processor seconds."""
     begin, used = time.perf_counter(), processor_s()
     command = [sys.executable, str(ROOT / "monitor_training.py"), "--output_dir", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -89,21 +89,21 @@ def start_up(folder: Path) -> tuple[float, float, float]:
 
 
 def load() -> str:
-    """What others did to the machine, from its load."""
+    """How busy the machine was, from its load average."""
     if not hasattr(os, "getloadavg"):
-        return "of unknown load"
+        return "under unknown load"
     busy = os.getloadavg()[0]
     return f"{'quiet' if busy < 1.3 else 'shared with other work'} (load {busy:.1f})"
 
 
 def processor_s() -> float:
-    """Processor time of the processes started so far and ended, which a busy machine stretches less."""
-    told = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return told.ru_utime + told.ru_stime
+    """Processor seconds of all ended child processes, on which other load has less effect than on wall time."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def inside(folder: Path) -> dict[str, float]:
-    """Times of a monitor that keeps watching, and its peak memory, in this process."""
+    """Times of a watching monitor in this process [s], and its peak memory [MB]."""
     from orion_unet.monitor.diagnostics import Thresholds
     from orion_unet.monitor.plots import png, run_figure
     from orion_unet.monitor.report import Run
@@ -154,7 +154,7 @@ def main() -> None:
         "# Speed of the monitor",
         "",
         f"1 of {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}; medians of 5 starts",
-        f"The minute before, the machine was {load()}.",
+        f"In the minute before, the machine was {load()}.",
         "",
         "| epochs | log [MB] | first text [s] | whole command, with figure [s] | its processor time [s]"
         " | poll, one new epoch [ms] | worst of 10 [ms] | poll, nothing new [ms] | figure [ms] | peak memory [MB] |",
@@ -166,10 +166,10 @@ def main() -> None:
             write_run(folder, epochs)
             starts = [start_up(folder) for _ in range(5)]
             size = (folder / "metrics.jsonl").stat().st_size / 1e6
-            told = subprocess.run(
+            done = subprocess.run(
                 [sys.executable, __file__, "--inside", str(folder)], capture_output=True, text=True, check=True
             )
-            t = json.loads(told.stdout)
+            t = json.loads(done.stdout)
             first, whole, used = (statistics.median(values) for values in zip(*starts, strict=True))
             lines.append(
                 f"| {epochs:,} | {size:.1f} | {first:.2f} | {whole:.2f} | {used:.2f} | {1e3 * t['poll']:.1f}"

@@ -1,18 +1,18 @@
 """Is the recipe stable, what made it so, and is it better than the alternatives?
 
     python benchmarks/stability.py --real_pairs DIR          # everything: 4 core hours of training
-    python benchmarks/stability.py --quick                   # the whole way in small, in minutes: numbers of no worth
+    python benchmarks/stability.py --quick                   # a few steps each: tests that the benchmark runs, no more
     python benchmarks/stability.py --only former stable      # some recipes
 
-Trains the recipes of ``stability_recipes.py`` with up to five seeds on generated tissue and, where ``--real_pairs``
-names a folder of real ones with a groups.csv, with every slide held out in turn. All recipes of a set see the same
-pairs, are judged by the same held-out cores, and have the same network, patches and epochs but where that is what is
-changed. Because recipes weigh loss terms differently, they are compared on one yardstick: the mean squared error and
-the correlation of the best model on the held-out cores, before any hot pixel is removed. (Its unit, the range of each
-marker in the training cores, differs slightly where a recipe holds out more cores.)
+Trains the recipes of ``stability_recipes.py`` with up to five seeds on generated tissue and, with ``--real_pairs``, on
+real pairs whose groups.csv names their slides, holding out one slide after another. All recipes of a set train on the
+same pairs, with the same network, patches and epochs except where the recipe changes them, and are scored on the same
+held-out cores. Recipes weigh loss terms differently, so their losses cannot be compared. They are compared by the mean
+squared error and the correlation of the best model on the held-out cores, whose hot pixels are kept. (The unit of the
+error is the range of each marker in the training cores, which differs slightly when a recipe holds out more cores.)
 
-It goes on where it was stopped: a training that has ended is not repeated. A recipe that fails is named, and the
-others go on. Tables and figures of whatever is finished are written at the end, or with ``--report`` at once.
+The benchmark can be interrupted: the same command skips the trainings that have ended. A recipe that fails is reported
+and does not stop the others. Tables and figures are written at the end, or at once with ``--report``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stability_recipes import STABLE, Recipe, TrainingSet, demo_set, real_sets, recipes
+from stability_recipes import PUBLISHED, Recipe, TrainingSet, demo_set, real_sets, recipes
 from stability_report import write_report
 
 from orion_unet.cli.arguments import Parser, run_command
@@ -41,21 +42,22 @@ from orion_unet.run_log import write_json
 
 DEADLINE_S = 1800
 INTERRUPTED = (130, 143, -2, -15)
-# Processes are forked from one that has imported torch and what a training needs.
+# Trainings are forked from a server process that has already imported torch.
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/stability"), metavar="DIR",
-                        help="where everything is kept; default: runs/stability")  # fmt: skip
+                        help="folder of data and results; default: runs/stability")  # fmt: skip
     parser.add_argument("--real_pairs", type=Path, metavar="DIR", help="real pairs of several slides; default: none")
+    parser.add_argument("--real_name", default="real", metavar="NAME", help="their name in the report; default: real")
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help="recipes, or groups of them; default: all")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="trainings of a recipe at most; default: 5")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds per recipe, at most; default: 5")
     parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time; default: the usable cores")
     parser.add_argument("--quick", action="store_true", help="two seeds of a few steps on a few cores")
-    parser.add_argument("--report", action="store_true", help="train nothing, write what is there")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="where figures go; default: the output folder")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what has been trained")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="folder of the figures; default: the output folder")
     options = parser.parse_args(argv)
     if options.quick:
         options.seeds = min(options.seeds, 2)
@@ -77,33 +79,35 @@ def main(argv: list[str]) -> int:
 
 
 def select(words: list[str] | None) -> list[Recipe]:
-    """The recipes with one of these names, or of one of these groups."""
+    """The recipes with one of these names or in one of these groups; without words, all of them."""
     known = recipes()
     if not words:
         return known
     unknown = [word for word in words if word not in {name for r in known for name in (r.name, r.group)}]
     if unknown:
         raise InputError(
-            f"--only {unknown[0]}: is no recipe; there are {', '.join(recipe.name for recipe in known)}, "
-            f"and the groups {', '.join(sorted({recipe.group for recipe in known}))}"
+            f"--only {unknown[0]}: no such recipe; the recipes are {', '.join(recipe.name for recipe in known)}, "
+            f"the groups {', '.join(sorted({recipe.group for recipe in known}))}"
         )
     return [recipe for recipe in known if recipe.name in words or recipe.group in words]
 
 
 def training_sets(options: argparse.Namespace) -> list[TrainingSet]:
-    """The generated set, and a set for each slide of the real pairs held out."""
+    """The generated set, and one set per slide of the real pairs, with that slide held out."""
     data = options.output_dir / "data"
     sets = [demo_set(data, 12, 2) if options.quick else demo_set(data)]
     if options.real_pairs:
+        if options.real_name == "demo" or not re.fullmatch(r"[\w -]+", options.real_name):
+            raise InputError(f"--real_name {options.real_name}: use letters, digits, spaces and -, and not demo")
         if not (options.real_pairs / "groups.csv").is_file():
-            raise InputError(f"--real_pairs {options.real_pairs}: has no groups.csv that names the slide of every core")
-        sets += real_sets(options.real_pairs, data, 6 if options.quick else 32)
+            raise InputError(f"--real_pairs {options.real_pairs}: has no groups.csv with the slide of every core")
+        sets += real_sets(options.real_pairs, data, options.real_name, 6 if options.quick else 32)
     return sets
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: a recipe on a set with a seed, and where it is kept."""
+    """One training: a recipe, a set, a seed, and the folder of its results."""
 
     set: str
     recipe: Recipe
@@ -115,7 +119,7 @@ class Job:
         return self.folder / "result.json"
 
     def finished(self) -> bool:
-        """Whether this very training has ended before."""
+        """Whether this training, with exactly these settings, has ended."""
         try:
             return bool(json.loads(self.result.read_text(encoding="utf-8"))["job"] == self.content)
         except (OSError, ValueError, KeyError):
@@ -125,21 +129,21 @@ class Job:
         return (self.folder / "log.txt").exists() and not self.finished()
 
     def why(self) -> str:
-        """The last lines that it said, and how it ended."""
+        """The last two lines of its log, which say how it ended."""
         lines = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-        return "; ".join([line.strip() for line in lines if line.strip()][-2:]) or "no word"
+        return "; ".join([line.strip() for line in lines if line.strip()][-2:]) or "the log is empty"
 
 
 def plan(sets: list[TrainingSet], chosen: list[Recipe], options: argparse.Namespace) -> Iterator[Job]:
-    """All trainings, one seed of everything before the next."""
+    """All trainings, ordered by seed."""
     for seed in range(options.seeds):
         for each in sets:
             known: list[Any] = []
             for recipe in (recipe for recipe in chosen if seed < recipe.seeds):
-                merged = {**STABLE, **each.options, **recipe.options, "seed": seed, "pairs_dir": str(each.pairs_dir)}
+                merged = {**PUBLISHED, **each.options, **recipe.options, "seed": seed, "pairs_dir": str(each.pairs_dir)}
                 if not each.wider:
-                    # The slides are the split: a recipe that would change nothing else is one that is there already.
-                    merged["val_split"] = STABLE["val_split"]
+                    # The slides define the split, so a recipe that changes only the split is a duplicate.
+                    merged["val_split"] = PUBLISHED["val_split"]
                     if (merged, recipe.changes) in known:
                         continue
                     known.append((dict(merged), recipe.changes))
@@ -159,14 +163,14 @@ def plan(sets: list[TrainingSet], chosen: list[Recipe], options: argparse.Namesp
 
 
 def train(jobs: list[Job], at_once: int) -> None:
-    """Run what has not been run, several at a time, each on one thread."""
+    """Run the trainings that have not ended yet, several at a time, one thread each."""
     waiting = [job for job in jobs if not job.finished()]
     if not waiting:
         return
     print(f"{len(waiting)} of {len(jobs)} trainings, {at_once} at a time", file=sys.stderr, flush=True)
     started, done = time.monotonic(), 0
     os.environ["OMP_NUM_THREADS"] = "1"
-    # The process that is forked from finds what it is to import only there.
+    # The fork server imports stability_job and the package by these paths.
     here = Path(__file__).resolve().parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     PROCESSES.set_forkserver_preload(["stability_job"])
@@ -178,7 +182,8 @@ def train(jobs: list[Job], at_once: int) -> None:
         taken = time.monotonic() - started
         print(
             f"{done}/{len(waiting)} {job.set}: {job.recipe.name}{' FAILED' if job.failed() else ''}; "
-            f"{taken / 60:.0f} min, {taken / done * (len(waiting) - done) / 60:.0f} to go", file=sys.stderr, flush=True,
+            f"{taken / 60:.0f} min, {taken / done * (len(waiting) - done) / 60:.0f} min left",
+            file=sys.stderr, flush=True,
         )  # fmt: skip
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -187,7 +192,7 @@ def train(jobs: list[Job], at_once: int) -> None:
 
 
 def run_one(job: Job) -> None:
-    """Train in a process of its own; what it says goes to log.txt."""
+    """Train in a separate process that writes its output to log.txt."""
     from stability_job import train_and_score
 
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +207,7 @@ def run_one(job: Job) -> None:
     if process.is_alive():
         process.kill()
         process.join()
-        why = f"ended after {DEADLINE_S} s"
+        why = f"killed after {DEADLINE_S} s"
     elif process.exitcode in INTERRUPTED:
         log.unlink()
         return

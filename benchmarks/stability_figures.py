@@ -12,14 +12,14 @@ import numpy as np
 GREY = "#7f8c8d"
 REGRESSION = "regression from colours"
 COLOURS = {
-    "former": "#c0392b", "stable": "#2471a3", "best": "#1e8449", "BasicUNet, MSE, Adam": "#d68910",
-    "best, all three": "#8e44ad", REGRESSION: GREY,
+    "former": "#c0392b", "published": "#2471a3", "stable": "#1e8449", "BasicUNet, MSE, Adam": "#d68910",
+    "stable, all three": "#8e44ad", REGRESSION: GREY,
 }  # fmt: skip
-LABELS = {"best, all three": "best, HEXIF's data handling"}
+LABELS = {"stable, all three": "stable, HEXIF's data handling"}
 
 
 def kind(name: str) -> str:
-    """The kind of a set: "real, Lung1 held out" is real."""
+    """The kind of a set: that of "real, Lung1 held out" is "real"."""
     return name.split(",")[0]
 
 
@@ -39,7 +39,7 @@ def _tidy(axes: Any) -> None:
 
 
 def _logarithmic(axis: Any) -> None:
-    """A logarithmic axis with a few plain numbers on it."""
+    """Make the axis logarithmic, with a few plain tick labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
@@ -51,13 +51,13 @@ def _logarithmic(axis: Any) -> None:
 
 
 def draw_curves(results: list[dict[str, Any]], sets: list[str], path: Path) -> None:
-    """Own validation loss, and the squared error that all have in common, of every seed."""
+    """Validation loss (each recipe's own) and validation squared error (comparable), one line per seed."""
     figure = _figure(11, 2.9 * len(sets))
     grid = figure.subplots(len(sets), 2, squeeze=False)
     quantities = (("val", "own validation loss"), ("val_mse", "validation squared error"))
     for row, name in zip(grid, sets, strict=True):
         for axes, (column, title) in zip(row, quantities, strict=True):
-            for recipe in ("former", "stable", "best"):
+            for recipe in ("former", "published", "stable"):
                 runs = [result for result in results if result["set"] == name and result["recipe"] == recipe]
                 for index, result in enumerate(runs):
                     values = [np.nan if each[column] is None else each[column] for each in result["epochs"]]
@@ -74,7 +74,7 @@ def draw_curves(results: list[dict[str, Any]], sets: list[str], path: Path) -> N
 def draw_comparison(
     found: dict[tuple[str, str], list[dict[str, float]]], kinds: list[str], names: list[str], path: Path
 ) -> None:
-    """Median and range of movement and quality of every recipe, one line each."""
+    """Median and range of movement, squared error and correlation, one row per recipe."""
     names = [name for name in names if any((each, name) in found for each in kinds)]
     figure = _figure(12, 0.9 + 0.34 * len(names) * len(kinds) + 0.5 * len(kinds))
     grid = figure.subplots(len(kinds), 3, squeeze=False, sharey="row")
@@ -101,8 +101,8 @@ def draw_comparison(
 
 
 def draw_markers(results: list[dict[str, Any]], kinds: list[str], names: list[str], path: Path) -> None:
-    """Correlation per marker: the best recipe, peers and the regression."""
-    shown = [name for name in ("best", "stable", "BasicUNet, MSE, Adam", "best, all three") if name in names]
+    """Correlation per marker: stable, published, the peers and the regression."""
+    shown = [name for name in ("stable", "published", "BasicUNet, MSE, Adam", "stable, all three") if name in names]
     figure = _figure(12, 3.4 * len(kinds))
     grid = figure.subplots(len(kinds), 1, squeeze=False)
     for axes, each in zip(grid[:, 0], kinds, strict=True):

@@ -1,9 +1,9 @@
-"""One training of the stability benchmark, in a process of its own: train as the recipe says, then score.
+"""One training of the stability benchmark, in a separate process: train with a recipe, then score the best model.
 
-The job is a JSON object: ``options`` of the trainer, ``changes`` (names of CHANGES: what no option of the product
-does), ``scored`` (names of the cores that every recipe is judged by), ``baselines`` (whether to score those, too) and
-``result`` (the file to write). The trainer runs as ever and leaves its ordinary run folder; what is changed is changed
-in this process alone.
+The job is a JSON object: ``options`` of the trainer, ``changes`` (names in CHANGES: changes of code, for which the
+toolkit has no option), ``scored`` (names of the cores that score every recipe), ``baselines`` (whether to score the
+baselines too) and ``result`` (the file to write). The trainer writes its usual run folder. The changes patch this
+process only.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ from orion_unet.inference.model import TrainedModel, load_trained
 from orion_unet.losses import CompositeLoss
 from orion_unet.models import blocks, unet
 from orion_unet.run_log import METRICS_FILE, write_json
-from orion_unet.training import run
-from orion_unet.training.run import DIVERGED, FINISHED
+from orion_unet.training.loop import DIVERGED, FINISHED, train
 
-# HEXIF takes its loss over so many pixels in the middle of a patch.
+# Side of the square in the middle of a patch over which HEXIF takes its loss, pixels.
 CENTRE = 12
 
 
 class BasicUNet(nn.Module):
-    """MONAI's network as its users take it: the plain output, without a sigmoid. Of our network's width."""
+    """MONAI's network at our width, used as it comes: linear output, no sigmoid."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -63,18 +62,18 @@ class BasicUNet(nn.Module):
 
 
 def default_initialisation() -> None:
-    """Weights as torch draws them where nothing else is said."""
+    """Keep torch's default initial weights."""
     unet._initialise = lambda module: None
 
 
 def basic_unet() -> None:
-    """MONAI's BasicUNet in the place of our network."""
+    """Replace our network by MONAI's BasicUNet."""
     build = classmethod(lambda cls, options, channels: BasicUNet(channels, options.base_features))
     unet.SpatialUNet.from_options = build
 
 
 def geometry_of_he_alone() -> None:
-    """Turn and flip the H&E, and leave the markers as they were."""
+    """Turn and flip the H&E but not the markers."""
     original = BatchTransform._channels_first
 
     def changed(self: BatchTransform, stored: Tensor, modality: str, geometry: Any) -> Tensor:
@@ -84,7 +83,7 @@ def geometry_of_he_alone() -> None:
 
 
 def patch_normalisation() -> None:
-    """Stretch the targets of every training patch, marker by marker, to [0, 1]."""
+    """Stretch the targets of every training patch to [0, 1], marker by marker."""
     original = BatchTransform.__call__
 
     def changed(self: BatchTransform, raw: Any, augment: bool) -> Batch:
@@ -98,7 +97,7 @@ def patch_normalisation() -> None:
 
 
 def loss_in_the_centre() -> None:
-    """Train on the middle of each patch alone; validation sees all of it."""
+    """Take the training loss from the middle of each patch only; validation uses the whole patch."""
     original = CompositeLoss.forward
 
     def changed(self: CompositeLoss, prediction: Tensor, target: Tensor, mask: Any = None, count: Any = None) -> Any:
@@ -110,7 +109,7 @@ def loss_in_the_centre() -> None:
 
 
 def scarce_crops() -> None:
-    """Of four random crops, take the one that shows most of a marker drawn for it."""
+    """Draw a marker and four random crops, and train on the crop that shows most of this marker."""
     original = patches.draw_training_patch
 
     def changed(reader: PatchReader, core: int, seed: int, epoch: int, index: int, augment: bool) -> PatchPlace:
@@ -134,7 +133,7 @@ def scarce_crops() -> None:
 
 
 def pyramid() -> None:
-    """Add the squared errors of means over 2 x 2 and 4 x 4 pixels, half as heavy each: blind to small shifts."""
+    """Add the squared errors of means over 2 x 2 and 4 x 4 pixels, with weight 0.5 each: they ignore small shifts."""
     original = CompositeLoss.forward
 
     def changed(self: CompositeLoss, prediction: Tensor, target: Tensor, *rest: Any) -> Any:
@@ -148,19 +147,19 @@ def pyramid() -> None:
 
 
 def residual() -> None:
-    """Give every block of two convolutions a way round it, a 1 x 1 convolution."""
+    """Add a residual connection, a 1 x 1 convolution, to every block of two convolutions."""
 
     class Residual(blocks.ConvBlock):
         def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
             super().__init__(in_channels, out_channels, norm)
-            self.way_round = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
         def forward(self, x: Tensor) -> Tensor:
             y = x
             for name, module in self.named_children():
-                if name != "way_round":
+                if name != "shortcut":
                     y = module(y)
-            found: Tensor = y + self.way_round(x)
+            found: Tensor = y + self.shortcut(x)
             return found
 
     blocks.ConvBlock = unet.ConvBlock = Residual
@@ -179,7 +178,7 @@ CHANGES: dict[str, Callable[[], None]] = {
 
 
 def trained_model(run_dir: Path) -> TrainedModel:
-    """The best model of a run, of whatever network. Scored on targets as they were measured, hot pixels and all."""
+    """The best model of a run, set up to be scored on targets whose hot pixels are kept."""
     model = load_trained(run_dir, "cpu")
     return replace(model, config=replace(model.config, data=replace(model.config.data, noise_removal=False)))
 
@@ -188,14 +187,14 @@ def score(folder: ScoredFolder, cores: list[str], predict: Callable[[Any], Tenso
     """Per marker, over all pixels of the cores: mean squared error, Pearson r, and Pearson r of 8 x 8 boxes."""
     places = [folder.table.names.tolist().index(name) for name in cores]
     thresholds, nothing = torch.full((len(folder.names),), 0.5), np.zeros(0, np.int64)
-    # Where targets were bent, both sides are straightened: the yardstick is one for all.
-    bent = math.log1p(LOG_CURVATURE) if folder.normalization.transform == "log1p" else 0.0
+    # Undo the log transform on both sides, so that every recipe is scored in the same unit.
+    curve = math.log1p(LOG_CURVATURE) if folder.normalization.transform == "log1p" else 0.0
     parts = []
     for core in places:
         region = folder.region(core)
         images = [predict(region).clamp(0, 1), region.measured]
-        if bent:
-            images = [torch.expm1(image * bent) / LOG_CURVATURE for image in images]
+        if curve:
+            images = [torch.expm1(image * curve) / LOG_CURVATURE for image in images]
         parts.append(score_core(images[0], images[1], thresholds, nothing))
     sums, boxes = sum(part.sums for part in parts), sum(part.boxes for part in parts)
     found = sum_scores(sums, boxes)
@@ -207,7 +206,7 @@ def score(folder: ScoredFolder, cores: list[str], predict: Callable[[Any], Tenso
 
 
 def train_and_score(spec: Path, log: Path) -> None:
-    """Do the job; what the trainer says goes to ``log``. To be called in a process of its own, which it ends."""
+    """Run the job, write the trainer's output to ``log``, and exit: call it in a separate process."""
     with open(log, "wb", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -221,14 +220,14 @@ def _train_and_score(job: dict[str, Any]) -> int:
     config = TrainConfig.from_options(job["options"])
     run_dir = Path(config.output.output_dir)
     started = time.perf_counter()
-    code = run.run(config)
+    code = train(config)
     seconds = time.perf_counter() - started
     if code not in (FINISHED, DIVERGED):
-        # Interrupted: to be done again.
+        # Interrupted: the benchmark runs it again.
         return code
     result: dict[str, Any] = {"job": job, "exit_code": code, "train_s": seconds}
     log = run_dir / METRICS_FILE
-    # A training that diverges in its first epoch has none.
+    # A training that diverges in its first epoch writes no log.
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     result["epochs"] = [
         {

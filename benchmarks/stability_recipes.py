@@ -1,8 +1,8 @@
-"""What the stability benchmark trains: the sets, and the recipes by name.
+"""The sets and the named recipes that the stability benchmark trains.
 
-``former`` is where the toolkit's users came from, ``stable`` the recipe that was to replace it, and ``best`` what
-train_stable_learning.sh runs: stable with what won. A recipe is stable with some options changed, and sometimes with
-changes that are no options (``stability_job.CHANGES``).
+``former`` is the unstable recipe that the toolkit's users had, ``published`` the recipe that the toolkit started from,
+and ``stable`` its default: ``published`` with the changes that won (``orion_unet/recipes.py``). Every recipe here is a
+set of changes to ``published``: of options, and of code where no option exists (``stability_job.CHANGES``).
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from orion_unet.demo.make import make_demo
+from orion_unet.recipes import RECIPES
 from orion_unet.run_log import write_json
 
-STABLE: dict[str, Any] = {
-    "epochs": 30, "learning_rate": 1e-4, "batch_size": 12, "val_split": 0.20,
-    "mse_weight": 0.8, "l1_weight": 0.3, "boundary_weight": 0.1, "focal_weight": 0.0, "variance_weight": 0.1,
-    "scheduler": "plateau", "lr_factor": 0.5, "lr_patience": 5, "early_stopping_patience": 10,
-    "use_amp": True, "use_boundary_guidance": True, "noise_removal": True,
-}  # fmt: skip
-# What the toolkit's users came from, change by change. Their focal term had a weight that is not on record: 0.1.
+PUBLISHED: dict[str, Any] = RECIPES["published"].values
+# Changes of published that make the stable recipe.
+STABLE: dict[str, Any] = {name: found.value for name, found in RECIPES["stable"].own.items()}
+# The former recipe, by the change of published that each value undoes.
 FORMER_CHANGES: dict[str, dict[str, Any]] = {
     "learning rate 1e-4": {"learning_rate": 5e-4},
     "batch of 12": {"batch_size": 8},
@@ -43,7 +41,7 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named training: options beside those of STABLE, and changes that are no options."""
+    """A named recipe: options that replace those of PUBLISHED, and changes of code."""
 
     name: str
     group: str
@@ -52,7 +50,7 @@ class Recipe:
 
     @property
     def seeds(self) -> float:
-        """With how many seeds it is trained at most."""
+        """Largest number of seeds it is trained with."""
         return {"improvement": 3, "peer at our rates": 3, "handling": 3, "variation": 2, "advice": 1, "length": 1}.get(
             self.group, math.inf
         )
@@ -66,19 +64,19 @@ def _recipe(name: str, group: str, *changes: dict[str, Any], **options: Any) -> 
 def recipes() -> list[Recipe]:
     """Every recipe, in the order of the tables."""
     former = list(FORMER_CHANGES.values())
-    found = [_recipe("former", "main", *former), _recipe("stable", "main")]
+    found = [_recipe("former", "main", *former), _recipe("published", "main")]
     for name, change in FORMER_CHANGES.items():
         found.append(_recipe(f"former, {name}", "ablation", *(other for other in former if other is not change)))
-    found += [_recipe(f"stable, {name}", "improvement", options) for name, options in IMPROVEMENTS.items()]
-    found.append(_recipe("best", "best", BEST))
-    found += [_recipe(f"best, {name}", "variation", BEST, options) for name, options in VARIATIONS.items()]
+    found += [_recipe(f"published, {name}", "improvement", options) for name, options in IMPROVEMENTS.items()]
+    found.append(_recipe("stable", "stable", STABLE))
+    found += [_recipe(f"stable, {name}", "variation", STABLE, options) for name, options in VARIATIONS.items()]
     found.append(_recipe("BasicUNet, MSE, Adam", "peer", PEER))
-    rates = {name: BEST[name] for name in ("learning_rate", "scheduler", "warmup_epochs")}
-    found.append(_recipe("BasicUNet, MSE, Adam, rates of best", "peer at our rates", PEER, rates))
-    found += [_recipe(f"best, {change}", "handling", BEST, changes=(change,)) for change in HEXIF]
-    found.append(_recipe("best, all three", "handling", BEST, changes=HEXIF))
+    rates = {name: STABLE[name] for name in ("learning_rate", "scheduler", "warmup_epochs")}
+    found.append(_recipe("BasicUNet, MSE, Adam, rates of stable", "peer at our rates", PEER, rates))
+    found += [_recipe(f"stable, {change}", "handling", STABLE, changes=(change,)) for change in HEXIF]
+    found.append(_recipe("stable, all three", "handling", STABLE, changes=HEXIF))
     for base, changes in ADVICE.items():
-        before = {"former": former, "stable": [], "best": [BEST]}[base]
+        before = {"former": former, "published": [], "stable": [STABLE]}[base]
         found += [_recipe(f"{base}, {name}", "advice", *before, options) for name, options in changes.items()]
     for epochs, width in ((8, 8), (120, 8), (8, 32)):
         for rate in ("1e-3", "4e-3", "1.6e-2"):
@@ -87,11 +85,11 @@ def recipes() -> list[Recipe]:
             found.append(_recipe(name, "length", FALLING, options))
     for rate in ("1e-4", "1e-3"):
         options = {"learning_rate": float(rate), "epochs": 120, "early_stopping_patience": 0}
-        found.append(_recipe(f"stable, 120 epochs, learning rate {rate}", "length", options))
+        found.append(_recipe(f"published, 120 epochs, learning rate {rate}", "length", options))
     return found
 
 
-# Single changes of the stable recipe. A learning rate of None is --learning_rate auto.
+# Single changes of published. A learning rate of None is --learning_rate auto.
 IMPROVEMENTS: dict[str, dict[str, Any]] = {
     "learning rate 1e-3": {"learning_rate": 1e-3},
     "learning rate auto": {"learning_rate": None},
@@ -99,11 +97,7 @@ IMPROVEMENTS: dict[str, dict[str, Any]] = {
     "correlation 0.1": {"correlation_weight": 0.1},
     "starts at a half": {"output_start": "half"},
 }
-# With STABLE, as in train_stable_learning.sh (which leaves out what is only of use to the plateau schedule).
-BEST: dict[str, Any] = {
-    "learning_rate": None, "scheduler": "cosine", "warmup_epochs": 0.5, "ema_decay": 0.95, "correlation_weight": 0.1,
-}  # fmt: skip
-# Single changes of the best: what it would lose without a part, and what else was tried.
+# Single changes of stable: each part left out in turn, and what else was tried.
 VARIATIONS: dict[str, dict[str, Any]] = {
     "without EMA": {"ema_decay": 0.0},
     "without correlation": {"correlation_weight": 0.0},
@@ -117,9 +111,9 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "pyramid of errors": {"changes": ("pyramid of errors",)},
     "residual blocks": {"changes": ("residual blocks",)},
 }
-# Which rate suits which length: the whole length is used, and the rate falls to nought by its end.
-FALLING: dict[str, Any] = {**BEST, "warmup_epochs": 1, "l1_weight": 0.0, "early_stopping_patience": 0}
-# What the monitor advises: where the loss is unstable, where it is slow, where the network overfits.
+# Which rate suits which length: no early stopping, so that every run reaches the end of its cosine.
+FALLING: dict[str, Any] = {**STABLE, "warmup_epochs": 1, "l1_weight": 0.0, "early_stopping_patience": 0}
+# The monitor's advice for runs that are unstable, slow or overfitting.
 ADVICE: dict[str, dict[str, dict[str, Any]]] = {
     "former": {
         "learning rate 5e-5": {"learning_rate": 5e-5},
@@ -130,12 +124,12 @@ ADVICE: dict[str, dict[str, dict[str, Any]]] = {
             "mse_weight": 1.0, "l1_weight": 0.0, "boundary_weight": 0.0, "focal_weight": 0.0, "variance_weight": 0.0,
         },
     },
-    "stable": {
+    "published": {
         "learning rate 2e-4": {"learning_rate": 2e-4},
         "learning rate 3e-4": {"learning_rate": 3e-4},
         "weight decay 5e-5": {"weight_decay": 5e-5},
     },
-    "best": {
+    "stable": {
         "a quarter held out": {"val_split": 0.25},
         "weight decay 1e-3": {"weight_decay": 1e-3},
         "base 6": {"base_features": 6},
@@ -150,9 +144,10 @@ PEER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Pairs, the options that suit them, and who is held out: ``scored`` are held out by every recipe.
+    """Pairs, options that suit them, and the split: every recipe holds out the cores in ``scored``.
 
-    ``wider`` are held out beside them, as many as a recipe's val_split asks for; none where slides give the split.
+    A recipe whose val_split is larger also holds out cores of ``wider``, which is empty when the slides define the
+    split.
     """
 
     name: str
@@ -163,7 +158,7 @@ class TrainingSet:
     options: dict[str, Any]
 
     def split_file(self, folder: Path, val_split: float) -> Path:
-        """The split of a recipe, written to a file."""
+        """Write the split of a recipe with this val_split; returns the file."""
         held_out = self.scored
         if self.wider:
             cores = len(self.train) + len(self.wider) + len(self.scored)
@@ -177,7 +172,7 @@ class TrainingSet:
 
 
 def demo_set(folder: Path, cores: int = 40, per_image: int = 6) -> TrainingSet:
-    """Generated tissue, two cores a patient: 15 % are held out, up to 25 % by recipes that ask for more."""
+    """Generated tissue, two cores per patient: 15 % are held out, up to 25 % if the recipe asks for it."""
     pairs = folder / "demo"
     names = make_demo(pairs, cores=cores, size=256, seed=0)
     first, second = (_pairs_of_cores(cores, share) for share in (0.15, 0.25))
@@ -188,12 +183,12 @@ def demo_set(folder: Path, cores: int = 40, per_image: int = 6) -> TrainingSet:
 
 
 def _pairs_of_cores(cores: int, share: float) -> int:
-    """How many cores make about that share of whole patients."""
+    """Number of cores in about this share of the patients, who have two cores each."""
     return 2 * round(cores * share / 2)
 
 
-def real_sets(source: Path, folder: Path, per_image: int = 32) -> list[TrainingSet]:
-    """Real pairs of several slides: each slide in turn is held out. The pairs are linked to, never copied."""
+def real_sets(source: Path, folder: Path, name: str = "real", per_image: int = 32) -> list[TrainingSet]:
+    """Real pairs of several slides, called ``name``: one set per slide, which it holds out. Links, never copies."""
     rows = [line.split(",") for line in (source / "groups.csv").read_text(encoding="utf-8").split()[1:]]
     slides = sorted({slide for _, slide in rows})
     pairs = folder / "real"
@@ -207,7 +202,7 @@ def real_sets(source: Path, folder: Path, per_image: int = 32) -> list[TrainingS
     options = {**SMALL, "patches_per_image": per_image, "patches_per_image_val": 0}
     return [
         TrainingSet(
-            f"real, {held} held out",
+            f"{name}, {held} held out",
             pairs,
             tuple(core for core, slide in rows if slide != held),
             tuple(core for core, slide in rows if slide == held),

@@ -15,34 +15,35 @@ import numpy as np
 from stability_figures import REGRESSION, draw_comparison, draw_curves, draw_markers, kind
 from stability_recipes import Recipe
 
-from orion_unet.monitor.diagnostics import WARNING, Thresholds, diagnose
+from orion_unet.findings import WARNING
+from orion_unet.monitor.diagnostics import Thresholds, diagnose
 
-# The window of the former complaint: the last epochs of a run.
+# Epochs at the end of a run over which movement and noise are measured.
 LAST = 10
-# What a group's recipes are changes of: told beside them, with the same seeds.
+# The recipes that a group changes: listed above the group, with the same seeds.
 BASES = {
-    "ablation": ("former",), "improvement": ("stable",), "variation": ("best",), "handling": ("best",),
-    "advice": ("former", "stable", "best"),
+    "ablation": ("former",), "improvement": ("published",), "variation": ("stable",), "handling": ("stable",),
+    "advice": ("former", "published", "stable"),
 }  # fmt: skip
 BASELINES = ("training mean", REGRESSION)
-# The exit code of a training that diverged.
+# Exit code of a training that diverged.
 DIVERGED = 3
 GROUPS = {
-    "main": "The two recipes",
-    "best": "The best recipe",
-    "ablation": "From former towards stable, one change at a time",
-    "improvement": "Single changes of stable",
-    "variation": "Single changes of best",
-    "peer": "A peer",
-    "peer at our rates": "The peer at the best recipe's learning rates",
-    "handling": "The best recipe with HEXIF's handling of the data",
-    "advice": "What is advised where a run is unstable, slow or overfits",
+    "main": "Former and published",
+    "stable": "Stable",
+    "ablation": "From former towards published, one change at a time",
+    "improvement": "Single changes of published",
+    "variation": "Single changes of stable",
+    "peer": "A peer: MONAI's BasicUNet with squared error",
+    "peer at our rates": "The peer at stable's learning rates",
+    "handling": "Stable with HEXIF's handling of the data",
+    "advice": "Advice for runs that are unstable, slow or overfitting",
     "length": "Other lengths and a wider network",
 }
 
 
 def measures(result: dict[str, Any], level: float) -> dict[str, float]:
-    """What one training is judged by; NaN where undefined. ``level`` is the error that is to be reached."""
+    """The measures of one training; NaN where undefined. ``level`` is the error whose first epoch is counted."""
     train, val, error = (_column(result["epochs"], name) for name in ("train", "val", "val_mse"))
     found = dict.fromkeys(MEASURES, math.nan) | {"diverged": float(result.get("exit_code") == DIVERGED)}
     if not len(val):
@@ -52,7 +53,7 @@ def measures(result: dict[str, Any], level: float) -> dict[str, float]:
     if len(last) > 2 and np.isfinite(last).all():
         found["noise"] = float((last - np.polyval(np.polyfit(time, last, 1), time)).std(ddof=2))
     reached = np.flatnonzero(error <= level)
-    # Targets that are bent have errors of another unit.
+    # The errors of log-transformed targets are in another unit.
     comparable = math.isfinite(level) and result.get("job", {}).get("options", {}).get("target_transform") != "log1p"
     scores = result.get("scores", {})
     return found | {
@@ -71,7 +72,7 @@ def measures(result: dict[str, Any], level: float) -> dict[str, float]:
 
 
 def over_slides(measured: list[dict[str, float]]) -> dict[str, float]:
-    """The mean over the slides held out in turn, of one seed; warned and diverged trainings are counted."""
+    """Mean over the held-out slides, for one seed; counts of the trainings that were warned of or diverged."""
     found = {name: float(np.mean([one[name] for one in measured])) for name in MEASURES}
     counted = {name: float(sum(one[name] > 0 for one in measured)) for name in ("warnings", "diverged")}
     unknown = any(math.isnan(one["warnings"]) for one in measured)
@@ -85,25 +86,25 @@ MEASURES = (
 
 
 def warned(result: dict[str, Any]) -> list[str]:
-    """What the monitor would warn of at the end of this training."""
+    """Codes of the monitor's warnings at the end of this training."""
     columns = [_column(result["epochs"], name) for name in ("epoch", "train", "val", "val_r2", "lr")]
     found = diagnose(*columns[:3], Thresholds(), result.get("job", {}).get("options"), *columns[3:])
     return [finding.code for finding in found if finding.severity == WARNING]
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
-    """A column over the epochs (E,): a loss that was not finite is inf, what is not known otherwise nan."""
+    """A column over the epochs (E,): inf for a loss that was not finite, NaN for any other missing value."""
     null = math.inf if name in ("train", "val") else math.nan
     return np.array([null if row.get(name) is None else row[name] for row in rows], float)
 
 
 def _difference(left: float, right: float) -> float:
-    """left − right; nan where either is not finite."""
+    """left − right; NaN unless both are finite."""
     return float(left - right) if math.isfinite(left) and math.isfinite(right) else math.nan
 
 
 def mean(values: Sequence[float | None]) -> float:
-    """Mean of what is defined."""
+    """Mean of the values that are defined."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else math.nan
 
@@ -111,7 +112,7 @@ def mean(values: Sequence[float | None]) -> float:
 def write_report(
     results: list[dict[str, Any]], recipes: list[Recipe], sets: list[str], failed: list[str], figures: Path
 ) -> str:
-    """Draw the figures and return the tables as Markdown. Slides held out in turn are one kind of set."""
+    """Draw the figures and return the tables as Markdown, averaged over the sets of a kind (the held-out slides)."""
     kinds = list(dict.fromkeys(kind(name) for name in sets))
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     levels = {}
@@ -126,17 +127,23 @@ def write_report(
         if len(measured) == sum(kind(one) == each for one in sets):
             found.setdefault((each, name), []).append(over_slides(measured))
     hours = sum(result["train_s"] for result in results) / 3600
+    named = "".join(f' --real_name "{each}"' for each in kinds if each not in ("demo", "real"))
     lines = [
         "# Stability and quality of recipes",
         "",
-        f"`python benchmarks/stability.py --real_pairs DIR`: {len(results)} trainings, {hours:.1f} core hours; "
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {version('torch')}. Medians over the seeds, "
-        "and in brackets the smallest and the largest.",
+        f"`python benchmarks/stability.py --real_pairs DIR{named}`: {len(results)} trainings, {hours:.1f} core hours; "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {version('torch')}. Values are medians over the "
+        "seeds, with the smallest and the largest in brackets.",
         "",
-        "Squared error and Pearson: the best model on the held-out cores, mean over markers. L and V: training and "
-        "validation loss, each recipe's own; movement and noise (standard deviation about a line) over the last "
-        f"{LAST} epochs; in brackets behind improvement and gap the share of the first L and of V. The level is the "
-        "squared error of the regression from colours. Warned: trainings that the monitor warned of at their end.",
+        "- Squared error and Pearson: of the best model on the held-out cores, mean over markers.",
+        "- L and V: training and validation loss. Each recipe has its own loss, so losses of different recipes cannot "
+        "be compared.",
+        f"- Movement (largest minus smallest) and noise (standard deviation about a line): of V, over the last {LAST} "
+        "epochs.",
+        "- Improvement: fall of L from the first to the last epoch, in brackets as a share of the first L. Gap: V − L "
+        "in the last epoch, in brackets as a share of V.",
+        "- Epochs to the level: until the validation squared error is below that of the regression from colours.",
+        "- Warned: number of trainings for which the monitor gives a warning at their end.",
         "",
     ]
     for each in kinds:
@@ -144,8 +151,8 @@ def write_report(
         lines += [f"## {each}", ""]
         lines += (
             [
-                f"Of each seed, the mean over the slides held out in turn: "
-                f"{', '.join(n.split(', ')[1].split()[0] for n in of_kind)}.",
+                f"Each slide was held out in turn ({', '.join(n.split(', ')[1].split()[0] for n in of_kind)}); the "
+                "values of a seed are means over the slides.",
                 "",
             ]
             if len(of_kind) > 1
@@ -186,7 +193,7 @@ def table(
     found: dict[tuple[str, str], list[dict[str, float]]],
     beside: dict[str, dict[str, float]],
 ) -> list[str]:
-    """A table for every group of recipes: how good the best model is, and how the losses moved."""
+    """One table per group of recipes, with the measures of ``measures``."""
     lines = []
     for group, title in GROUPS.items():
         rows = [(recipe.name, found[each, recipe.name]) for recipe in recipes
@@ -235,13 +242,13 @@ def _row(name: str, rows: list[dict[str, float]]) -> str:
 
 
 def share(rows: list[dict[str, float]], name: str) -> str:
-    """Median of what is defined, in per cent."""
+    """Median of the defined values, in per cent."""
     known = [row[name] for row in rows if not math.isnan(row[name])]
     return f"{median(known):.0%}" if known else "undefined"
 
 
 def spread(rows: list[dict[str, float]], name: str, digits: int = 3, ranged: bool = True) -> str:
-    """Median, and the smallest and largest; of how many, where some have no value."""
+    """Median, with the smallest and the largest in brackets, and the number of values when some are missing."""
     known = [row[name] for row in rows if math.isfinite(row[name])]
     if not known:
         return ""
@@ -252,7 +259,7 @@ def spread(rows: list[dict[str, float]], name: str, digits: int = 3, ranged: boo
 
 
 def epochs(rows: list[dict[str, float]]) -> str:
-    """Median number of epochs, where at least half have reached the level."""
+    """Median number of epochs; "never" when fewer than half reach the level."""
     value = median_low(row["epochs to level"] for row in rows)
     return "never" if math.isinf(value) else "" if math.isnan(value) else f"{value:.0f}"
 

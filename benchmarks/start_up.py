@@ -1,11 +1,11 @@
-"""How long does a person wait for the first training step?
+"""How long does the user wait for the first training step?
 
-    python benchmarks/start_up.py                    # on demo data of its own
+    python benchmarks/start_up.py                    # on generated demo data
     python benchmarks/start_up.py --pairs_dir D --json
 
-Starts the trainer several times and takes apart the time from launch to the end of the first step: importing torch,
-measuring the data (the first time, and again when the measurements are known), the first step itself (which is as
-long as the model is large), and the rest, which is what the toolkit adds. Also the time of every --help.
+Starts the trainer several times and breaks down the time from launch to the end of the first step: importing torch,
+measuring the data (in the first launch, and again with cached measurements), the first step itself (which depends on
+the size of the model), and the rest, which is what the toolkit adds. Also times every --help.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from orion_unet.__main__ import COMMANDS
 from orion_unet.cli.arguments import Parser, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-# Runs in a process of its own; notes the seconds since its launch at every stage, and ends after the first step.
+# Runs in a separate process: notes the seconds since launch at every stage and ends after the first step.
 STAGES = """
 import json, os, sys, time
 launched = float(os.environ["LAUNCHED"])
@@ -38,7 +38,7 @@ note("interpreter")
 import torch
 note("import_torch")
 from orion_unet.cli.arguments import parse_train_config
-from orion_unet.training import prepare, run
+from orion_unet.training import loop, prepare
 config = parse_train_config(sys.argv[2:])
 note("import_trainer")
 def timed(module, name, stage):
@@ -53,17 +53,15 @@ timed(prepare, "known_normalization", "normalisation")
 timed(prepare, "measure_scales", "scales")
 class Reached(Exception):
     pass
-def first_step(model, batches, loss, optimizer, device, **named):
+def first_step(*given, **named):
     note("loop_entered")
-    def step_done(report):
+    for _ in original(*given, **named):
         note("first_step_done")
         raise Reached
-    named["on_step"] = step_done
-    return original(model, batches, loss, optimizer, device, **named)
-original = run.train_one_epoch
-run.train_one_epoch = first_step
+original = loop.train_steps
+loop.train_steps = first_step
 try:
-    run.run(config)
+    loop.train(config)
 except Reached:
     pass
 with open(sys.argv[1], "w") as file:
@@ -74,9 +72,9 @@ os._exit(0)
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs_dir", metavar="DIR", help="pairs to train on; default: demo data made for it")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="launches, medians count; default: 5")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--pairs_dir", metavar="DIR", help="pairs to train on; default: generated demo data")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="launches; reports medians; default: 5")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="orion_start_") as scratch:
         pairs = options.pairs_dir or demo_pairs(Path(scratch))
@@ -93,7 +91,7 @@ def demo_pairs(scratch: Path) -> str:
 
 
 def launches(scratch: Path, pairs: str, repeats: int) -> dict[str, Any]:
-    """Stages of the first launch, and medians of those that find the measurements already made."""
+    """Stages of the first launch, and medians over the launches that find cached measurements."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(scratch / "cache")}
     words = ["--pairs_dir", pairs, "--patch_size", "128", "--base_features", "8", "--depth", "3", "--batch_size", "4"]
     found = []
@@ -107,7 +105,7 @@ def launches(scratch: Path, pairs: str, repeats: int) -> dict[str, Any]:
 
 
 def durations(stages: dict[str, float]) -> dict[str, float]:
-    """Seconds of each stage; ``toolkit_s`` is all that is neither torch's import nor the measuring of the data."""
+    """Seconds per stage; ``toolkit_s`` is everything except importing torch and measuring the data."""
     torch_s = stages["import_torch"] - stages["interpreter"]
     data_s = stages["normalisation"] + stages["scales"]
     return {
@@ -142,7 +140,7 @@ def helps(repeats: int) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for a person."""
+    """The results as a text table."""
     first, again = results["launch"]["first"], results["launch"]["again"]
     lines = [f"{'from launch to the first step':<32}{'first':>8}{'again':>8}"]
     lines += [f"{name:<32}{first[name]:>8.2f}{again[name]:>8.2f}" for name in first]

@@ -1,27 +1,27 @@
-"""How fast is one optimisation step, against MONAI's networks of equal width and against the machine?
+"""How fast is one optimisation step, compared with MONAI's networks of equal width and with the machine?
 
     python benchmarks/train_step.py --json
     python benchmarks/train_step.py --base_features 32 --patch_size 256 --batch_size 4 --channels 20 --threads 2
     python benchmarks/train_step.py --device cuda --amp --compile --memory_format both --batch_size 16
 
-A step is forward, mean squared error, backward and fused AdamW on one batch that already lies on the device. Ours is
-SpatialUNet (batch norm, no boundary guidance); MONAI's are BasicUNet (b, 2b, 4b, 8b, 16b, b) and DynUNet (kernel 3,
-strides 1, 2, 2, 2, 2, filters b to 16b), with the norms and activations they come with, and without the sigmoid that
-ours ends in. In every round each network,
-and each measurement of the machine, takes its turn in the same process; medians of the rounds count.
+A step is forward, mean squared error, backward and fused AdamW on one batch that is already on the device. Ours is
+SpatialUNet (batch norm, no boundary guidance). MONAI's are BasicUNet (b, 2b, 4b, 8b, 16b, b) and DynUNet (kernel 3,
+strides 1, 2, 2, 2, 2, filters b to 16b), with their default norms and activations and without our final sigmoid. In
+every round, each network and each measurement of the machine takes its turn in the same process; results are medians
+over the rounds.
 
-What bounds a step is told by two floors, neither of which a step can be faster than:
+Two lower bounds show what limits a step:
 
 - arithmetic: the multiplications and additions of the convolutions, at the best rate that a matrix product or a plain
-  3x3 convolution has reached in the same rounds;
-- memory: the bytes that its operators must move, each reading what it is given and writing what it returns once, at
-  the rate of a plain copy. With --compile only those of convolutions and the optimiser, the rest may be fused away.
-  What stays in the processor's cache between two operators is moved faster: on small sizes this is no floor.
+  3x3 convolution reached in the same rounds;
+- memory: the bytes that the operators must move if each reads its inputs and writes its outputs once, at the rate of a
+  plain copy. With --compile, only those of convolutions and the optimiser, since the rest may be fused away. Data that
+  stays in the processor's cache between two operators moves faster, so for small sizes this is not a bound.
 
-Peak memory: on a GPU the largest sum of tensors over that before the network was built; on a CPU the growth of the
-resident set in a process of its own.
+Peak memory: on a GPU the largest sum of tensors minus that before the network was built; on a CPU the growth of the
+resident set in a separate process.
 
-With --optimizers the forms of AdamW (fused, foreach, single) are also timed by themselves.
+With --optimizers, also times the variants of AdamW (fused, foreach, single).
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ SEED = 0
 OURS = "SpatialUNet"
 PEERS = ("BasicUNet", "DynUNet")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# A timing is repeated until it has lasted so long, that neither the clock nor a launch weighs in it.
+# Each timing lasts at least this long, so that clock resolution and launch overhead do not matter.
 TIMING_S = 0.25
-# Operators that no compiler can fuse away: they read and write memory in any case.
+# Operators that no compiler can fuse away.
 UNFUSABLE = ("convolution", "_fused_adamw", "mm", "addmm")
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
@@ -114,24 +114,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, default, text in (
         ("base_features", 32, "feature maps of the first level, b above"),
         ("patch_size", 256, "side of a patch, a multiple of 16 [pixels]"),
-        ("batch_size", 4, "patches of the batch"),
-        ("channels", 20, "markers that are predicted"),
-        ("repeats", 5, "rounds, medians count"),
+        ("batch_size", 4, "patches per batch"),
+        ("channels", 20, "predicted markers"),
+        ("repeats", 5, "rounds; reports medians"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: {default}")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of a CPU; default: torch's own choice")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--memory_format", choices=(*FORMATS, "both"), default="contiguous", help="default: contiguous")
     parser.add_argument("--compile", action="store_true", help="compile every network with torch.compile")
     parser.add_argument("--amp", action="store_true", help="mixed precision for every network (GPU only)")
-    parser.add_argument("--optimizers", action="store_true", help="also time the forms of AdamW by themselves")
-    parser.add_argument("--without_monai", action="store_true", help="our network alone")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--optimizers", action="store_true", help="also time the variants of AdamW")
+    parser.add_argument("--without_monai", action="store_true", help="measure our network only")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
     return parser.parse_args(argv)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise InputError for what cannot be measured here."""
+    """Raise InputError if this cannot be measured here."""
     for name in ("base_features", "patch_size", "batch_size", "channels", "repeats"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
@@ -148,24 +148,24 @@ def check(options: argparse.Namespace) -> None:
             import monai.networks.nets  # noqa: F401
         except ImportError as error:
             raise InputError(
-                f"MONAI cannot be imported ({error}): `pip install 'orion-unet[bench]'`, or leave its networks out "
+                f"MONAI cannot be imported ({error}): `pip install 'orion-unet[bench]'`, or skip its networks "
                 "with --without_monai"
             ) from None
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Set this process up as the trainer does, for all networks alike."""
+    """Set up this process as the trainer does, in the same way for all networks."""
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_freed_memory(torch.device(options.device))
     set_determinism(False)
     if options.device == "cuda" and torch.backends.cudnn.allow_tf32:
-        # cuDNN uses TF32 for float32 convolutions by default: the matrix product that is their measure shall too.
+        # cuDNN uses TF32 for float32 convolutions by default, so the matrix product they are compared with must too.
         torch.set_float32_matmul_precision("high")
 
 
 def network(name: str, options: argparse.Namespace) -> nn.Module:
-    """One of the compared networks, its weights drawn from the seed."""
+    """One of the compared networks, with weights drawn from the seed."""
     torch.manual_seed(SEED)
     width, channels = options.base_features, options.channels
     widths = [width * 2**level for level in range(5)]
@@ -187,7 +187,7 @@ def network(name: str, options: argparse.Namespace) -> nn.Module:
 
 
 class Step:
-    """One optimisation step of a network on one batch that lies on the device."""
+    """One optimisation step of a network on one batch on the device."""
 
     def __init__(self, model: Any, memory_format: str, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
@@ -200,7 +200,7 @@ class Step:
         self.he, self.target = batch(memory_format, options)
 
     def run(self, forward: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Forward, loss, backward, optimiser; nothing waits for the device."""
+        """Forward, loss, backward, optimiser; does not wait for the device."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.amp):
             loss = F.mse_loss((forward or self.forward)(self.he), self.target)
@@ -209,20 +209,20 @@ class Step:
         self.scaler.update()
 
     def flops(self) -> int:
-        """Multiplications and additions of the convolutions of a step, forward and backward."""
+        """Number of multiplications and additions in the convolutions of a step, forward and backward."""
         with FlopCounterMode(display=False) as counter:
             self.run(self.model)
         return counter.get_total_flops()
 
     def moved(self) -> tuple[int, int]:
-        """Bytes that all operators of a step move, and those of the operators that cannot be fused away."""
+        """Bytes moved by all operators of a step, and by those that cannot be fused away."""
         with BytesMoved() as counter:
             self.run(self.model)
         return counter.total, counter.unfusable
 
 
 def step_dtype(options: argparse.Namespace) -> torch.dtype:
-    """What the convolutions compute in: as the trainer's --use_amp chooses it."""
+    """Dtype of the convolutions, chosen as the trainer's --use_amp does."""
     if not options.amp:
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -241,7 +241,7 @@ def batch(memory_format: str, options: argparse.Namespace) -> tuple[Tensor, Tens
 
 
 class BytesMoved(TorchDispatchMode):
-    """Adds up what each operator reads and writes, every tensor once an operator; views move nothing."""
+    """Sums the bytes that each operator reads and writes, counting each tensor once; views move nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,28 +256,28 @@ class BytesMoved(TorchDispatchMode):
         given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **(kwargs or {})}
         moved = 0
         for argument in func._schema.arguments:
-            size = held(given.get(argument.name))
-            # What is changed in place is read and written.
+            size = stored_bytes(given.get(argument.name))
+            # An argument that is changed in place is read and written.
             moved += 2 * size if argument.alias_info is not None and argument.alias_info.is_write else size
         values = returned if isinstance(returned, tuple) else (returned,)
         for value, declared in zip(values, func._schema.returns, strict=False):
-            moved += held(value) if declared.alias_info is None else 0
+            moved += stored_bytes(value) if declared.alias_info is None else 0
         self.total += moved
         if name.startswith(UNFUSABLE):
             self.unfusable += moved
         return returned
 
 
-def held(value: Any) -> int:
-    """Bytes of all tensors in a value; of an expanded one only what it really holds."""
+def stored_bytes(value: Any) -> int:
+    """Bytes of all tensors in a value; for an expanded tensor, those of its storage."""
     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return sum(min(leaf.numel() * leaf.element_size(), leaf.untyped_storage().nbytes()) for leaf in tensors)
 
 
 def built(name: str, memory_format: str, options: argparse.Namespace) -> tuple[Step, int | None]:
-    """A step that has run twice, and the peak memory that it takes [bytes]."""
+    """A warmed-up step and its peak memory [bytes]."""
     if options.device == "cpu":
-        # A process of its own: memory that an earlier network has freed would hide what this one takes.
+        # In a separate process, because memory freed by an earlier network would hide what this one needs.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             memory = pool.submit(resident_growth, name, memory_format, options).result()
@@ -287,12 +287,12 @@ def built(name: str, memory_format: str, options: argparse.Namespace) -> tuple[S
         return step, memory
     before = torch.cuda.memory_allocated()
     step = Step(network(name, options), memory_format, options)
-    # The batch is there whatever the network.
-    before += held((step.he, step.target))
+    # The batch does not depend on the network.
+    before += stored_bytes((step.he, step.target))
     for _ in range(3):
         step.run()
     torch.cuda.synchronize()
-    # Choosing algorithms and compiling take memory once, which is no part of a step.
+    # Choosing algorithms and compiling need memory once, which does not belong to a step.
     torch.cuda.reset_peak_memory_stats()
     step.run()
     torch.cuda.synchronize()
@@ -300,9 +300,9 @@ def built(name: str, memory_format: str, options: argparse.Namespace) -> tuple[S
 
 
 def resident_growth(name: str, memory_format: str, options: argparse.Namespace) -> int | None:
-    """In a process of its own on Linux: by how much the resident set grows for a step [bytes]; elsewhere None."""
+    """Growth of the resident set by a step [bytes], on Linux in a fresh process; None on other systems."""
     prepare(options)
-    # A step of next to nothing, so that threads and libraries are there before it begins; the batch likewise.
+    # A tiny step first, so that threads, libraries and the batch exist before the measurement.
     smallest = argparse.Namespace(**{**vars(options), "base_features": 1, "patch_size": 32})
     network(name, smallest)
     Step(nn.Conv2d(3, options.channels, 3, padding=1), memory_format, smallest).run()
@@ -311,7 +311,7 @@ def resident_growth(name: str, memory_format: str, options: argparse.Namespace) 
     step = Step(network(name, options), memory_format, options)
     step.run()
     with suppress(OSError):
-        # Sets the high-water mark back to what is resident now: the first step may compile.
+        # Reset the high-water mark, as the first step may have compiled.
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     step.run()
     after = resident("VmHWM")
@@ -319,7 +319,7 @@ def resident_growth(name: str, memory_format: str, options: argparse.Namespace) 
 
 
 def resident(field: str) -> int | None:
-    """A size in bytes from /proc/self/status; None where there is none."""
+    """A size in bytes from /proc/self/status; None if there is none."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith(f"{field}:"):
@@ -328,7 +328,7 @@ def resident(field: str) -> int | None:
 
 
 class Sizes(NamedTuple):
-    """Sizes at which a device reaches its best rate, and no larger."""
+    """Smallest sizes at which a device reaches its best rate."""
 
     matmul: int
     conv: tuple[int, int, int]
@@ -339,7 +339,7 @@ SIZES = {"cpu": Sizes(1536, (4, 128, 64), 1 << 28), "cuda": Sizes(8192, (32, 256
 
 
 def machine_work(device: torch.device, options: argparse.Namespace) -> dict[str, tuple[Callable[[], object], float]]:
-    """What measures the machine: name of the rate, work to be timed, and its amount (operations or bytes)."""
+    """Measurements of the machine: name of the rate, function to time, and its work in operations or bytes."""
     sizes = SIZES[device.type]
     dtype = step_dtype(options)
     torch.manual_seed(SEED)
@@ -356,7 +356,7 @@ def machine_work(device: torch.device, options: argparse.Namespace) -> dict[str,
         "memory_bytes_per_s": (lambda: copy.copy_(source), 2.0 * source.nbytes),
     }
     for name, form in FORMATS.items():
-        # Both are tried: which is the faster depends on the device.
+        # Which memory format is faster depends on the device.
         held_images, held_weight = (tensor.to(memory_format=form) for tensor in (images, weight))
 
         def convolve(given: Tensor = held_images, kernel: Tensor = held_weight) -> Tensor:
@@ -371,7 +371,7 @@ def interleaved(subjects: dict[Any, Callable[[], object]], device: torch.device,
     """Median seconds of one call of each subject, over rounds in which they take turns."""
     times = {}
     for name, run in subjects.items():
-        # The first call may be slow for its own reasons.
+        # The first call may include one-time work.
         once = min(timed(run, 1, device) for _ in range(2))
         times[name] = max(1, math.ceil(TIMING_S / once))
     seconds: dict[Any, list[float]] = {name: [] for name in subjects}
@@ -379,13 +379,13 @@ def interleaved(subjects: dict[Any, Callable[[], object]], device: torch.device,
     for _ in range(rounds):
         for name in order:
             seconds[name].append(timed(subjects[name], times[name], device))
-        # Each follows another one in the next round.
+        # So that each follows a different one in the next round.
         order.reverse()
     return {name: median(taken) for name, taken in seconds.items()}
 
 
 def timed(run: Callable[[], object], times: int, device: torch.device) -> float:
-    """Seconds of one of several calls in a row, by the device's own clock."""
+    """Mean seconds per call over several calls in a row, by the device's own clock."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -419,7 +419,7 @@ def report(
     peaks: dict[str, float],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """What is told of one network in one memory format."""
+    """Results for one network in one memory format."""
     flops = step.flops()
     moved, unfusable = step.moved()
     matmul = peaks["matmul_flops_per_s"]
@@ -450,7 +450,7 @@ def report(
 
 
 def ratios(models: list[dict[str, Any]]) -> dict[str, float]:
-    """Patches per second of ours over each peer's, each in the best memory format measured."""
+    """Patches per second of our network over those of each peer, each in its best memory format."""
     best: dict[str, float] = {}
     for found in models:
         best[found["model"]] = max(best.get(found["model"], 0.0), found["patches_per_s"])
@@ -458,7 +458,7 @@ def ratios(models: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def optimizer_seconds(options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of the optimiser's part of a step by form of AdamW, for the parameters of our network."""
+    """Median seconds of an optimiser step for each variant of AdamW, with the parameters of our network."""
     device = torch.device(options.device)
     forms: dict[str, dict[str, Any]] = {
         "fused": {"fused": True},
@@ -476,7 +476,7 @@ def optimizer_seconds(options: argparse.Namespace) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results for a person."""
+    """The results as a text table."""
     machine = results["machine"]
     conv = {name.split("_", 1)[1].removesuffix("_flops_per_s"): r for name, r in machine.items() if "conv3x3" in name}
     lines = [

@@ -1,4 +1,4 @@
-"""Atomic save and safe load of the whole training state: tensors and plain Python values only."""
+"""Atomic save and safe load of checkpoints: tensors and plain Python values only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orion_unet.run_log import CHECKPOINT_DIR, fsync_folder
 SCHEMA = 1
 KIND = "orion_unet checkpoint"
 LAST, PREVIOUS, BEST = "last.pt", "last_previous.pt", "best.pt"
-# What every checkpoint holds, and what one to continue from holds beside it.
+# Entries of every checkpoint, and further entries of one that a run can resume from.
 MODEL_KEYS = {
     "model": dict,
     "options": dict,
@@ -37,19 +37,19 @@ RESUME_KEYS = {
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written; the one before it stands."""
+    """A checkpoint could not be written; the one before it is intact."""
 
 
 def checkpoint_path(run_dir: Path, name: str) -> Path:
-    """Place of a checkpoint in a run folder."""
+    """Path of a checkpoint in a run folder."""
     return run_dir / CHECKPOINT_DIR / name
 
 
 def save(path: Path, content: dict[str, Any], keep_previous: bool = False) -> None:
-    """Write a checkpoint so that, whatever happens, a whole one stands under the name: the new or the old.
+    """Write a checkpoint so that its path always has a whole file, the new or the old one, whatever happens.
 
-    Temporary file, fsync, rename, fsync of the folder. With ``keep_previous`` the one that is replaced stays as
-    last_previous.pt. Raises SaveError with path and free space where it cannot be written.
+    Temporary file, fsync, rename, fsync of the folder. With ``keep_previous`` the replaced one is kept as
+    last_previous.pt. Raises SaveError with path and free space if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -71,7 +71,7 @@ def save(path: Path, content: dict[str, Any], keep_previous: bool = False) -> No
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Give the file a second name, so that there is no moment without it; rename it where there are no links."""
+    """Hard-link the file to a second name, so that it never disappears; rename it if links are not supported."""
     linked = path.with_name(f".{previous.name}.{os.getpid()}.tmp")
     try:
         os.link(path, linked)
@@ -79,12 +79,12 @@ def _keep(path: Path, previous: Path) -> None:
     except OSError:
         path.replace(previous)
     finally:
-        # A rename between two names of one file does nothing, and leaves both.
+        # A rename between two links to one file does nothing and leaves both.
         linked.unlink(missing_ok=True)
 
 
 def _size(value: Any) -> int:
-    """Bytes of all tensors in nested plain containers: nearly all of a checkpoint."""
+    """Bytes of all tensors in nested containers, which are nearly all of a checkpoint."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
@@ -101,9 +101,10 @@ def _space(folder: Path) -> str:
 
 
 def load(path: Path, to_resume: bool = False) -> dict[str, Any]:
-    """Read a checkpoint on the CPU without executing anything in it, and check its structure.
+    """Read a checkpoint to the CPU without executing code in it, and check its structure.
 
-    Raises InputError where it is missing, damaged, of another kind, or holds weights only and is ``to_resume``.
+    Raises InputError if it is missing, damaged, no checkpoint of this toolkit, or, with ``to_resume``, a model without
+    the state of its run.
     """
     try:
         stored = path.read_bytes()
@@ -111,32 +112,32 @@ def load(path: Path, to_resume: bool = False) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         with zipfile.ZipFile(io.BytesIO(stored)) as archive:
-            # torch.load does not look at the checksums: a flipped bit would pass for a weight.
+            # torch.load does not verify the checksums, so a flipped bit would change a weight unnoticed.
             damaged = archive.testzip()
         if damaged:
             raise zipfile.BadZipFile(f"{damaged} fails its checksum")
         content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
     except Exception as error:
-        # The archive's and the tensors' readers raise nearly anything on damaged bytes.
-        raise InputError(f"{path}: is no checkpoint, or a damaged one ({type(error).__name__})") from None
+        # On damaged bytes, the readers of the archive and the tensors can raise almost any exception.
+        raise InputError(f"{path}: is damaged or not a checkpoint ({type(error).__name__})") from None
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise InputError(f"{path}: is not a checkpoint of this toolkit")
     if content.get("schema") != SCHEMA:
-        raise InputError(f"{path}: is of schema {content.get('schema')}, this version reads {SCHEMA}")
+        raise InputError(f"{path}: has schema {content.get('schema')}, but this version reads schema {SCHEMA}")
     missing = [key for key, kind in MODEL_KEYS.items() if not isinstance(content.get(key), kind)]
     if missing:
-        raise InputError(f"{path}: is damaged, it lacks {', '.join(missing)}")
+        raise InputError(f"{path}: is damaged: {', '.join(missing)} is missing")
     if to_resume:
         missing = [key for key, kind in RESUME_KEYS.items() if not isinstance(content.get(key), kind)]
         if missing:
-            raise InputError(f"{path}: holds a model to predict with, not a run to continue; resume from {LAST}")
+            raise InputError(f"{path}: has a model to predict with, but no run to resume; resume from {LAST}")
     return content
 
 
 def load_last(run_dir: Path) -> tuple[dict[str, Any] | None, str]:
-    """The newest whole checkpoint of a run and a word of warning; (None, "") where the run has none yet.
+    """The newest undamaged checkpoint of a run and a warning; (None, "") if the run has no checkpoint yet.
 
-    A damaged last.pt gives way to the one before it. Raises InputError where both are damaged.
+    Falls back to the previous checkpoint when last.pt is damaged. Raises InputError if both are damaged.
     """
     last, previous = (checkpoint_path(run_dir, name) for name in (LAST, PREVIOUS))
     if not last.exists() and not previous.exists():
@@ -146,4 +147,4 @@ def load_last(run_dir: Path) -> tuple[dict[str, Any] | None, str]:
     except InputError as error:
         if not previous.exists():
             raise
-        return load(previous, to_resume=True), f"{error}; going on from {previous.name}, the checkpoint before it"
+        return load(previous, to_resume=True), f"{error}; resuming from {previous.name}, the checkpoint before it"

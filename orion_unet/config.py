@@ -1,51 +1,17 @@
-"""Every option of a training run, declared once: one dataclass per concern, checked as a whole."""
+"""Every option of every command, declared once: one dataclass per concern.
+
+The options of a training run come first, in groups that TrainConfig checks as a whole.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from orion_unet.errors import InputError
-
-SCHEMA = 1
-
-
-def option(
-    default: Any,
-    text: str,
-    *,
-    unit: str = "",
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    metavar: str | None = None,
-    inherited: bool = True,
-    fixed: bool = True,
-) -> Any:
-    """Declare one option: default, help text, unit and the range it must lie in.
-
-    ``above`` and ``below`` are exclusive bounds. An option that is not ``inherited`` is left out when
-    ``--config`` loads an earlier run, because it concerns that one start and not the experiment. An option that is
-    not ``fixed`` may change when a run is resumed.
-    """
-    metadata = {
-        "text": text,
-        "unit": unit,
-        "choices": choices,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "below": below,
-        "metavar": metavar,
-        "inherited": inherited,
-        "fixed": fixed,
-    }
-    return field(default=default, metadata=metadata)
+from orion_unet.options import option, range_problems
 
 
 @dataclass(frozen=True)
@@ -195,6 +161,21 @@ class RuntimeOptions:
     )
     compile: bool = option(False, "compile the model with torch.compile", fixed=False)
     deterministic: bool = option(False, "deterministic kernels, slower")
+    pinned_memory_mb: float = option(
+        4096.0,
+        "page-locked memory for batches on their way to the GPU, per rank; bounds the automatic number of loader "
+        "processes, too",
+        unit="megabytes",
+        minimum=0,
+        fixed=False,
+    )
+    stop_timeout_s: float = option(
+        120.0,
+        "how long the launcher of several ranks waits for them to save and end after a request to stop",
+        unit="seconds",
+        minimum=1,
+        fixed=False,
+    )
     resume: str | None = option(
         None,
         "auto: continue the run in output_dir, or start it where there is none; or a checkpoint to continue from",
@@ -219,6 +200,11 @@ class OutputOptions:
     overwrite: bool = option(False, "replace the run that output_dir holds", inherited=False, fixed=False)
 
 
+def declared_options() -> dict[str, Field[Any]]:
+    """Every option of training, by name."""
+    return {f.name: f for group in GROUPS.values() for f in fields(group)}
+
+
 GROUPS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
@@ -239,15 +225,23 @@ class TrainConfig:
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    recipe: str = "none"
 
     @classmethod
-    def from_options(cls, options: dict[str, Any]) -> TrainConfig:
-        """Build from a flat ``{option: value}`` mapping; raises InputError naming every option out of range."""
+    def from_options(cls, options: dict[str, Any], recipe: str = "none") -> TrainConfig:
+        """Build from a flat ``{option: value}`` mapping, on top of the options' own defaults.
+
+        ``recipe`` is the name of the recipe that the values came from, for the record. Raises InputError naming
+        every option that does not exist or is out of range.
+        """
+        unknown = sorted(set(options) - set(declared_options()))
+        if unknown:
+            raise InputError(f"no such option in this version: {', '.join(unknown)}")
         groups = {
             name: group(**{f.name: options[f.name] for f in fields(group) if f.name in options})
             for name, group in GROUPS.items()
         }
-        config = cls(**groups)
+        config = cls(**groups, recipe=recipe)
         problems = config.problems()
         if problems:
             raise InputError.listing("these options cannot be used:", problems, "Run with --help for every option.")
@@ -260,7 +254,7 @@ class TrainConfig:
     def changes_from(self, earlier: dict[str, Any]) -> list[str]:
         """Differences from the options of a run to be resumed that would silently change what it trains."""
         now = self.options()
-        # A run from before an option was there has trained with its default; what is left open follows the run.
+        # A run made before an option existed used its default; an option left open follows the run.
         fixed = [f for group in GROUPS.values() for f in fields(group) if f.metadata["fixed"]]
         return [
             f"--{f.name}: {earlier.get(f.name, f.default)} in the run, {now[f.name]} now"
@@ -271,13 +265,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Every option that is out of range or contradicts another, one sentence each."""
-        found = []
-        for group in GROUPS:
-            values = getattr(self, group)
-            for f in fields(values):
-                problem = _range_problem(getattr(values, f.name), f.metadata)
-                if problem:
-                    found.append(f"--{f.name} {getattr(values, f.name)}: {problem}")
+        found = [problem for group in GROUPS for problem in range_problems(getattr(self, group))]
         if not any(weight > 0 for weight in self.loss.weights.values()):
             names = ", ".join(f"--{name}_weight" for name in self.loss.weights)
             found.append(f"all loss weights are 0, so there is nothing to train: raise one of {names}")
@@ -296,33 +284,11 @@ class TrainConfig:
         return found
 
 
-def _range_problem(value: Any, metadata: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return ""
-    if metadata["choices"] and value not in metadata["choices"]:
-        return f"must be one of {', '.join(metadata['choices'])}"
-    if isinstance(value, str):
-        return "" if value.strip() and "\0" not in value else "must not be empty"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "must be a finite number"
-    low, high = metadata["minimum"], metadata["maximum"]
-    above, below = metadata["above"], metadata["below"]
-    if (
-        (low is not None and value < low)
-        or (high is not None and value > high)
-        or ((above is not None and value <= above) or (below is not None and value >= below))
-    ):
-        bounds = [
-            f"{word} {bound:g}"
-            for word, bound in (("at least", low), ("above", above), ("at most", high), ("below", below))
-            if bound is not None
-        ]
-        return "must be " + " and ".join(bounds)
-    return ""
+def load_options(path: str | Path) -> tuple[dict[str, Any], str]:
+    """All inheritable options of an earlier run's config.json, checked for name and type, and its recipe's name.
 
-
-def load_options(path: str | Path) -> dict[str, Any]:
-    """Options of an earlier run's config.json, checked for name and type; raises InputError."""
+    Raises InputError.
+    """
     path = Path(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -333,9 +299,10 @@ def load_options(path: str | Path) -> dict[str, Any]:
     stored = document.get("options") if isinstance(document, dict) else None
     if not isinstance(stored, dict):
         raise InputError(f"--config {path}: is not the config.json of a run (it has no 'options')")
-    known = {f.name: f for group in GROUPS.values() for f in fields(group)}
+    known = declared_options()
     problems = [f"{name}: no such option in this version" for name in stored if name not in known]
-    options = {}
+    # Options that the run did not know yet had no other effect than their defaults.
+    options = {name: f.default for name, f in known.items() if f.metadata["inherited"]}
     for name, value in stored.items():
         if name in known and known[name].metadata["inherited"]:
             if _has_type(value, str(known[name].type)):
@@ -344,7 +311,8 @@ def load_options(path: str | Path) -> dict[str, Any]:
                 problems.append(f"{name}: {value!r} is not of type {known[name].type}")
     if problems:
         raise InputError.listing(f"--config {path} holds options that cannot be used:", problems)
-    return options
+    recipe = document.get("recipe")
+    return options, recipe if isinstance(recipe, str) else "none"
 
 
 def _has_type(value: Any, annotation: str) -> bool:
@@ -356,3 +324,119 @@ def _has_type(value: Any, annotation: str) -> bool:
     if isinstance(value, int):
         return "int" in kinds or "float" in kinds
     return type(value).__name__ in kinds
+
+
+# The options of training that decide how a folder of pairs is read; other commands take them, too.
+READING = ("channel_names", "exclude_channels", "groups_csv", "he_layout", "orion_layout")
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """task: which model, which images, where to"""
+
+    checkpoint: Path = option(None, "best.pt or last.pt, or a run's folder", metavar="FILE|RUN", required=True)
+    input: tuple[Path, ...] = option(
+        None,
+        "images (.npy, .png, .jpg, .tif, .svs; .ndpi, .mrxs, .scn with the extra openslide); for a folder: its "
+        "NAME_HE.npy files, otherwise every image",
+        metavar="FILE|DIR",
+        required=True,
+    )
+    output_dir: Path = option(None, "folder for the predictions; made if need be", metavar="DIR", required=True)
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """device: where a trained model runs"""
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", metavar="NAME")
+    use_amp: bool = option(False, "mixed precision on a GPU")
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """prediction: how to predict and what to write; None is what suits the input"""
+
+    format: str = option(
+        "npy",
+        "npy: (C, H, W) float32; ome-tiff: tiled and pyramidal, for QuPath and napari",
+        choices=("npy", "ome-tiff"),
+        section="output",
+    )
+    dtype: str = option("uint16", "pixels of an ome-tiff", choices=("uint16", "float32"), section="output")
+    normalized: bool = option(False, "keep [0, 1] instead of the unit of the training data", section="output")
+    markers: str | None = option(None, "write these markers only; default: all", metavar="NAME,...", section="output")
+    pixel_size_um: float | None = option(
+        None, "side of a pixel; default: the input's", unit="micrometres", above=0, section="output"
+    )
+    overview: bool = option(True, "draw NAME_overview.png, the H&E beside the markers", section="output")
+    overwrite: bool = option(False, "replace outputs that exist", section="output")
+    tissue_only: bool | None = option(
+        None, "skip tiles of blank glass, which become background; default: on for TIFF and whole slides"
+    )
+    tta: bool = option(False, "mean over the 8 flips and turns of each tile, 8 times the work")
+    tile: int | None = option(None, "side of a tile; default: by the network and the width", unit="pixels")
+    overlap: int | None = option(None, "overlap of tiles; default: by the network's depth", unit="pixels")
+    batch_size: int | None = option(None, "tiles at a time; default: 1 on a CPU, 8 on a GPU", minimum=1)
+
+
+@dataclass(frozen=True)
+class CheckDataOptions:
+    """inspection: what to look at, and what to write"""
+
+    folder: str = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", positional=True)
+    output_dir: Path | None = option(
+        None, "also write channels.csv, cores.csv, check_data.json and contact sheets of all cores", metavar="OUT"
+    )
+    nuclear_marker: str | None = option(
+        None,
+        "channel of the nuclear stain; default: the first named like one (Hoechst, DAPI, DRAQ5, ...)",
+        metavar="NAME",
+    )
+    json: bool = option(False, "print one JSON document instead of tables")
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """packing: what to rewrite, and where to"""
+
+    folder: str = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", positional=True)
+    output_dir: Path = option(None, "folder to fill; made if it does not exist", metavar="OUT", required=True)
+    overwrite: bool = option(False, "replace files of the same names in OUT, and nothing else there")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """demo: generated tissue"""
+
+    folder: Path = option(None, "folder to fill; made if it does not exist", metavar="DIR", positional=True)
+    cores: int = option(12, "cores, two a patient")
+    size: int = option(512, "side of a core", unit="pixels")
+    seed: int = option(0, "seed of the tissue")
+    overwrite: bool = option(False, "replace demo data made earlier in this folder, never anything else")
+
+
+@dataclass(frozen=True)
+class MonitorOptions:
+    """monitor: which run, and how to show it"""
+
+    output_dir: Path = option(Path(OutputOptions.output_dir), "the run folder", metavar="RUN")
+    watch: bool = option(False, "stay, and follow the run until it ends or Ctrl-C", section="mode")
+    interval: float = option(10.0, "time between polls", unit="seconds", minimum=0.1, maximum=86400, section="mode")
+    compare: tuple[Path, ...] = option(
+        (), "set further runs beside this one; default: none", metavar="RUN", section="mode"
+    )
+    json: bool = option(False, "strict JSON on standard output; with --watch one line a change", section="output")
+    html: Path | None = option(
+        None, "also write a self-contained page, refreshed by --watch", metavar="FILE", section="output"
+    )
+    figure: Path | None = option(
+        None, "the figure; default: training_progress.png in the run folder", metavar="FILE", section="output"
+    )
+    show: bool = option(False, "open the figure in a window, where there is a display", section="output")
+    fail_on: str | None = option(
+        None,
+        "exit with 4 when there is a warning (or any finding, on the configuration too)",
+        choices=("warning", "notice"),
+        section="output",
+    )

@@ -1,14 +1,14 @@
-"""The exceptions that end a command with a plain message instead of a traceback."""
+"""Exceptions that end a command with a plain message instead of a traceback."""
 
 from collections.abc import Iterable
 
 
 class InputError(Exception):
-    """Bad option or bad input: its text is all a person is shown (exit code 2)."""
+    """Bad option or bad input. The user sees its text and no traceback (exit code 2)."""
 
     @classmethod
     def listing(cls, headline: str, problems: Iterable[str], advice: str = "", limit: int = 200) -> "InputError":
-        """One message for all the problems of a folder or a command line, one a line, at most ``limit`` shown."""
+        """One message for all problems of a folder or a command line, one per line, at most ``limit`` of them."""
         problems = list(problems)
         shown = [f"  - {problem}" for problem in problems[:limit]]
         if len(problems) > limit:
@@ -17,9 +17,9 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """The surroundings failed a run that was right (disk, memory, another rank): its text says what to do (exit 1).
+    """Disk, memory or another rank failed, not the run itself. The text says what to do (exit code 1).
 
-    ``told`` is True where another rank tells of it.
+    ``told`` is True if another rank prints the message.
     """
 
     told = False

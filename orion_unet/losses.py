@@ -1,4 +1,4 @@
-"""The composite loss: named terms, each a mean over what it covers, and their weighted sum."""
+"""The composite loss: a weighted sum of named terms, each of which is a mean over the pixels it covers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VARIANCE_FORMS = ("target", "exponential")
 FOCAL_BETA = 0.2
 # Rate of the exponential variance penalty, per unit of variance.
 EXPONENTIAL_RATE = 100.0
-# Added to both variances of a correlation: a marker that varies by less than a hundredth of its range has none.
+# Added to both variances of a correlation, which fades to 0 for a marker whose sd is below a hundredth of its range.
 FLAT_VARIANCE = 1e-4
 
 
@@ -34,15 +34,15 @@ class CompositeLoss(nn.Module):
     - ``variance``, per sample and channel over the spatial variance v of the prediction (biased: divided by H·W):
       relu(τ − v)² (``variance_form="target"``, τ = ``target_variance``) or exp(−100 v) (``"exponential"``).
     - ``correlation``, per channel over all pixels of the batch: 1 − cov(p, t) / √((var p + 10⁻⁴)(var t + 10⁻⁴)), one
-      minus a Pearson r that fades to 0 where either side is flat. What is dark in most patches and bright in few is
-      told by whole batches, not by single patches: with several ranks the batch is that of all of them
-      (``mean_over_ranks`` gives the mean of a small tensor over them); accumulated batches count one by one.
+      minus a Pearson r that fades to 0 where either side is flat. It is taken over the batch because a scarce marker
+      is dark in most patches, where a correlation means nothing. With several ranks the batch is the one of all ranks
+      together (``mean_over_ranks`` averages a small tensor over them); accumulated batches count separately.
 
-    ``weights`` maps names of TERMS to weights ≥ 0; a name left out weighs 0. ``channel_weights`` (C,) ≥ 0 multiply
-    every term's values per channel, after scaling to mean 1; without them each term is its plain definition.
+    ``weights`` maps names of TERMS to weights ≥ 0; a missing name has weight 0. ``channel_weights`` (C,) ≥ 0 are scaled
+    to mean 1 and multiply the values of every term per channel.
 
-    Raises InputError when no weight is above 0, ValueError for unknown names and weights that are negative or
-    not finite.
+    Raises InputError when all weights are 0, ValueError for unknown names and for weights that are negative or not
+    finite.
     """
 
     channel_weights: Tensor | None
@@ -84,17 +84,17 @@ class CompositeLoss(nn.Module):
         boundary_mask: Tensor | None = None,
         boundary_count: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to train on, and its unweighted terms (detached scalars), those of weight 0 left out.
+        """The loss to train on, and its unweighted terms (detached scalars) except those of weight 0.
 
         Args:
             prediction, target: (B, C, H, W) in [0, 1].
             boundary_mask: (B, 1, H, W), bool or float in [0, 1]; needed when the boundary term has a weight.
-            boundary_count: scalar tensor, the number of boundary pixels to divide by in place of this mask's own.
-                Ranks (or accumulated batches) that share their mean count get, averaged, the gradient of one
-                batch that holds them all, although their masks differ in size.
+            boundary_count: scalar tensor, the number of boundary pixels to divide by instead of this mask's own. If
+                all ranks (or accumulated batches) divide by their mean count, the mean of their gradients is the
+                gradient of one large batch, although their masks differ in size.
 
-        An empty mask gives a boundary term of 0. Nothing here waits for the device. Raises ValueError when shapes
-        differ or the mask is missing.
+        An empty mask gives a boundary term of 0. Never waits for the device. Raises ValueError when shapes differ or
+        the mask is missing.
         """
         errors = _Errors(*_as_float32(prediction, target))
         loss = errors.prediction.new_zeros(())
@@ -116,7 +116,7 @@ class CompositeLoss(nn.Module):
             loss = loss + weight * term
             terms[name] = term.detach()
             if name == "correlation":
-                # Where another rank's batch has spoilt it, this rank's is not to blame.
+                # If only another rank's batch is not finite, do not report this rank's term as the culprit.
                 terms[name] = torch.where(moments.isfinite().all(), terms[name].nan_to_num(), terms[name])
         return loss, terms
 
@@ -124,9 +124,9 @@ class CompositeLoss(nn.Module):
     def sums(self, prediction: Tensor, target: Tensor, boundary_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Numerators and denominators of every term, two float64 tensors (6,) in the order of TERMS.
 
-        Added over batches and ranks and handed to ``combine`` they give the value of one batch that holds all.
-        Terms of weight 0 are computed too. Without a mask the boundary term has numerator and denominator 0, as the
-        correlation has, which follows from moments. Arguments and ValueError as in ``forward``; carries no gradient.
+        Summed over batches and ranks and passed to ``combine``, they give the value of one batch that holds all
+        patches. Includes terms of weight 0. Both are 0 for the correlation, which ``combine`` computes from moments,
+        and for the boundary term when there is no mask. Arguments and ValueError as in ``forward``; no gradient.
         """
         errors = _Errors(*_as_float32(prediction, target))
         numerators = torch.zeros(len(TERMS), dtype=torch.float64, device=prediction.device)
@@ -142,17 +142,17 @@ class CompositeLoss(nn.Module):
                 denominators[index] = boundary_mask.sum(dtype=torch.float64) * prediction.shape[1]
             else:
                 continue
-            # Each sample in float32, which torch adds pairwise: several times as fast as in float64 throughout.
+            # Each sample in float32, where torch sums pairwise: several times as fast as float64 throughout.
             numerators[index] = values.sum(dim=(1, 2, 3)).sum(dtype=torch.float64)
         return numerators, denominators
 
     def combine(
         self, numerators: Tensor, denominators: Tensor, moments: Tensor
     ) -> tuple[float, dict[str, float | None]]:
-        """Loss and unweighted terms from added ``sums``. Reads the tensors, so it waits for the device.
+        """Loss and unweighted terms from the totals of ``sums``. Reads the tensors, so it waits for the device.
 
-        ``moments`` (6, C) are number of pixels, Σp, Σt, Σp², Σt² and Σpt, as ``MarkerSums.state`` begins.
-        A term that covered nothing is None and counts as 0 in the loss.
+        ``moments`` (6, C) are the number of pixels, Σp, Σt, Σp², Σt² and Σpt: the first rows of ``MarkerSums.state``.
+        A term that covered no pixel is None and counts as 0 in the loss.
         """
         pairs = zip(TERMS, numerators.tolist(), denominators.tolist(), strict=True)
         terms = {name: total / count if count > 0 else None for name, total, count in pairs}
@@ -164,9 +164,9 @@ class CompositeLoss(nn.Module):
         return float(loss), terms
 
     def _shared(self, moments: Tensor) -> Tensor:
-        """The moments of all ranks' batches (their mean), with the gradient of this rank's own.
+        """Mean of all ranks' moments, with the gradient of this rank's own.
 
-        Averaged over ranks, as DistributedDataParallel does, that is the gradient of the one batch.
+        DistributedDataParallel averages gradients over ranks, which gives the gradient of the one large batch.
         """
         if self.mean_over_ranks is None:
             return moments
@@ -174,16 +174,16 @@ class CompositeLoss(nn.Module):
         return moments + (self.mean_over_ranks(own.clone()) - own)
 
     def _uncorrelated(self, moments: Tensor) -> Tensor:
-        """1 − r from moments (6, C), its mean over the channels."""
+        """Mean over the channels of 1 − r, from moments (6, C)."""
         p, t, pp, tt, pt = moments[1:] / moments[0]
-        # Rounding can leave the difference of two nearly equal numbers below 0.
+        # Rounding can make the difference of two nearly equal numbers negative.
         spread = ((pp - p * p).clamp_min(0) + FLAT_VARIANCE) * ((tt - t * t).clamp_min(0) + FLAT_VARIANCE)
         values = 1 - (pt - p * t) / spread.sqrt()
         return (values if self.channel_weights is None else values * self.channel_weights).mean()
 
     def _values(self, name: str, errors: _Errors, mask: Tensor | None = None) -> Tensor:
-        """What the term averages: (B, C, H, W); (B, C, 1, 1) for the variance; for the boundary the sum over the
-        channels (B, 1, H, W), so that the mask is applied to that alone."""
+        """The values whose mean is the term: (B, C, H, W); (B, C, 1, 1) for the variance; for the boundary their sum
+        over the channels (B, 1, H, W), so that the mask is multiplied only once."""
         if name == "variance":
             variance = errors.prediction.var(dim=(2, 3), correction=0, keepdim=True)
             if self.variance_form == "target":
@@ -193,7 +193,7 @@ class CompositeLoss(nn.Module):
         elif name == "l1":
             values = errors.plain.abs()
         elif name == "focal":
-            # tanh(x / 2) is 2σ(x) − 1, without the cancellation that leaves few digits of a small error.
+            # tanh(x / 2) equals 2σ(x) − 1, without the cancellation that loses the digits of a small error.
             values = errors.squared * torch.tanh(FOCAL_BETA / 2 * errors.plain.abs())
         else:
             values = errors.squared
@@ -203,7 +203,7 @@ class CompositeLoss(nn.Module):
 
 
 class _Errors:
-    """Prediction − target and its square, computed once for all terms that want them."""
+    """Prediction − target and its square, computed once and shared by all terms."""
 
     def __init__(self, prediction: Tensor, target: Tensor) -> None:
         self.prediction = prediction
@@ -219,7 +219,7 @@ class _Errors:
 
 
 def _moments(errors: _Errors) -> Tensor:
-    """Number of pixels, Σp, Σt, Σp², Σt² and Σpt per channel, (6, C)."""
+    """Number of pixels, Σp, Σt, Σp², Σt² and Σpt per channel: (6, C)."""
     p, t = errors.prediction, errors.target
     sums = torch.stack([each.sum(dim=(0, 2, 3)) for each in (p, t, p * p, t * t, p * t)])
     count = sums.new_full((1, p.shape[1]), p.numel() // p.shape[1])

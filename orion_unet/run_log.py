@@ -1,4 +1,4 @@
-"""The run folder: the only thing trainer and monitor share. Strict JSON, atomic replaces, no torch.
+"""The run folder, which is all that trainer and monitor share. Strict JSON, atomic replaces, no torch.
 
 Layout of a run folder::
 
@@ -15,6 +15,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -44,15 +45,20 @@ STATES = (
 )
 FINAL_STATES = ("finished", "early_stopped", "interrupted", "diverged", "failed")
 HEARTBEAT_S = 5.0
+PACE_STEPS = 20
 
 
 def utc_now() -> str:
     """The current time as ISO 8601 in UTC, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return _utc(time.time())
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def strict(value: Any) -> Any:
-    """A copy of plain Python values in which every number that is not finite is None, as strict JSON wants."""
+    """A copy of plain Python values for strict JSON: numbers that are not finite become None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -63,7 +69,7 @@ def strict(value: Any) -> Any:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut, where the file system can."""
+    """Make a rename in the folder survive a power cut, if the file system supports that."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -73,7 +79,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes, durable: bool = True) -> None:
-    """Replace a file so that a reader sees the old one or the new one, never a part. Raises OSError."""
+    """Replace a file so that readers see the old or the new one, never a part. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -91,33 +97,40 @@ def write_atomic(path: Path, content: bytes, durable: bool = True) -> None:
 def write_json(path: Path, document: Mapping[str, Any], durable: bool = True) -> None:
     """Replace a JSON file atomically; numbers that are not finite become null."""
     text = json.dumps(strict(document), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, (text + "\n").encode(), durable)
+    # A file name that is not UTF-8 holds surrogates: they become JSON's own escapes.
+    write_atomic(path, (text + "\n").encode("utf-8", "backslashreplace"), durable)
 
 
 class MetricsWriter:
-    """Appends one strict-JSON line per finished epoch to metrics.jsonl, flushed and fsynced."""
+    """Appends one line of strict JSON per finished epoch to metrics.jsonl, flushed and fsynced."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_FILE
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record in one call. A half line left by a killed writer is closed off first."""
+        """Write one record in one call, after ending a partial line that a killed writer may have left."""
         line = json.dumps({"schema": SCHEMA, **strict(record)}, ensure_ascii=False, allow_nan=False) + "\n"
         with open(self.path, "ab+") as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     line = "\n" + line
-            file.write(line.encode())
+            file.write(line.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
 
 
 class Heartbeat:
-    """Keeps status.json fresh from a thread of its own while the run works, and closes it with the run's end.
+    """Keeps status.json up to date from a thread of its own while the run works, and closes it at the run's end.
 
-    Used as a context manager; ``update`` takes any field of status.json (state, epoch, epochs, step,
-    steps_per_epoch, message). A change of state or epoch is written at once, the rest with the next beat.
+    Use it as a context manager. ``update`` and ``progress`` take any of the fields ``state``, ``epoch``, ``epochs``,
+    ``step``, ``steps_per_epoch`` and ``message``. A change of state or epoch is written at once, everything else with
+    the next beat. Besides these fields, ``updated``, ``pid`` and ``host``, the file says how the run gets on:
+
+    - ``since``: when the state or the epoch last changed;
+    - ``progressed``: when the last training step or validation batch finished, null before the first;
+    - ``step_s``: how long one of them takes in the present state [s], the mean of about the last 20; null before the
+      first since then, and until three have been timed.
     """
 
     def __init__(self, run_dir: Path, interval_s: float = HEARTBEAT_S) -> None:
@@ -131,11 +144,17 @@ class Heartbeat:
             "steps_per_epoch": 0,
             "message": "",
         }
+        self._since = time.time()
+        self._progressed: float | None = None
+        self._last_step: float | None = None
+        # Of each state, how many steps were timed, and how long one takes [s].
+        self._pace: dict[str, tuple[int, float]] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
+        self._since = time.time()
         self._write()
         self._thread.start()
         return self
@@ -155,15 +174,35 @@ class Heartbeat:
         urgent = any(self._fields.get(key) != changes[key] for key in ("state", "epoch") if key in changes)
         self._fields.update(changes)
         if urgent:
-            # A status that cannot be written must not end the training that it tells of.
+            self._since, self._last_step = time.time(), None
+            # Training goes on even if its status cannot be written.
             with suppress(OSError):
                 self._write()
 
+    def progress(self, **changes: Any) -> None:
+        """Note that a training step or a validation batch has finished, and set fields.
+
+        Cheap enough for every step: it writes no file, unless the state or the epoch changes.
+        """
+        now = time.monotonic()
+        self._progressed = time.time()
+        if self._last_step is not None:
+            state = self._fields["state"]
+            count, mean = self._pace.get(state, (0, 0.0))
+            count += 1
+            self._pace[state] = (count, mean + (now - self._last_step - mean) / min(count, PACE_STEPS))
+        self._last_step = now
+        self.update(**changes)
+
     def _write(self) -> None:
         with self._lock:
+            count, pace = self._pace.get(self._fields["state"], (0, 0.0))
             status = {
                 "schema": SCHEMA,
                 **self._fields,
+                "since": _utc(self._since),
+                "progressed": None if self._progressed is None else _utc(self._progressed),
+                "step_s": round(pace, 4) if count >= 3 and self._last_step is not None else None,
                 "updated": utc_now(),
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
@@ -172,17 +211,17 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._stop.wait(self.interval_s):
-            # A full or briefly unreachable disk must not end the thread: the next beat tries again.
+            # The disk may be full or unreachable for a moment: the next beat tries again.
             with suppress(OSError):
                 self._write()
 
 
 def read_document(path: Path, limit_bytes: int = 1 << 22) -> tuple[dict[str, Any] | None, float]:
-    """Read a JSON object of the run folder that its writer replaces whole.
+    """Read a JSON object from a file that its writer replaces as a whole.
 
-    Returns the object, or None where the file holds something else or more than ``limit_bytes``, and the
-    file's modification time in seconds, as its file system tells it. The time is taken from the opened file:
-    network file systems answer a bare ``stat`` from a cache. Raises OSError where the file cannot be read.
+    Returns the object (None if the file contains something else, or more than ``limit_bytes``) and the modification
+    time [s] by the file system's clock. That time is read from the open file, because network file systems answer a
+    plain ``stat`` from a cache. Raises OSError if the file cannot be read.
     """
     with open_regular(path) as file:
         modified = os.fstat(file.fileno()).st_mtime
@@ -193,7 +232,7 @@ def read_document(path: Path, limit_bytes: int = 1 << 22) -> tuple[dict[str, Any
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; raises OSError for a folder, and at once for a pipe, which would block for ever."""
+    """Open a file for reading. Raises OSError for folders, and for pipes, which could block for ever."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -205,7 +244,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def parse_object(content: bytes) -> dict[str, Any] | None:
-    """The JSON object that the bytes spell, or None. ``NaN`` and ``Infinity``, which are no JSON, are let pass."""
+    """The bytes as a JSON object, or None. Accepts ``NaN`` and ``Infinity``, which strict JSON does not have."""
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):

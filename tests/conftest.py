@@ -5,18 +5,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 from orion_unet.config import DataOptions
 from orion_unet.data.pairs import find_pairs
 from orion_unet.data.patches import PatchReader
 from orion_unet.data.scale import measure_scales
+from orion_unet.distributed import usable_cores
 
 # A busy machine must not fail a test: no deadlines, and the same examples in every run.
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")
 
 GLASS = 240
+
+# Side by side, the processes of pytest-xdist share the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
 @pytest.fixture(autouse=True, scope="session")

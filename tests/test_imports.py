@@ -21,11 +21,11 @@ LAYERS = (
     ("data", "checkpoint", "metrics"),
     (
         *("slides", "registration", "models", "losses", "config", "recipes", "distributed", "run_log"),
-        *("errors", "text", "__init__"),
+        *("errors", "extras", "findings", "options", "text", "__init__"),
     ),
 )
 ROOMS_APART = {"training", "evaluation", "inspection", "monitor", "demo"}
-TORCH_FREE = {"monitor", "run_log", "recipes", "config", "text"}
+TORCH_FREE = {"monitor", "run_log", "recipes", "config", "findings", "options", "text"}
 
 
 def sources():

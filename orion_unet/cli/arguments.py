@@ -1,20 +1,32 @@
-"""Turns the declared options into an argparse parser, and failures into exit codes."""
+"""Declared options become an argparse parser, failures become exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
-from orion_unet.config import GROUPS, TrainConfig, load_options
+from orion_unet.config import GROUPS, READING, DataOptions, TrainConfig, load_options
 from orion_unet.errors import InputError, RunError
+from orion_unet.recipes import DEFAULT, RECIPES, Recipe, find_recipe
+from orion_unet.text import clean_lines
 
-EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_DIVERGED = 0, 1, 2, 3
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+
+# By the name a package is imported under: the extra of pyproject.toml that brings it, "" where every command needs it.
+PACKAGES = {
+    **dict.fromkeys(("torch", "numpy", "matplotlib", "tqdm", "rich"), ""),
+    **dict.fromkeys(("tifffile", "imagecodecs", "zarr", "PIL", "scipy", "skimage", "sklearn"), "inference"),
+    "tensorboard": "tensorboard",
+    "monai": "bench",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,97 +64,133 @@ def _number_or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
-def _help_text(f: Field[Any]) -> str:
+def _help_text(f: Field[Any], default: Any) -> str:
     unit = f.metadata["unit"]
-    default = f.default
     if isinstance(default, bool):
         shown = "on" if default else "off"
     elif default is None:
         shown = "auto" if "auto" in (f.metadata["metavar"] or "") and f.name != "resume" else "none"
     else:
-        shown = str(default)
-    suffix = f"; default: {shown}" if "default:" not in f.metadata["text"] else ""
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    silent = "default:" in f.metadata["text"] or f.metadata["required"] or f.metadata["positional"]
+    suffix = "" if silent else f"; default: {shown}"
     return f"{f.metadata['text']}{f' [{unit}]' if unit else ''}{suffix}".replace("%", "%%")
 
 
-def add_options(parser: argparse.ArgumentParser, group: type) -> None:
-    """Add one dataclass of declared options to the parser as a titled group."""
-    title, _, description = (group.__doc__ or "").partition(":")
-    section = parser.add_argument_group(title.strip(), description.strip() or None)
+def add_options(
+    parser: argparse.ArgumentParser,
+    group: type,
+    values: dict[str, Any] | None = None,
+    names: tuple[str, ...] = (),
+    title: str = "",
+) -> None:
+    """Add one dataclass of declared options to the parser, under its title or the sections of its options.
+
+    The parser gives only what was given. ``values`` replace defaults in the help, ``names`` choose some of the options,
+    and ``title`` replaces the dataclass's own ("heading: description").
+    """
+    title, _, description = (title or group.__doc__ or "").partition(":")
+    sections: dict[str, Any] = {}
     for f in fields(group):
-        kinds = str(f.type).replace(" ", "").split("|")
-        shown = _help_text(f)
-        if kinds == ["bool"]:
-            section.add_argument(
-                f"--{f.name}",
-                f"--no_{f.name}",
-                dest=f.name,
-                action=_OnOff,
-                default=argparse.SUPPRESS,
-                help=shown,
-            )
+        if names and f.name not in names:
             continue
-        convert: Callable[[str], Any] = {"int": int, "float": float, "str": str}[kinds[0]]
-        if f.metadata["metavar"] == "N|auto":
-            convert = _number_or_auto(convert)
-        metavar = f.metadata["metavar"] or ("N" if kinds[0] == "int" else "X" if kinds[0] == "float" else None)
-        choices = f.metadata["choices"] or None
-        section.add_argument(
-            f"--{f.name}",
-            type=convert,
-            choices=choices,
-            metavar=None if choices else metavar,
-            default=argparse.SUPPRESS,
-            help=shown,
-        )
+        heading = f.metadata["section"] or title.strip()
+        if heading not in sections:
+            about = description.strip() if heading == title.strip() else None
+            sections[heading] = parser.add_argument_group(heading, about or None)
+        _add_option(sections[heading], f, _help_text(f, (values or {}).get(f.name, f.default)))
 
 
-def train_parser(prog: str | None = None) -> Parser:
-    """The trainer's parser, every option of config.py in its group."""
+def add_reading_options(parser: argparse.ArgumentParser, *more: str, trained: bool = False) -> None:
+    """The options of training that decide how a folder of pairs is read, and ``more`` of DataOptions.
+
+    ``trained``: what is not given is as the model was trained.
+    """
+    values = dict.fromkeys(READING, "as in training") if trained else None
+    add_options(parser, DataOptions, values, (*READING, *more), "reading: how the folder is read, as in training")
+
+
+def _add_option(section: Any, f: Field[Any], shown: str) -> None:
+    kinds = str(f.type).replace(" ", "").split("|")
+    metadata = f.metadata
+    given: dict[str, Any] = {"help": shown, "default": argparse.SUPPRESS}
+    if kinds[0] == "bool":
+        section.add_argument(f"--{f.name}", f"--no_{f.name}", dest=f.name, action=_OnOff, **given)
+        return
+    several = kinds[0].startswith("tuple")
+    kind = kinds[0].removeprefix("tuple[").partition(",")[0] if several else kinds[0]
+    convert: Callable[[str], Any] = {"int": int, "float": float, "str": str, "Path": Path}[kind]
+    given["type"] = _number_or_auto(convert) if metadata["metavar"] == "N|auto" else convert
+    given["metavar"] = metadata["metavar"] or {"int": "N", "float": "X", "Path": "PATH"}.get(kind)
+    if metadata["choices"]:
+        given |= {"choices": metadata["choices"], "metavar": None}
+    if metadata["const"] is not None:
+        given |= {"nargs": "?", "const": metadata["const"]}
+    if several:
+        given["nargs"] = "+"
+    if metadata["positional"]:
+        section.add_argument(f.name, **{**given, "default": None})
+    else:
+        section.add_argument(f"--{f.name}", required=metadata["required"], **given)
+
+
+def train_parser(prog: str | None = None, recipe: Recipe = RECIPES[DEFAULT]) -> Parser:
+    """The trainer's parser, every option of config.py in its group, with the values of a recipe as defaults."""
     parser = Parser(
         prog=prog,
         description="Train a spatial U-Net that predicts multiplexed immunofluorescence (ORION) from H&E.",
-        epilog="Every on/off option has a --no_ form. An option given twice counts as given last.",
+        epilog="Every on/off option has a --no_ form. An option given twice counts as given last. Precedence, lowest "
+        "first: the option's own default, --recipe, --config, the command line.",
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"values of options that belong together: "
+        f"{'; '.join(f'{name}, {found.about}' for name, found in RECIPES.items())}; default: {DEFAULT}",
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="start from an earlier run's config.json; options given beside it win",
+        help="take all options from an earlier run's config.json; options given beside it win",
     )
     for group in GROUPS.values():
-        add_options(parser, group)
+        add_options(parser, group, recipe.values)
     return parser
 
 
 def parse_train_config(argv: list[str], prog: str | None = None) -> TrainConfig:
     """Resolve a command line into a checked TrainConfig; raises InputError, or exits 0 on --help."""
-    given = vars(train_parser(prog).parse_args(argv))
+    # The recipe first: --help shows its values.
+    first = Parser(prog=prog, add_help=False)
+    first.add_argument("--recipe")
+    recipe = find_recipe(first.parse_known_args(argv)[0].recipe or DEFAULT)
+    given = vars(train_parser(prog, recipe).parse_args(argv))
+    del given["recipe"]
     source = given.pop("config", None)
-    inherited = load_options(source) if source else {}
-    return TrainConfig.from_options({**inherited, **given})
+    values, name = ({}, recipe.name) if source is None else load_options(source)
+    return TrainConfig.from_options({**recipe.values, **values, **given}, name)
 
 
 def run_command(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Run a command and close on its failure: InputError is one message and 2, RunError one message and 1.
+    """Run a command; returns its exit code. InputError is one message and 2, RunError one message and 1, anything else
+    a traceback and 1.
 
-    Anything else is a traceback and 1.
-
-    Under a launcher only the first rank of each machine speaks of bad input: its ranks meet the same one.
+    Under a launcher only the first rank of each machine reports bad input, because all its ranks see the same.
     """
     try:
-        return command(sys.argv[1:] if argv is None else argv)
+        return _call(command, sys.argv[1:] if argv is None else argv)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USAGE
     except RunError as error:
         if not error.told:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of a pipe (head, less) has left; nothing is wrong, and nobody is there to be told.
+        # The reader of a pipe (head, less) has left: nothing is wrong, and nobody is listening.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except Exception:
@@ -150,12 +198,37 @@ def run_command(command: Callable[[list[str]], int], argv: list[str] | None = No
         return EXIT_FAILURE
 
 
-def end_process(code: int) -> NoReturn:
-    """End this process with an exit code; a rank ends without the interpreter's last rites.
+def _call(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Run a command. Raises InputError, with the environment to activate, where one of PACKAGES is missing."""
+    try:
+        return command(argv)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        raise InputError(missing_package(package, Path(__file__).resolve().parents[2])) from None
 
-    A thread of gloo may still hold a tensor of the last exchange. Where it lets go of it while the interpreter is
-    being torn down, the process is aborted, and a finished run looks failed (seen with torch 2.13 in one pair of
-    ranks in ten, although the process group had been destroyed).
+
+def missing_package(package: str, root: Path) -> str:
+    """The sentence for a Python without one of PACKAGES; ``root`` is the folder that the toolkit is in."""
+    extra = PACKAGES[package]
+    lacking = f"{sys.executable} has no {package}" + (f' (extra "{extra}")' if extra else "")
+    at = "" if root == Path.cwd() else f"{shlex.quote(str(root))}/"
+    activate = f". {at}.venv/bin/activate"
+    if any(root.glob(f".venv/lib/python3*/site-packages/{package}")):
+        return f"{lacking}; activate the environment that has it: {activate}"
+    if not extra and (root / "train_stable_learning.sh").exists():
+        return f"{lacking}; {at or './'}train_stable_learning.sh --help makes an environment, {activate} activates it"
+    wanted = f"orion-unet[{extra}]" if extra else package
+    return f'{lacking}; install it: {shlex.quote(sys.executable)} -m pip install "{wanted}"'
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code; a rank ends without the interpreter's usual shutdown.
+
+    A thread of gloo may still own a tensor of the last exchange. If it releases the tensor while the interpreter shuts
+    down, the process aborts, and a finished run looks failed (seen with torch 2.13 in one pair of ranks in ten,
+    although the process group had been destroyed).
     """
     if "RANK" in os.environ:
         for stream in (sys.stdout, sys.stderr):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 
-from orion_unet.cli.arguments import EXIT_OK, Parser
-from orion_unet.config import TrainConfig
+from orion_unet.cli.arguments import EXIT_OK, Parser, add_options
+from orion_unet.config import DataOptions, PackOptions, TrainConfig
+from orion_unet.options import checked
 
-LAYOUTS = ("auto", "hwc", "chw")
+READ = ("he_layout", "orion_layout", "patch_size")
 
 
 def parser() -> Parser:
@@ -20,32 +20,18 @@ def parser() -> Parser:
         "(C, H, W) files that are larger than memory: there a patch costs a fraction of the reading.",
         epilog="The source is only read. An interrupted pack is continued by the same command.",
     )
-    parser.add_argument("folder", metavar="DIR", help="folder of NAME_HE.npy / NAME_ORION.npy pairs")
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, metavar="OUT", help="folder to fill; made if it does not exist"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace files of the same names in OUT, and nothing else there"
-    )
-    for image in ("he", "orion"):
-        name = "H&E" if image == "he" else "ORION"
-        parser.add_argument(
-            f"--{image}_layout",
-            choices=LAYOUTS,
-            default="auto",
-            help=f"axis order of the {name} files in DIR; default: auto",
-        )
-    parser.add_argument(
-        "--patch_size", type=int, default=256, metavar="N", help="that of the training to come; default: 256"
-    )
+    add_options(parser, PackOptions)
+    add_options(parser, DataOptions, names=READ, title="reading: as in the training to come")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Run pack. Returns the exit code; raises InputError and RunError."""
-    given = parser().parse_args(argv)
-    layouts = {"he_layout": given.he_layout, "orion_layout": given.orion_layout}
-    options = TrainConfig.from_options({"pairs_dir": given.folder, "patch_size": given.patch_size, **layouts}).data
+    values = vars(parser().parse_args(argv))
+    given = checked(PackOptions, values)
+    reading = {name: values[name] for name in READ if name in values}
+    options = TrainConfig.from_options({"pairs_dir": given.folder, **reading}).data
+    layouts = {"he_layout": options.he_layout, "orion_layout": options.orion_layout}
     # Only now: --help should not wait for numpy.
     from orion_unet.data.packing import pack
     from orion_unet.data.page_cache import fits_page_cache
@@ -61,7 +47,7 @@ def main(argv: list[str]) -> int:
     print(f"{done.cores} cores in {given.output_dir} ({done.written + done.found} files, {_size(done.nbytes)}{found}).")
     if fits_page_cache(done.nbytes):
         print("note: this set fits in memory, where the layout matters little after the first epoch")
-    # What was said of the source holds no longer; what could not be told by itself must still be said.
+    # The packed files have another layout than the source. A layout that had to be given is still ambiguous.
     still = [f"--{name} hwc" for name, layout in layouts.items() if layout != "auto"]
     words = ["--pairs_dir", shlex.quote(str(given.output_dir)), *still]
     print(f"To train on it: python train_spatial_orion_unet.py {' '.join(words)}")

@@ -12,20 +12,20 @@ from orion_unet.config import TrainConfig
 def main(argv: list[str], prog: str | None = None) -> int:
     """Parse the options and train; with several GPUs and no launcher, start a rank for each."""
     config = parse_train_config(argv, prog)
-    # Threads that spin while they wait take the cores from the loader, and from whatever else the machine does.
+    # Threads that spin while they wait take cores from the loader and from other programs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "RANK" not in os.environ:
         ranks = _wanted_ranks(config)
         if ranks > 1:
             from orion_unet.cli.launch import launch
 
-            # The ranks must find this very package, from whichever folder the command was given.
+            # The ranks must import this very package, whatever the current folder is.
             root = str(Path(__file__).resolve().parents[2])
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
             return launch(["--standalone", f"--nproc_per_node={ranks}", "-m", "orion_unet", "train", *argv])
-    from orion_unet.training.run import run
+    from orion_unet.training.loop import train
 
-    return run(config)
+    return train(config)
 
 
 def _wanted_ranks(config: TrainConfig) -> int:

@@ -1,1 +1,1 @@
-"""From files on disk to normalised batches on the training device."""
+"""A folder of pairs becomes normalised batches on the training device."""

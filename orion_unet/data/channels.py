@@ -1,4 +1,4 @@
-"""Names of the ORION channels: where they come from, which are left out, how single ones are weighted."""
+"""ORION channels: their names, which of them are excluded, and their weights in the loss."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from orion_unet.errors import InputError
 
 NAMES_FILE = "channel_names.txt"
-# Found in lower case anywhere in the name of a nuclear stain, the surest first.
+# Substrings (lower case) of the names of nuclear stains, the most specific first.
 NUCLEAR_STAINS = ("hoechst", "dapi", "draq", "sytox", "dna", "nuclei", "nuclear")
 
 
 def channel_names(given: str | None, folder: Path, count: int) -> tuple[str, ...]:
-    """Names of ``count`` channels: from ``--channel_names``, the folder's channel_names.txt, or ``channel_07``.
+    """Names of ``count`` channels: from ``--channel_names``, else the folder's channel_names.txt, else ``channel_07``.
 
-    Raises InputError where there are too few or too many names, or a name stands twice.
+    Raises InputError for a wrong number of names, an empty name or a duplicate.
     """
     source = "--channel_names"
     if given is None and (folder / NAMES_FILE).is_file():
@@ -28,11 +28,11 @@ def channel_names(given: str | None, folder: Path, count: int) -> tuple[str, ...
     else:
         names = [name.strip() for name in given.split(",")]
     if len(names) != count:
-        hint = "" if len(names) > 1 else " (or the file of that name does not exist)"
-        raise InputError(f"{source}: gives {len(names)} names, but the ORION files have {count} channels{hint}")
+        hint = "" if len(names) > 1 else " (or no such file exists)"
+        raise InputError(f"{source}: has {len(names)} names, but the ORION files have {count} channels{hint}")
     problems = sorted({name for name in names if names.count(name) > 1})
     if problems or not all(names):
-        raise InputError(f"{source}: every channel needs a name of its own; twice or empty: {problems or 'empty'}")
+        raise InputError(f"{source}: every channel needs a unique name; duplicate or empty: {problems or 'empty'}")
     return tuple(names)
 
 
@@ -40,7 +40,7 @@ def _is_file(given: str) -> bool:
     try:
         return Path(given).is_file()
     except OSError:
-        # A list of many names is longer than a file's name may be.
+        # A list of many names can be longer than a file name may be.
         return False
 
 
@@ -53,7 +53,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def nuclear_channel(names: Sequence[str]) -> int | None:
-    """Index of the channel whose name is that of a nuclear stain, None where there is none."""
+    """Index of the channel named after a nuclear stain, None if there is none."""
     for stain in NUCLEAR_STAINS:
         for index, name in enumerate(names):
             if stain in name.lower():
@@ -62,7 +62,7 @@ def nuclear_channel(names: Sequence[str]) -> int | None:
 
 
 def excluded_channels(given: str | None, names: Sequence[str]) -> set[int]:
-    """Indices of the channels that ``--exclude_channels`` names, by name or by index; raises InputError."""
+    """Indices of the channels in ``--exclude_channels``, given by name or index; raises InputError."""
     excluded = set()
     unknown = []
     for item in (part.strip() for part in (given or "").split(",")):
@@ -73,14 +73,14 @@ def excluded_channels(given: str | None, names: Sequence[str]) -> set[int]:
         elif item:
             unknown.append(item)
     if unknown:
-        raise InputError(f"--exclude_channels: no channel {', '.join(unknown)}; there are {', '.join(names)}")
+        raise InputError(f"--exclude_channels: no channel {', '.join(unknown)}; the channels are {', '.join(names)}")
     if len(excluded) == len(names):
         raise InputError("--exclude_channels: leaves no channel to train on")
     return excluded
 
 
 def parse_channel_weights(given: str | None, names: Sequence[str]) -> list[float] | None:
-    """Weight per channel from ``--channel_weights NAME=W,...`` (1 where none is given); None without the option."""
+    """Weight per channel from ``--channel_weights NAME=W,...``, 1 for all others; None without the option."""
     if given is None:
         return None
     weights = dict.fromkeys(names, 1.0)
@@ -93,7 +93,7 @@ def parse_channel_weights(given: str | None, names: Sequence[str]) -> list[float
         except ValueError:
             weight = math.nan
         if not separator or not (math.isfinite(weight) and weight >= 0):
-            problems.append(f"{item!r}: write NAME=WEIGHT with a weight of 0 or more")
+            problems.append(f"{item!r}: write NAME=WEIGHT, with a weight of at least 0")
         elif name not in weights:
             problems.append(f"{name}: no such channel among {', '.join(names)}")
         else:

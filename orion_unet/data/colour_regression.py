@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orion_unet.config import DataOptions
+from orion_unet.data.measured import fingerprint, recall, remember
+from orion_unet.data.normalization import Normalization
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.patches import PatchPlace, PatchReader, grid_starts
 from orion_unet.data.randomness import REGRESSION, counter_rng
@@ -20,7 +24,7 @@ from orion_unet.errors import InputError
 
 # Pixels of all training cores together, in square patches. Patches are those of the training, or smaller where cores
 # are many, but not so small that hot pixels could not be recognised in them.
-FITTED_PIXELS, SMALLEST_SIDE = 2_000_000, 32
+FITTED_PIXELS, SMALLEST_SIDE = 500_000, 32
 # Optical density is -ln(intensity), of intensities no darker than one level of 255.
 DARKEST = 1 / 255
 FEATURES = ("1", "R", "G", "B", "OD of R", "OD of G", "OD of B")
@@ -87,6 +91,34 @@ class ColourRegression:
         if features != FEATURES or shapes != ((len(names),), (len(FEATURES), len(names))) or not sound:
             raise InputError("the regression from colours is damaged or of another version")
         return found
+
+
+def known_colour_regression(
+    table: PairTable,
+    scales: Scales,
+    normalization: Normalization,
+    train: np.ndarray,
+    options: DataOptions,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """The document of the regression fitted to the training cores as training sees them, on the CPU; from the cache if
+    the same files were measured before."""
+    about = [
+        normalization.document(),
+        train.tolist(),
+        [options.noise_removal, options.patch_size, table.he["layout"].tolist(), table.orion["layout"].tolist()],
+        [scales.he, scales.orion, list(table.kept_channels)],
+    ]
+    files = [table.path(core, modality) for core in train.tolist() for modality in ("he", "orion")]
+    name = fingerprint(files, "colour regression", about)
+    document = recall(name)
+    with suppress(InputError):
+        return ColourRegression.from_document(document).document()
+    reader = PatchReader(table, scales, options.patch_size)
+    transform = BatchTransform(table, reader.formats, normalization, options.noise_removal, torch.device("cpu"))
+    fitted = fit_colour_regression(table, scales, transform, train, options.patch_size, progress=progress)
+    remember(name, fitted.document())
+    return fitted.document()
 
 
 def fit_colour_regression(

@@ -1,12 +1,14 @@
-"""Batches for one rank: which samples, in which order, fetched by worker processes."""
+"""Batches of one rank: which samples, in which order, and the worker processes that read them."""
 
 from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,30 +17,30 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from orion_unet.data.patches import PatchPlace, PatchReader, RawBatch, describe, draw_training_patch
 from orion_unet.data.randomness import ORDER, counter_rng
-from orion_unet.data.slots import PREFETCH, BatchSlots
+from orion_unet.data.slots import MODALITIES, PREFETCH, BatchSlots
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """Sample indices of one batch in one epoch: all a worker needs to know."""
+    """Epoch and sample indices of one batch: all that a worker needs."""
 
     epoch: int
     indices: np.ndarray
 
 
 class Samples(Protocol):
-    """What a loader can load: its reader, and the places of a batch."""
+    """A source of batches: a reader, and the patches of a batch."""
 
     reader: PatchReader
 
     def places(self, request: BatchRequest) -> list[PatchPlace]:
-        """Where the patches of a batch lie."""
+        """The patches of a batch."""
 
 
 class TrainingSamples:
-    """Random crops: sample ``index`` of an epoch lies in core ``cores[index // patches_per_image]``."""
+    """Random crops: sample ``index`` of an epoch comes from core ``cores[index // patches_per_image]``."""
 
     def __init__(
         self, reader: PatchReader, cores: np.ndarray, patches_per_image: int, seed: int, augment: bool
@@ -53,7 +55,7 @@ class TrainingSamples:
         return len(self.cores) * self.patches_per_image
 
     def places(self, request: BatchRequest) -> list[PatchPlace]:
-        """The samples of an epoch with the given indices."""
+        """The requested samples of the epoch."""
         cores = self.cores[request.indices // self.patches_per_image].tolist()
         return [
             draw_training_patch(self.reader, core, self.seed, request.epoch, index, self.augment)
@@ -72,15 +74,15 @@ class ValidationSamples:
         return len(self.rows)
 
     def places(self, request: BatchRequest) -> list[PatchPlace]:
-        """The patches with the given indices, whatever the epoch."""
+        """The requested patches, the same in every epoch."""
         return [PatchPlace(*row) for row in self.rows[request.indices].tolist()]
 
 
 class TrainingOrder(Sampler[BatchRequest]):
-    """Batches of this rank for one epoch: a permutation of (seed, epoch), cut into equal global batches.
+    """Batches of this rank for one epoch: a permutation drawn from (seed, epoch), cut into equal global batches.
 
-    Step s of every world size with the same global batch covers the same samples; the incomplete last batch is
-    left out, so that every step weighs the same and shapes never change.
+    With the same global batch, step s covers the same samples on any number of ranks. The incomplete last batch is
+    dropped, so that every step has the same weight and shapes never change.
     """
 
     def __init__(self, samples: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
@@ -93,13 +95,13 @@ class TrainingOrder(Sampler[BatchRequest]):
         self.start_step = 0
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch, and the step to begin with (that of an epoch that was interrupted)."""
+        """Choose the epoch and its first step (above 0 when an interrupted epoch is resumed)."""
         self.epoch = epoch
         self.start_step = start_step
 
     @property
     def steps(self) -> int:
-        """Batches of a whole epoch."""
+        """Number of batches of a whole epoch."""
         return self.samples // (self.batch_size * self.world_size)
 
     def __len__(self) -> int:
@@ -114,7 +116,7 @@ class TrainingOrder(Sampler[BatchRequest]):
 
 
 class ValidationOrder(Sampler[BatchRequest]):
-    """This rank's share of the validation patches: every one exactly once over all ranks, none repeated."""
+    """This rank's share of the validation patches: over all ranks, each patch comes exactly once."""
 
     def __init__(self, samples: int, batch_size: int, rank: int, world_size: int) -> None:
         self.mine = np.arange(rank, samples, world_size)
@@ -128,17 +130,25 @@ class ValidationOrder(Sampler[BatchRequest]):
             yield BatchRequest(0, self.mine[start : start + self.batch_size])
 
 
-def automatic_workers(local_world_size: int, on_gpu: bool) -> int:
-    """Loader processes per rank: the machine's usable cores shared by its ranks, one of them kept for the rank.
+def slots_bytes(reader: PatchReader, batch_size: int) -> int:
+    """Memory of the batches that one loader process prepares in advance."""
+    return (PREFETCH + 2) * sum(
+        int(np.prod(reader.batch_shape(modality, batch_size))) * reader.formats[modality].dtype.itemsize
+        for modality in MODALITIES
+    )
 
-    On a CPU the network itself wants the cores and is far slower than the loader: one process is enough.
+
+def automatic_workers(local_world_size: int, on_gpu: bool) -> int:
+    """Loader processes per rank: the usable cores divided among the ranks of the machine, minus one for the rank.
+
+    On a CPU one process is enough, because the network needs the cores and is far slower than the loader.
     """
     cores = usable_cores() // max(1, local_world_size)
     return min(8, max(1, cores - 1)) if on_gpu else max(0, min(1, cores - 1))
 
 
 class _Filling(Dataset[tuple[int, tuple[np.ndarray, ...]]]):
-    """In a worker: fills its next slot, and tells which, with all of the batch that is not images."""
+    """In a worker: fills its next slot and returns the slot's index with the metadata of the batch."""
 
     def __init__(self, samples: Samples, slots: BatchSlots) -> None:
         self.samples = samples
@@ -155,18 +165,18 @@ class _Filling(Dataset[tuple[int, tuple[np.ndarray, ...]]]):
 class BatchLoader:
     """Whole batches as stored, assembled by worker processes in the sampler's order.
 
-    The images of a batch hold until two further batches have been taken or a new pass begins: then their memory is
-    filled anew. With ``pin`` it is locked, so that copies to a GPU need not wait. Workers are forked at the first
-    pass and serve all further ones; where the system cannot fork, the rank loads by itself.
+    The images of a batch are valid until two further batches have been taken or a new pass begins; then their memory is
+    overwritten. Up to ``pin_bytes`` of it are locked, for asynchronous copies to a GPU. Workers are forked at the first
+    pass and kept for later ones. On systems without fork, the rank loads in its own process.
     """
 
     def __init__(
-        self, samples: Samples, order: Sampler[BatchRequest], batch_size: int, workers: int, pin: bool = False
+        self, samples: Samples, order: Sampler[BatchRequest], batch_size: int, workers: int, pin_bytes: int = 0
     ) -> None:
         if "fork" not in multiprocessing.get_all_start_methods():
             workers = 0
         self.workers = workers
-        self._pin = pin
+        self._pin_bytes = pin_bytes
         self._slots = BatchSlots(samples.reader, batch_size, workers)
         if workers > 0:
             atexit.register(_end_workers)
@@ -179,7 +189,7 @@ class BatchLoader:
             multiprocessing_context="fork" if workers > 0 else None,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers > 0 else None,
-            worker_init_fn=_leave_signals_to_the_rank if workers > 0 else None,
+            worker_init_fn=partial(_begin_worker, os.getpid()) if workers > 0 else None,
         )
 
     def __len__(self) -> int:
@@ -188,19 +198,24 @@ class BatchLoader:
     def __iter__(self) -> Iterator[RawBatch]:
         try:
             for slot, described in self._loader:
-                if self._pin:
-                    self._slots.pin()
+                if self._pin_bytes:
+                    self._slots.pin(self._pin_bytes)
                 yield RawBatch.of(self._slots.buffers[slot], described)
         except InputError as error:
-            # A worker hands its message over at the end of a traceback.
+            # A worker's exception arrives as a traceback that ends with its message.
             raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the batches prepared in advance."""
+        return self._slots.nbytes
+
     def worker_ids(self) -> list[int]:
-        """Process ids of the workers, none before the first pass."""
+        """Process ids of the workers; empty before the first pass."""
         return [worker.pid for worker in getattr(self._loader._iterator, "_workers", ())]
 
     def close(self) -> None:
-        """End the workers now, not when the interpreter gets round to it: they ignore its signals."""
+        """End the workers now. They ignore the signals by which the interpreter would end them later."""
         iterator: Any = self._loader._iterator
         if iterator is not None:
             iterator._shutdown_workers()
@@ -212,15 +227,19 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    # A Ctrl-C reaches every process of the terminal; the rank decides when its workers end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+def _begin_worker(rank_pid: int, worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal, but the rank decides when its workers end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # From here on the loader ends a worker whose parent changes. A rank killed earlier has already been replaced as the
+    # parent, unnoticed, and the worker would wait for ever.
+    if os.getppid() != rank_pid:
+        os._exit(1)
 
 
 def _end_workers() -> None:
-    # A loader that a traceback keeps alive leaves its workers to multiprocessing, which at the end of the process
-    # asks them with the SIGTERM they do not hear, and waits for ever.
+    # If a traceback keeps the loader alive, multiprocessing ends the workers at exit: it sends SIGTERM, which they
+    # ignore, and waits for ever.
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -1,4 +1,4 @@
-"""What was measured of files before, kept in the user's cache folder, so that the next run need not read them."""
+"""A cache of measurements of files, in the user's cache folder, so that unchanged files are read only once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +15,61 @@ from orion_unet import __version__
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
 
-# Documents that are kept; the oldest go first.
+# Number of documents kept; the oldest are deleted.
 KEPT = 256
 
 
 def cache_folder() -> Path:
-    """The folder of the measurements, by the rules of the XDG base directories; OSError where there is no home."""
+    """The cache folder, as XDG base directories define it; raises OSError if the user has no home."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():
         try:
             base = Path.home() / ".cache"
         except RuntimeError as error:
-            # A container's user may have neither HOME nor a line in the list of users.
+            # The user of a container may have neither HOME nor an entry in the user database.
             raise FileNotFoundError(str(error)) from None
     return base / "orion_unet"
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
-    """Size, time of the last writing and of the last change of any kind: what tells a file from its former self.
+    """Size, modification time and change time of a file, by which a changed file is recognised.
 
-    Copying tools set the time of writing back to that of the source, but nothing sets back the other. Raises
-    InputError where the file has gone.
+    Copying tools restore the modification time of the source, but nothing can set the change time. Raises InputError if
+    the file is gone.
     """
     try:
         found = path.stat()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read any more, it has changed or gone ({error})") from None
+        raise InputError(f"{path}: cannot be read any more; it was changed or removed ({error})") from None
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def fingerprint(paths: Iterable[Path], *about: Any) -> str:
-    """Name of a measurement: it changes with the place and state of every file, with ``about``, and with the version.
+@cache
+def measuring_code() -> str:
+    """Digest of the code that measures: this package, and what it scans values with. A measurement made by other code
+    is not used, whatever its version is called."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted([*package.glob("*.py"), package.parent / "slides" / "intensity.py"]):
+        # Without its source (in an archive) the code is known by its version alone.
+        with suppress(OSError):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
-    Raises InputError where a file has gone.
+
+def fingerprint(paths: Iterable[Path], *about: Any) -> str:
+    """Name of a measurement, from the path and state of every file, ``about`` and the code that measures.
+
+    Raises InputError if a file is gone.
     """
-    digest = hashlib.sha256(json.dumps([__version__, *about]).encode())
+    digest = hashlib.sha256(json.dumps([measuring_code(), *about]).encode())
     for path in paths:
         digest.update(json.dumps([str(path.resolve()), *file_state(path)]).encode())
     return digest.hexdigest()
 
 
 def recall(name: str) -> Any:
-    """The measurement of that name; None where there is none, or none that can be read."""
+    """The measurement of that name; None if there is none or it cannot be read."""
     try:
         return json.loads((cache_folder() / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -63,7 +77,7 @@ def recall(name: str) -> Any:
 
 
 def remember(name: str, document: Any) -> None:
-    """Keep a measurement (plain values) under a name; where that is not possible, the next run measures again."""
+    """Store a measurement (plain values) under a name. If that fails, the next run measures again."""
     with suppress(OSError):
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,10 @@ from orion_unet.errors import InputError
 from orion_unet.run_log import SCHEMA
 
 LOWER_QUANTILE, UPPER_QUANTILE = 0.010, 0.999
-# Pixels sampled over all training cores, and from one core when each is normalised by itself; values bound the
-# memory where there are many channels (float32, so four bytes each).
+# Pixels sampled from all training cores together, and from one core when each is normalised separately. The limit on
+# values (float32, four bytes each) bounds the memory when there are many channels.
 SAMPLED_PIXELS, SAMPLED_PIXELS_PER_CORE, SAMPLED_VALUES = 2_000_000, 250_000, 48_000_000
-# The sample does not follow --seed: the same cores always give the same numbers.
+# Independent of --seed: the same cores always give the same numbers.
 SAMPLE_SEED = 0
 # Curvature of the log1p transform: n -> log(1 + k n) / log(1 + k) on the normalised intensity n in [0, 1].
 LOG_CURVATURE = 100.0
@@ -33,11 +33,10 @@ LOG_CURVATURE = 100.0
 class Normalization:
     """How stored intensities become targets in [0, 1], and back.
 
-    ``lower`` and ``upper`` (C,) are intensities (stored / ``white``) that become 0 and 1; an empty channel has
-    ``lower == upper`` and becomes 0 everywhere. ``target_mean`` (C,) is the mean of the training targets in
-    [0, 1]. ``method`` is dataset, core or none; with ``core``,
-    ``per_core[name]`` holds the bounds (2, C) of each core, and ``lower`` and ``upper`` those of the data set,
-    which serve where a core was never measured. ``transform`` is linear or log1p.
+    ``lower`` and ``upper`` (C,) are the intensities (stored / ``white``) that become 0 and 1; an empty channel has
+    ``lower == upper`` and becomes 0 everywhere. ``target_mean`` (C,) is the mean of the training targets, in [0, 1].
+    ``method`` is dataset, core or none. With ``core``, ``per_core[name]`` are the bounds (2, C) of each core; ``lower``
+    and ``upper`` are those of the data set, for cores that were never measured. ``transform`` is linear or log1p.
     """
 
     names: tuple[str, ...]
@@ -53,15 +52,15 @@ class Normalization:
 
     @property
     def empty(self) -> list[str]:
-        """Channels without any signal in the training cores."""
+        """Channels that are constant in the training cores."""
         return [name for name, low, high in zip(self.names, self.lower, self.upper, strict=True) if not high > low]
 
     def bounds(self, core: str | None = None) -> np.ndarray:
-        """Lower and upper intensity (2, C) that hold for a core."""
+        """Lower and upper intensity (2, C) of a core."""
         return self.per_core.get(core or "", np.stack([self.lower, self.upper]))
 
     def inverse(self, target: torch.Tensor, core: str | None = None) -> torch.Tensor:
-        """Stored unit from targets in [0, 1], (..., C, H, W): the inverse of what training did, but for clipping."""
+        """Targets (..., C, H, W) in [0, 1] back to stored values: the inverse of normalisation, except for clipping."""
         low, high = torch.from_numpy(self.bounds(core)).to(target)
         if self.transform == "log1p":
             target = torch.expm1(target * float(np.log1p(LOG_CURVATURE))) / LOG_CURVATURE
@@ -96,7 +95,7 @@ class Normalization:
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> Normalization:
-        """Inverse of ``document``; raises InputError where the document is not one."""
+        """Inverse of ``document``; raises InputError if the document is damaged."""
         try:
             channels = document["channels"]
             return cls(
@@ -112,7 +111,7 @@ class Normalization:
                 sampled_cores=int(document["sampled_cores"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"the normalisation is damaged or of another version ({error!r})") from None
+            raise InputError(f"the normalisation is damaged or from another version ({error!r})") from None
 
 
 def known_normalization(
@@ -123,7 +122,7 @@ def known_normalization(
     transform: str,
     progress: Progress = no_progress,
 ) -> Normalization:
-    """``fit_normalization``, or what it gave in an earlier run on the very same files."""
+    """The result of ``fit_normalization``, from the cache if the same files were measured before."""
     cores = range(len(table)) if method == "core" else train.tolist()
     asked = {
         "constants": [LOWER_QUANTILE, UPPER_QUANTILE, SAMPLED_PIXELS, SAMPLED_PIXELS_PER_CORE, SAMPLED_VALUES],
@@ -154,9 +153,9 @@ def fit_normalization(
 ) -> Normalization:
     """Quantiles of the training cores, from rows of pixels drawn with a fixed seed.
 
-    Rows, because a row is what a memory map reads in one piece in either axis order. Memory is bounded by the
-    sample whatever the size of the data set. With method ``core`` every core, held out or not, is also measured
-    by itself: that uses nothing of a core but its own pixels.
+    Rows, because a memory map reads a row in one piece in either axis order. The sample bounds the memory whatever the
+    size of the data set. With method ``core``, every core is also measured separately, held-out cores included: that
+    uses only the pixels of the core itself.
     """
     names = table.kept_names
     kept = np.array(table.kept_channels)
@@ -196,7 +195,7 @@ def _sample_size(table: PairTable, core: int, pixels: int) -> int:
 
 
 def _sample(table: PairTable, scales: Scales, core: int, pixels: int, kept: np.ndarray) -> np.ndarray:
-    """Intensities (C, pixels) float32, evenly spaced over rows of a core, one drawn from each of as many strata."""
+    """Intensities (C, pixels) float32, evenly spaced along rows of a core, with one row drawn from each stratum."""
     stored, row = table.open(core, "orion"), table.orion[core]
     count = -(-pixels // int(row["width"]))
     edges = np.linspace(0, int(row["height"]), count + 1)
@@ -218,8 +217,11 @@ def _target_mean(values: np.ndarray, low: float, high: float, transform: str) ->
 
 
 def _bounds(values: np.ndarray) -> tuple[float, float]:
-    """Lower and upper quantile; a channel that is constant but for fewer pixels than the upper quantile leaves
-    out is measured on those pixels, so that a rare marker on a clean background is not taken for empty."""
+    """Lower and upper quantile.
+
+    If both are equal, the upper one is taken over the pixels above them only, so that a rare marker on a constant
+    background does not count as empty.
+    """
     low, high = np.quantile(values, [LOWER_QUANTILE, UPPER_QUANTILE])
     if not high > low:
         positive = values[values > low]

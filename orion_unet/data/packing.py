@@ -1,7 +1,7 @@
-"""A one-time rewrite of a folder of pairs into the layout that reads fastest from a disk.
+"""Rewrites a folder of pairs once into the layout that reads fastest from a disk.
 
-That is plain (H, W, C) .npy in C order, values and dtype unchanged: each row of a patch is one piece of the file.
-From (C, H, W) a patch of 20 channels is 20 times as many pieces, each a few hundred bytes of a page of 4,096.
+That layout is plain (H, W, C) .npy in C order, with values and dtype unchanged: each row of a patch is contiguous in
+the file. In (C, H, W), a patch of 20 channels has 20 times as many pieces, each a few hundred bytes of a page of 4,096.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import fsync_folder, parse_object, write_atomic
 
 RECORD_FILE = "packed.jsonl"
-"""In the packed folder: a line for every file that was packed, with the source it came from."""
+"""File in the packed folder with one line per packed file, which names its source."""
 CARRIED = (NAMES_FILE, GROUPS_FILE)
-# Rows are read and written in bands of this size, and turned in blocks that stay in the processor's cache.
+# Rows are read and written in bands of this size, and transposed in blocks that fit the processor's cache.
 BAND_BYTES = 32 << 20
 BLOCK_BYTES = 512 << 10
 
 
 @dataclass(frozen=True)
 class PackedFolder:
-    """What ``pack`` has done: cores of the folder, files it wrote and found whole, and bytes of all of them."""
+    """Result of ``pack``: number of cores, of files written and of files found complete, and bytes of all files."""
 
     cores: int
     written: int
@@ -47,7 +47,7 @@ class PackedFolder:
 
 @dataclass(frozen=True)
 class _Job:
-    """One array to be packed: where it lies in the table, where it goes, and what it will be there."""
+    """One array to pack: its row in the table, its target file, and its shape and dtype there."""
 
     core: int
     modality: str
@@ -63,19 +63,19 @@ class _Job:
 
     @property
     def temporary(self) -> Path:
-        """Where it grows. The same in every call, so that the next one clears what a killed one has left."""
+        """Path while it is being written, the same in every call: the next one removes what a killed one left."""
         return self.target.with_name(f".{self.target.name}.partial")
 
 
 def pack(options: DataOptions, output: Path, overwrite: bool = False) -> PackedFolder:
     """Rewrite the pairs of ``options.pairs_dir`` into ``output`` as (H, W, C) in C order, little-endian, same dtype.
 
-    The values are equal bit for bit; channel_names.txt and groups.csv are carried over. Each file appears under its
-    name only when it is whole. Files that an earlier call has packed from the same, unchanged sources are kept, so
-    that an interrupted pack is continued by calling it again. ``overwrite`` replaces files of the same names.
+    The values are equal bit for bit; channel_names.txt and groups.csv are copied. A file appears under its name only
+    when it is complete. Files that an earlier call has packed from unchanged sources are kept, so the same call
+    continues an interrupted one. ``overwrite`` replaces files of the same names.
 
-    Raises InputError for pairs that training would refuse, for a folder that cannot be used or holds other files, and
-    where a source changes meanwhile; RunError where the disk is too small, or fails.
+    Raises InputError for pairs that training would refuse, for a folder that cannot be used or has other files, and if
+    a source changes meanwhile; RunError if the disk is too small or fails.
     """
     table = find_pairs(options)
     jobs = [_job(table, output, core, modality) for core in range(len(table)) for modality in ("he", "orion")]
@@ -87,7 +87,7 @@ def pack(options: DataOptions, output: Path, overwrite: bool = False) -> PackedF
         raise InputError(f"--output_dir {output}: cannot be used ({error.strerror or error})") from None
     try:
         if itself:
-            raise InputError(f"--output_dir {output}: is the folder of the pairs itself; name another one")
+            raise InputError(f"--output_dir {output}: is the folder of the pairs itself; choose another one")
         _lock(handle, output)
         record = _read_record(output)
         missing = [job for job in jobs if record.get(job.target.name) != job.origin or not _is_whole(job)]
@@ -112,7 +112,7 @@ def _job(table: PairTable, output: Path, core: int, modality: str) -> _Job:
 
 
 def _state(source: Path) -> dict[str, int]:
-    """Size and time of the last change, by which a changed source is known."""
+    """Size and modification time, by which a changed source is recognised."""
     try:
         found = source.stat()
     except OSError as error:
@@ -121,20 +121,20 @@ def _state(source: Path) -> dict[str, int]:
 
 
 def _lock(handle: int, folder: Path) -> None:
-    """Hold the open folder against a second pack; raises InputError where there is one."""
+    """Lock the open folder; raises InputError if another pack has locked it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(
-            f"--output_dir {folder}: another pack is writing here; wait for it, or name another folder"
+            f"--output_dir {folder}: another pack is writing here; wait for it or choose another folder"
         ) from None
     except OSError:
-        # A file system without locks: nothing can be known of others.
+        # The file system has no locks, so another pack cannot be detected.
         return
 
 
 def _read_record(output: Path) -> dict[str, Any]:
-    """The source of each packed file by its name. A line that a killed writer has left half counts for nothing."""
+    """The source of each packed file, by file name. Skips a partial line that a killed writer left."""
     try:
         lines = (output / RECORD_FILE).read_bytes().splitlines()
     except FileNotFoundError:
@@ -146,7 +146,7 @@ def _read_record(output: Path) -> dict[str, Any]:
 
 
 def _is_whole(job: _Job) -> bool:
-    """Whether the packed file is there, with the header and the length that it must have."""
+    """Whether the packed file exists and has the right header and length."""
     try:
         stored = np.load(job.target, mmap_mode="r", allow_pickle=False)
         return bool(
@@ -154,12 +154,12 @@ def _is_whole(job: _Job) -> bool:
             and job.target.stat().st_size == stored.offset + job.nbytes
         )
     except Exception:
-        # NumPy evaluates the header as a Python literal: what a broken one raises can be nearly anything.
+        # NumPy evaluates the header as a Python literal, so a broken header can raise almost any exception.
         return False
 
 
 def _carried(folder: Path, output: Path) -> dict[str, bytes]:
-    """The small files to be copied: those of the source that the packed folder does not hold alike."""
+    """Content of the small files to copy: those that are missing or different in the packed folder."""
     files = {}
     for name in CARRIED:
         if (folder / name).is_file():
@@ -176,44 +176,44 @@ def _carried(folder: Path, output: Path) -> dict[str, bytes]:
 def _refuse_others(
     output: Path, jobs: list[_Job], missing: list[_Job], carried: dict[str, bytes], overwrite: bool
 ) -> None:
-    """Raise InputError for files in the packed folder that are not of this set, or not of its present state."""
+    """Raise InputError for files in the packed folder that do not belong to this set or are out of date."""
     there = {path.name for path in output.iterdir()}
     mine = {job.target.name for job in jobs}
     cores = {name for name in there if name.endswith((HE_SUFFIX, ORION_SUFFIX)) and not name.startswith(".")}
     if cores - mine:
         raise InputError.listing(
-            f"--output_dir {output} holds cores that the folder of the pairs does not:",
+            f"--output_dir {output} has cores that are not in the folder of the pairs:",
             sorted(cores - mine),
-            "Training would take them for part of the set: move them away, or name another folder.",
+            "Training would use them as part of the set: move them away or choose another folder.",
             limit=5,
         )
     replaced = sorted(there & ({job.target.name for job in missing} | carried.keys()))
     if replaced and not overwrite:
         raise InputError.listing(
-            f"--output_dir {output} holds files that are not what packing the present pairs gives:",
+            f"--output_dir {output} has files that differ from what packing these pairs gives:",
             replaced,
-            "Add --overwrite to replace them, or name another folder.",
+            "Add --overwrite to replace them, or choose another folder.",
             limit=5,
         )
 
 
 def _check_space(output: Path, missing: list[_Job]) -> None:
     for job in missing:
-        # What a killed call has left takes room that is there again.
+        # Remove what a killed call left, which takes up space.
         with suppress(OSError):
             job.temporary.unlink(missing_ok=True)
     replaced = [job.target.stat().st_size for job in missing if job.target.exists()]
     needed = sum(job.nbytes for job in missing) - sum(replaced)
     if replaced:
-        # A file is replaced only when its successor is whole.
+        # A file is replaced only when its successor is complete, so both need space for a moment.
         needed += max(job.nbytes for job in missing)
     free = shutil.disk_usage(output).free
     if needed > free:
         with suppress(OSError):
             output.rmdir()
         raise RunError(
-            f"--output_dir {output}: too little room on the disk, {needed / 1e9:.1f} GB are needed and "
-            f"{free / 1e9:.1f} GB free; make room, or name a folder on another disk"
+            f"--output_dir {output}: too little disk space, {needed / 1e9:.1f} GB are needed and "
+            f"{free / 1e9:.1f} GB free; free some space or choose a folder on another disk"
         )
 
 
@@ -231,12 +231,12 @@ def _pack_all(table: PairTable, missing: list[_Job], carried: dict[str, bytes], 
     except OSError as error:
         raise RunError(
             f"--output_dir {output}: cannot be written ({error.strerror or error}); {done} of {len(missing)} files "
-            "were packed and are kept, and the same command goes on from there once this is mended"
+            "were packed and are kept; once this is fixed, the same command continues from there"
         ) from error
 
 
 def _pack_file(table: PairTable, job: _Job, output: Path, bar: tqdm[Any]) -> None:
-    """Write one array under a temporary name, note its source, and give it its name."""
+    """Write one array under a temporary name, record its source, and rename it."""
     try:
         with open(job.temporary, "wb") as file:
             header = {
@@ -251,8 +251,8 @@ def _pack_file(table: PairTable, job: _Job, output: Path, bar: tqdm[Any]) -> Non
             file.flush()
             os.fsync(file.fileno())
         if any(job.origin[key] != value for key, value in _state(job.source).items()):
-            raise InputError(f"{job.source}: has changed while it was packed; pack again when nothing writes to it")
-        # A file under its final name is always the one on record: the old one goes first, the record before the new.
+            raise InputError(f"{job.source}: changed while it was being packed; pack again when nothing writes to it")
+        # Remove the old file, then update the record, then rename: so a file under its name always matches the record.
         job.target.unlink(missing_ok=True)
         _note(output, job)
         os.replace(job.temporary, job.target)
@@ -267,7 +267,7 @@ def _note(output: Path, job: _Job) -> None:
     with open(output / RECORD_FILE, "ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
-            # A killed writer has left half a line: close it off.
+            # End the partial line that a killed writer left.
             if file.read(1) != b"\n":
                 line = "\n" + line
         file.write(line.encode())
@@ -276,13 +276,13 @@ def _note(output: Path, job: _Job) -> None:
 
 
 def _bands(table: PairTable, job: _Job) -> Iterator[np.ndarray]:
-    """The array from top to bottom in bands (h, W, C) of ``BAND_BYTES`` or a row; each is overwritten by the next."""
+    """The array from top to bottom in bands (h, W, C) of ``BAND_BYTES`` or one row; each overwrites the last."""
     height = job.shape[0]
     row_bytes = job.nbytes // height
     rows, block = max(1, BAND_BYTES // row_bytes), max(1, BLOCK_BYTES // row_bytes)
     buffer = np.empty((min(rows, height), *job.shape[1:]), job.dtype)
     for top in range(0, height, rows):
-        # A map of its own for each band, whose pages go with it.
+        # A new memory map per band, so that its pages are released with it.
         stored = np.asarray(table.open(job.core, job.modality))
         if job.origin["layout"] == "chw":
             stored = stored.transpose(1, 2, 0)

@@ -1,4 +1,4 @@
-"""Reading patches of a data set that memory cannot hold: ask the system for their rows, and for nothing else."""
+"""Reads patches of data sets larger than memory: asks the system for the rows of a patch and no read-ahead."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-# Share of the memory that the files may fill before they count as too large for the page cache.
+# Files larger than this share of the memory count as too large for the page cache.
 CACHE_SHARE = 0.6
-# Rows that lie closer together than this are asked for in one piece.
+# Rows that are closer together than this are requested in one piece.
 GAP_BYTES = 4 * mmap.PAGESIZE
-# Where Linux keeps the limits of control groups, and the names of those that this process belongs to.
+# Where Linux keeps the limits of control groups, and the list of the groups of this process.
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def memory_limit() -> int:
-    """Bytes of memory that this process may use: the machine's, or those of its container, job or service."""
+    """Bytes of memory that this process may use: the machine's, or the limit of its container, job or service."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in _limit_files():
         with suppress(OSError, ValueError):
@@ -29,14 +29,14 @@ def memory_limit() -> int:
 
 
 def _limit_files() -> Iterator[Path]:
-    """Files that may hold a limit: those of this process's control groups and of all groups around them."""
+    """Files that may contain a limit: those of this process's control groups and of all their parents."""
     lines = ["0::/", "0:memory:/"]
     with suppress(OSError, ValueError):
         lines += OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
     for line in lines:
         _, _, named = line.partition(":")
         controllers, _, group = named.partition(":")
-        # The second version of control groups has one tree for all, the first one for each kind of limit.
+        # Version 2 of control groups has one tree for all limits, version 1 has a tree per kind of limit.
         if not controllers:
             root, name = CGROUPS, "memory.max"
         elif "memory" in controllers.split(","):
@@ -48,18 +48,18 @@ def _limit_files() -> Iterator[Path]:
 
 
 def fits_page_cache(size: int) -> bool:
-    """Whether files of so many bytes stay in memory once they have been read."""
+    """Whether files of this many bytes stay in memory once read."""
     return size <= CACHE_SHARE * memory_limit()
 
 
 def expect_single_rows(stored: Any) -> None:
-    """Let the system read what is touched of a memory map only, not megabytes around it."""
+    """Switch off read-ahead for a memory map: without this, the system reads megabytes around each access."""
     with suppress(AttributeError, OSError):
         stored._mmap.madvise(mmap.MADV_RANDOM)
 
 
 def ask_for(stored: Any, crop: np.ndarray) -> None:
-    """Begin to read a crop (a view of a memory map's array) into the page cache, without waiting for it."""
+    """Start reading a crop (a view of a memory map's array) into the page cache, without waiting for it."""
     with suppress(AttributeError, OSError):
         memory = stored._mmap
         origin = stored.ctypes.data - stored.offset % mmap.ALLOCATIONGRANULARITY
@@ -69,7 +69,7 @@ def ask_for(stored: Any, crop: np.ndarray) -> None:
 
 
 def _pieces(crop: np.ndarray) -> list[tuple[int, int]]:
-    """Address ranges that hold the crop, those merged that lie close together."""
+    """Address ranges that cover the crop; ranges that are close together are merged."""
     starts = np.array([crop.ctypes.data])
     length = crop.itemsize
     for size, stride in sorted(zip(crop.shape, crop.strides, strict=True), key=lambda axis: axis[1]):

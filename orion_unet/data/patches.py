@@ -1,4 +1,4 @@
-"""Where patches lie, and copying them out of memory maps: whole batches, as stored, into one buffer."""
+"""Chooses patches and copies them out of memory maps: whole batches, as stored, into one buffer."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from orion_unet.data.randomness import SAMPLE, VALIDATION, counter_rng
 from orion_unet.data.scale import Scales
 from orion_unet.data.tissue import tissue_fraction
 
-# Open memory maps a process keeps: each holds a file descriptor, of which there are often only 1,024.
+# Largest number of open memory maps per process. Each uses a file descriptor, often limited to 1,024.
 OPEN_MAPS = 128
-# A training crop is drawn up to so many times until one shows tissue.
+# A training crop is drawn up to this many times, until at least this fraction of it is tissue.
 TISSUE_TRIES = 8
 TISSUE_FRACTION = 0.25
 
 
 class RawBatch(NamedTuple):
-    """A batch as stored: bytes copied, nothing computed.
+    """A batch as stored: bytes are copied and nothing is computed.
 
-    ``he`` and ``orion`` are (B, P, P, C) or (B, C, P, P) in the folder's dtypes, ``core`` (B,) int64 the index of
-    the core, ``geometry`` (B, 3) bool (flip rows, flip columns, transpose) and ``colour`` (B, 8) float32 the drawn
-    jitter (zeros: none), ``position`` (B, 2) int64 the upper left corner (y, x).
+    ``he`` and ``orion`` are (B, P, P, C) or (B, C, P, P) in the folder's dtypes. ``core`` (B,) int64 is the index of
+    the core, ``position`` (B, 2) int64 the upper left corner (y, x), ``geometry`` (B, 3) bool (flip rows, flip
+    columns, transpose), ``colour`` (B, 8) float32 the drawn jitter (zeros: none).
     """
 
     he: torch.Tensor
@@ -40,7 +40,7 @@ class RawBatch(NamedTuple):
 
     @classmethod
     def of(cls, buffers: dict[str, np.ndarray], described: tuple[np.ndarray, ...]) -> RawBatch:
-        """The batch in the first rows of its buffers, without a copy; ``described`` as from ``describe``."""
+        """The batch in the first rows of the buffers, without a copy; ``described`` is the result of ``describe``."""
         count = len(described[0])
         stored = [torch.from_numpy(buffers[modality][:count]) for modality in ("he", "orion")]
         return cls(*stored, *map(torch.from_numpy, described))
@@ -48,7 +48,7 @@ class RawBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class PatchPlace:
-    """A crop: core index and upper left corner, with what augmentation will do to it."""
+    """A crop: index of the core, upper left corner, and the augmentation drawn for it."""
 
     core: int
     y: int
@@ -58,7 +58,7 @@ class PatchPlace:
 
 
 def describe(places: list[PatchPlace]) -> tuple[np.ndarray, ...]:
-    """The fields of a RawBatch beside its images: core, position, geometry, colour."""
+    """The fields of a RawBatch other than the images: core, position, geometry, colour."""
     return (
         np.array([place.core for place in places], np.int64),
         np.array([(place.y, place.x) for place in places], np.int64).reshape(-1, 2),
@@ -69,7 +69,7 @@ def describe(places: list[PatchPlace]) -> tuple[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """How one modality's batches travel: dtype, axis order, and the value of full intensity."""
+    """How batches of one modality are stored: dtype, axis order, and the value of full intensity."""
 
     dtype: np.dtype
     layout: str
@@ -77,7 +77,7 @@ class StoredFormat:
 
 
 def stored_format(table: PairTable, scales: Scales, modality: str) -> StoredFormat:
-    """The folder's own dtype and axis order where they are uniform; a mixed folder travels as float32 in [0, 1]."""
+    """The folder's own dtype and axis order; float32 in [0, 1] if its files have different dtypes."""
     rows = getattr(table, modality)
     dtypes = {np.dtype(text).newbyteorder("=") for text in set(rows["dtype"].tolist())}
     layout = str(rows["layout"][0])
@@ -88,7 +88,7 @@ def stored_format(table: PairTable, scales: Scales, modality: str) -> StoredForm
 
 
 class PatchReader:
-    """Copies patches of a PairTable; picklable, opens its memory maps where it is used."""
+    """Copies patches of a PairTable. Picklable: each process opens its own memory maps."""
 
     def __init__(self, table: PairTable, scales: Scales, patch_size: int) -> None:
         self.table = table
@@ -99,11 +99,11 @@ class PatchReader:
         self._maps: OrderedDict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map is a copy of its whole file.
+        # Pickling a memory map copies the whole file.
         return {**self.__dict__, "_maps": OrderedDict()}
 
     def _map(self, modality: str, core: int) -> tuple[np.ndarray, np.ndarray]:
-        """The memory map of a core, and the same as a plain array, which costs a fraction to slice."""
+        """The memory map of a core, and the same as a plain array, which is far cheaper to slice."""
         key = (modality, core)
         found = self._maps.get(key)
         if found is None:
@@ -118,7 +118,7 @@ class PatchReader:
         return found
 
     def _ask_for(self, modality: str, places: list[PatchPlace]) -> None:
-        """Have a batch read from the disk all at once, where the set is too large to stay in memory."""
+        """If the set is too large to stay in memory, request all patches of a batch from the disk at once."""
         if self.from_disk:
             for place in places:
                 crop = self.crop(modality, place.core, place.y, place.x)
@@ -139,7 +139,7 @@ class PatchReader:
         return patch.transpose(2, 0, 1) if wanted == "chw" else patch.transpose(1, 2, 0)
 
     def batch_shape(self, modality: str, count: int) -> tuple[int, int, int, int]:
-        """Shape of a batch of ``count`` patches as it travels."""
+        """Shape of a stored batch of ``count`` patches."""
         channels = int(getattr(self.table, modality)["channels"][0])
         size = self.patch_size
         return (
@@ -147,7 +147,7 @@ class PatchReader:
         )
 
     def read(self, places: list[PatchPlace]) -> RawBatch:
-        """Copy a whole batch into memory of its own."""
+        """Copy a whole batch into new memory."""
         buffers = {
             modality: np.empty(self.batch_shape(modality, len(places)), stored.dtype)
             for modality, stored in self.formats.items()
@@ -156,7 +156,7 @@ class PatchReader:
         return RawBatch.of(buffers, describe(places))
 
     def fill(self, places: list[PatchPlace], buffers: dict[str, np.ndarray]) -> None:
-        """Copy the patches into the first rows of a buffer per modality."""
+        """Copy the patches into the first rows of the buffer of each modality."""
         for modality in buffers:
             self._ask_for(modality, places)
         for modality, target in buffers.items():
@@ -169,7 +169,7 @@ class PatchReader:
                     np.divide(patch, np.float32(white), out=target[row])
 
     def tissue_fraction(self, core: int, y: int, x: int) -> float:
-        """Share of a patch that is not blank glass (bright and unsaturated H&E), from a coarse grid of pixels."""
+        """Share in [0, 1] of a patch that is not blank glass, estimated on a coarse grid of pixels."""
         self._ask_for("he", [PatchPlace(core, y, x)])
         patch = self.crop("he", core, y, x)
         white = self.scales.white("he", patch.dtype)
@@ -177,9 +177,9 @@ class PatchReader:
 
 
 def draw_training_patch(reader: PatchReader, core: int, seed: int, epoch: int, index: int, augment: bool) -> PatchPlace:
-    """The training sample (seed, epoch, index): a random crop that prefers tissue, and its augmentation."""
+    """The training sample of (seed, epoch, index): a random crop that prefers tissue, and its augmentation."""
     rng = counter_rng(seed, SAMPLE, epoch, index)
-    # Augmentation is drawn first, so that it does not depend on how many crops had to be tried.
+    # Draw the augmentation first, so that it does not depend on the number of crops tried.
     flips = rng.random(3) < 0.5
     colour = rng.uniform(-1.0, 1.0, 8)
     size = reader.table.he[core]
@@ -200,7 +200,7 @@ def draw_training_patch(reader: PatchReader, core: int, seed: int, epoch: int, i
 
 
 def grid_starts(length: int, patch_size: int, stride: int) -> list[int]:
-    """Starts of patches along one axis: every ``stride``, and one flush with the end so that nothing is missed."""
+    """Starts of patches along one axis: every ``stride`` pixels, and one flush with the end so that it is covered."""
     starts = list(range(0, length - patch_size + 1, stride))
     if starts[-1] + patch_size < length:
         starts.append(length - patch_size)
@@ -208,10 +208,10 @@ def grid_starts(length: int, patch_size: int, stride: int) -> list[int]:
 
 
 def validation_patches(reader: PatchReader, cores: np.ndarray, options: DataOptions, seed: int) -> np.ndarray:
-    """Rows (core, y, x), shape (N, 3): the validation patches, the same in every epoch.
+    """The validation patches, the same in every epoch, as rows (core, y, x): (N, 3).
 
-    The whole grid of every core with ``patches_per_image_val`` 0; else so many of each core's grid in an order
-    that depends on the seed alone, those that show tissue first.
+    The whole grid of every core if ``patches_per_image_val`` is 0, else that many patches per core, drawn from its grid
+    in an order that depends on the seed only; patches with tissue come first.
     """
     stride = options.grid_stride or options.patch_size
     rows: list[tuple[int, int, int]] = []

@@ -1,7 +1,9 @@
-"""What a stored number means: the white level of every dtype, for floats declared by the whole folder's range."""
+"""The meaning of stored values: the white level of every dtype. For floats it follows from the folder's range."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,40 +18,43 @@ from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.slides.intensity import WHITE, declared_white, value_range
 
+# Seconds between two stores of what has been measured so far.
+KEEP_EVERY_S = 5.0
+
 Progress = Callable[[int, str], Callable[[], None]]
 
 
 def no_progress(total: int, text: str) -> Callable[[], None]:
-    """Progress that nobody watches: the default of everything slow."""
+    """Progress that is not shown: the default of slow functions."""
     return lambda: None
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Stored value of full intensity, per modality and dtype name: intensity = stored / white."""
+    """Stored value of full intensity per modality and dtype name: intensity = stored / white."""
 
     he: dict[str, float]
     orion: dict[str, float]
 
     def white(self, modality: str, dtype: np.dtype) -> float:
-        """Full intensity of the files of a modality with a dtype, in either byte order."""
+        """White level of files of this modality and dtype, in either byte order."""
         levels: dict[str, float] = getattr(self, modality)
         return levels[_native_name(dtype)]
 
 
 @cache
 def _native_name(dtype: np.dtype) -> str:
-    # NumPy puts the name together anew each time, which is felt where it is asked for every patch.
+    # NumPy builds the name anew on every call, which is too slow for every patch.
     return dtype.newbyteorder("=").name
 
 
 def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress = no_progress) -> Scales:
     """White level of every dtype in the folder.
 
-    Integers are scaled by their type. Float files are read once, whole, in bounded memory, and in a later run only
-    where they have changed: their common range declares [0, 1] or [0, 255] (ORION also [0, 65535]), so that two
-    patches never disagree. With ``bounded_targets`` (no target normalisation) ORION floats may not be negative
-    either. Raises InputError that names every file with NaN or infinity, or outside any range.
+    Integers are scaled by their type. Float files are read once in full, in bounded memory; later runs read only those
+    that have changed. Their common range decides between [0, 1] and [0, 255] (for ORION also [0, 65535]), so that all
+    patches have the same scale. ``bounded_targets`` (no target normalisation) also forbids negative ORION floats.
+    Raises InputError that names every file with NaN, infinity or values outside these ranges.
     """
     jobs = [(modality, core) for modality in ("he", "orion") for core in _float_cores(table, modality)]
     known = _Ranges(table)
@@ -59,7 +64,8 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
         path = table.path(job[1], job[0])
         found = known.get(path)
         if found is None:
-            found = known.files[path.name] = (*file_state(path), *value_range(table.open(job[1], job[0])))
+            found = (*file_state(path), *value_range(table.open(job[1], job[0])))
+            known.add(path, found)
         step()
         return found[-2], found[-1]
 
@@ -68,7 +74,7 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
     known.keep()
 
     problems = [
-        f"{table.path(core, modality).name}: holds NaN or infinity"
+        f"{table.path(core, modality).name}: contains NaN or infinity"
         for (modality, core), found in ranges.items()
         if not np.isfinite(found).all()
     ]
@@ -85,15 +91,15 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
             problems += _outside(table, modality, of_modality, white, negative_ok)
     if problems:
         raise InputError.listing(
-            f"--pairs_dir {table.folder}: these files hold values that cannot be used:",
+            f"--pairs_dir {table.folder}: these files have values that cannot be used:",
             problems,
-            "Floats must lie in [0, 1] or [0, 255] over the whole folder; uint8 and uint16 need no such thing.",
+            "Floats must be in [0, 1] or [0, 255] over the whole folder; any uint8 or uint16 value is fine.",
         )
     return Scales(whites["he"], whites["orion"])
 
 
 class _Ranges:
-    """Ranges of a folder's float files by file name: the state in which each was measured, minimum and maximum."""
+    """Cached ranges of a folder's float files by file name: state when measured, minimum, maximum."""
 
     def __init__(self, table: PairTable) -> None:
         self._name = fingerprint((), "ranges", str(table.folder.resolve()))
@@ -104,17 +110,31 @@ class _Ranges:
             for name, found in (stored.items() if isinstance(stored, dict) else ())
             if isinstance(found, list) and len(found) == 5 and all(isinstance(value, int | float) for value in found)
         }
-        self._before = dict(self.files)
+        self._lock = threading.Lock()
+        self._changed = False
+        self._kept_at = time.monotonic()
 
     def get(self, path: Path) -> tuple[float, ...] | None:
-        """What is known of a file that has not changed since; else None."""
+        """The entry of a file, or None if there is none or the file has changed since."""
         found = self.files.get(path.name)
         return found if found and found[:-2] == file_state(path) else None
 
+    def add(self, path: Path, found: tuple[float, ...]) -> None:
+        """Add the entry of a file; now and then all entries are stored, so that a killed run need not start again."""
+        with self._lock:
+            self.files[path.name] = found
+            self._changed = True
+            due = time.monotonic() - self._kept_at > KEEP_EVERY_S
+        if due:
+            self.keep()
+
     def keep(self) -> None:
-        """Remember for the next run what was measured in this one. Files with NaN or infinity must be mended first."""
-        if self.files != self._before:
+        """Store the ranges for the next run, except those of files with NaN or infinity."""
+        with self._lock:
+            if not self._changed:
+                return
             usable = {name: found for name, found in self.files.items() if np.isfinite(found[-2:]).all()}
+            self._changed, self._kept_at = False, time.monotonic()
             remember(self._name, {"files": usable})
 
 

@@ -1,4 +1,4 @@
-"""Memory for a loader's batches: made once, filled by its worker processes, read by the rank, used again."""
+"""Reusable memory for batches: allocated once, filled by the loader's workers, read by the rank."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PREFETCH = 2
 class BatchSlots:
     """Slots for whole batches in anonymous shared memory, which forked workers inherit.
 
-    A fresh buffer for every batch would cost several times the copy of its patches: the system clears each page
-    before it is written. Anonymous, because containers are often given no more than 64 MB of /dev/shm.
+    A new buffer for every batch would cost several times as much as copying the patches, because the system clears each
+    page first. Anonymous, because containers often have only 64 MB of /dev/shm.
 
-    Every worker fills slots of its own in turn, two more than it prepares in advance: a batch stays as it is until
-    two further ones have been taken, or a new pass begins.
+    Every worker fills its own slots in turn, two more than it prepares in advance. So a batch stays valid until two
+    further ones have been taken or a new pass begins.
     """
 
     def __init__(self, reader: PatchReader, batch_size: int, workers: int) -> None:
@@ -38,23 +38,32 @@ class BatchSlots:
             self.buffers.append(slot)
 
     def next(self, worker: int) -> int:
-        """The slot that a worker (0 where the rank loads by itself) fills next."""
+        """The slot that a worker (0 if the rank loads in its own process) fills next."""
         slot = worker * self._each + self._filled % self._each
         self._filled += 1
         return slot
 
-    def pin(self) -> None:
-        """Lock the memory for asynchronous copies to a GPU; where the system refuses, the copies wait instead.
+    @property
+    def nbytes(self) -> int:
+        """Memory of all slots."""
+        return sum(buffer.nbytes for slot in self.buffers for buffer in slot.values())
 
-        After the workers have been forked: what a driver does to its pages must not pass on to them.
+    def pin(self, limit_bytes: int) -> None:
+        """Lock up to ``limit_bytes`` of the memory for asynchronous copies to a GPU.
+
+        Copies from memory that is not locked, or that the system refuses to lock, are synchronous.
+
+        Call it after the workers have been forked, so that they do not inherit pages that the driver has registered.
         """
         if self._pinned is not None:
             return
         self._pinned = []
         runtime = torch.cuda.cudart()
         for buffer in (buffer for slot in self.buffers for buffer in slot.values()):
+            if sum(pinned.nbytes for pinned in self._pinned) + buffer.nbytes > limit_bytes:
+                return
             if int(runtime.cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0)) != 0:
-                # The next kernel would be blamed for it: let one that nobody needs take the blame.
+                # Run a dummy kernel, so that the pending error is not blamed on the next one.
                 with suppress(RuntimeError):
                     torch.ones(1, device="cuda")
                 return

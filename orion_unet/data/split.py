@@ -1,4 +1,4 @@
-"""Who trains and who validates: by core, or by group so that no tissue stands on both sides."""
+"""The split into training and validation cores, by core or by group, so that no tissue is on both sides."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Split:
 def make_split(
     table: PairTable, options: DataOptions, seed: int, earlier: dict[str, Any] | None = None
 ) -> tuple[Split, list[str]]:
-    """Split the cores as the options say; returns the split and warnings for a person.
+    """Split the cores as the options say; returns the split and warnings for the user.
 
-    Whole groups are drawn in an order that depends on the seed alone, and so many of them are held out that the
-    held-out cores come closest to ``val_split`` (at least one group stays on either side). ``earlier`` is the
-    split.json of a run that is continued, and wins. Raises InputError.
+    Whole groups are drawn in an order that depends on the seed only. As many are held out as bring the share of
+    held-out cores closest to ``val_split``, at least one group on each side. ``earlier``, the split.json of a resumed
+    run, takes precedence. Raises InputError.
     """
     groups = core_groups(table, options.groups_csv)
     if earlier is not None:
@@ -55,7 +55,7 @@ def make_split(
     units = sorted(set(groups))
     if len(units) < 2:
         kind = "core" if len(table) < 2 else "group"
-        raise InputError(f"--pairs_dir {table.folder}: holds only one {kind}; at least two are needed, one to hold out")
+        raise InputError(f"--pairs_dir {table.folder}: has only one {kind}; two are needed, one of them to hold out")
     order = counter_rng(seed, SPLIT).permutation(len(units))
     members = Counter(groups)
     sizes = np.array([members[units[index]] for index in order])
@@ -74,7 +74,7 @@ def make_split(
 
 
 def core_groups(table: PairTable, given: str | None) -> list[str]:
-    """Group of every core: from the CSV, else each core is a group of its own."""
+    """Group of every core, from the CSV; without one, each core is its own group."""
     path = Path(given) if given else table.folder / GROUPS_FILE
     names = table.names.tolist()
     if not given and not path.is_file():
@@ -85,7 +85,7 @@ def core_groups(table: PairTable, given: str | None) -> list[str]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error})") from None
     if not rows or not {"core", "group"} <= set(rows[0]):
-        raise InputError(f"{path}: needs a first line with the columns core,group and a row per core")
+        raise InputError(f"{path}: needs a header line core,group and one row per core")
     mapping: dict[str, str] = {}
     problems = []
     for row in rows:
@@ -93,12 +93,12 @@ def core_groups(table: PairTable, given: str | None) -> list[str]:
         if not core and not group:
             continue
         if mapping.setdefault(core, group) != group:
-            problems.append(f"{core}: stands in two groups, {mapping[core]} and {group}")
+            problems.append(f"{core}: is in two groups, {mapping[core]} and {group}")
         elif not group:
             problems.append(f"{core}: has no group")
     problems += [f"{name}: has no row" for name in names if name not in mapping]
     if problems:
-        raise InputError.listing(f"{path}: does not give every core one group:", problems)
+        raise InputError.listing(f"{path}: does not assign every core to one group:", problems)
     return [mapping[name] for name in names]
 
 
@@ -124,14 +124,14 @@ def _from_document(document: Any, source: str, table: PairTable, groups: list[st
         for core in cores
         if core not in position
     ]
-    problems += [f"{core}: stands on both sides" for core in sorted(set(sides["train"]) & set(sides["val"]))]
+    problems += [f"{core}: is on both sides" for core in sorted(set(sides["train"]) & set(sides["val"]))]
     problems += [f"no core on the {side} side" for side, cores in sides.items() if not cores]
     if not problems:
         on = {side: {groups[position[core]] for core in cores} for side, cores in sides.items()}
-        problems += [f"group {group}: stands on both sides" for group in sorted(on["train"] & on["val"])]
+        problems += [f"group {group}: is on both sides" for group in sorted(on["train"] & on["val"])]
     if problems:
         raise InputError.listing(f"{source} cannot be used:", problems)
     left_out = sorted(set(position) - set(sides["train"]) - set(sides["val"]))
-    warnings = [f"{len(left_out)} cores not in {source} are left out: {', '.join(left_out)}"] if left_out else []
+    warnings = [f"{len(left_out)} cores are not in {source} and are ignored: {', '.join(left_out)}"] if left_out else []
     train, val = (np.unique([position[core] for core in sides[side]]) for side in ("train", "val"))
     return Split(train, val, tuple(groups)), warnings

@@ -1,4 +1,4 @@
-"""From stored bytes to network inputs and targets: batched, on the training device."""
+"""Turns stored batches into network inputs and targets, batched on the training device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from orion_unet.data.patches import RawBatch, StoredFormat
 from orion_unet.models.blocks import sobel_magnitude
 from orion_unet.registration.stains import STAINS
 
-# Largest change of a stain's density (factor), of its offset (optical density), of brightness and of contrast.
+# Largest change of a stain's density (relative) and offset (optical density), of brightness, of contrast (relative).
 STAIN_SCALE, STAIN_SHIFT, BRIGHTNESS, CONTRAST = 0.15, 0.02, 0.04, 0.10
-# A pixel is on a boundary where the gradient of the H&E stands out from its patch, and is no mere camera noise.
+# Smallest Sobel gradient of a boundary, above camera noise; and the threshold of a hot pixel in standard deviations.
 BOUNDARY_FLOOR = 0.08
 HOT_PIXEL_SD = 3.0
 # Offsets of a pixel's 3 x 3 neighbourhood from its upper left corner.
@@ -28,8 +28,7 @@ NEIGHBOURHOOD = tuple((dy, dx) for dy in range(3) for dx in range(3))
 @dataclass
 class Batch:
     """A batch for the network: ``he`` (B, 3, P, P) and ``target`` (B, C, P, P) float32 in [0, 1], ``boundary``
-    (B, 1, P, P) bool, ``core`` (B,) the indices of the cores, on the CPU. Images lie in memory as the network wants
-    them."""
+    (B, 1, P, P) bool, ``core`` (B,) the indices of the cores, on the CPU. Images have the network's memory format."""
 
     he: Tensor
     target: Tensor
@@ -38,7 +37,7 @@ class Batch:
 
 
 class BatchTransform:
-    """Scaling, noise removal, normalisation, augmentation and boundary mask of a whole batch at once."""
+    """Scaling, noise removal, normalisation, augmentation and boundary mask of whole batches."""
 
     def __init__(
         self,
@@ -63,12 +62,12 @@ class BatchTransform:
         factor = np.divide(1.0, upper - lower, out=np.zeros_like(upper), where=upper > lower)
         stored_factor = torch.from_numpy(factor / formats["orion"].white).float()
         offset = torch.from_numpy(-lower * factor).float()
-        # One row serves all cores unless each is normalised by itself.
+        # One row for all cores, unless each core is normalised separately.
         rows = len(table) if normalization.method == "core" else 1
         self.factor, self.offset = stored_factor[:rows].to(device), offset[:rows].to(device)
 
     def __call__(self, raw: RawBatch, augment: bool) -> Batch:
-        """Move a stored batch to the device and make it what the network sees."""
+        """Move a stored batch to the device and turn it into a network batch."""
         geometry = raw.geometry.tolist() if augment else None
         he = self._channels_first(raw.he, "he", geometry).div_(self.formats["he"].white)
         target = self._channels_first(raw.orion, "orion", geometry)
@@ -83,16 +82,16 @@ class BatchTransform:
         target = torch.addcmul(offset[:, :, None, None], target, factor[:, :, None, None]).clamp_(0, 1)
         if self.log_transform:
             target = target.mul_(LOG_CURVATURE).log1p_().div_(float(np.log1p(LOG_CURVATURE)))
-        # The mask is that of the tissue, not of the jitter.
+        # Before the colour jitter, so that the mask shows the tissue only.
         boundary = boundary_mask(he)
         if augment:
             he = jitter_colour(he, raw.colour)
         return Batch(he.contiguous(memory_format=self.memory_format), target, boundary, raw.core)
 
     def _channels_first(self, stored: Tensor, modality: str, geometry: list[list[bool]] | None) -> Tensor:
-        """The images (B, C, P, P) as float32 of memory of their own, each turned as its row of geometry says.
+        """The images (B, C, P, P) as float32 in new memory, each flipped and turned by its row of geometry.
 
-        Turned as stored, in the same pass that makes them float: on floats it would cost several passes more.
+        One pass turns the stored values and converts them to float; turning floats would take several more passes.
         """
         moved = stored.to(self.device, non_blocking=True)
         if self.formats[modality].layout == "hwc":
@@ -100,33 +99,45 @@ class BatchTransform:
         images = torch.empty(moved.shape, device=self.device, memory_format=self.memory_format)
         if geometry is None:
             return images.copy_(moved)
+        if self.device.type == "cuda":
+            # A few launches for the batch instead of a few for each image.
+            turned = turn_batch(images.copy_(moved), torch.tensor(geometry, device=self.device))
+            return turned.contiguous(memory_format=self.memory_format)
         for image, source, row in zip(images, moved, geometry, strict=True):
             image.copy_(turn(source, row))
         return images
 
 
 def turn(image: Tensor, geometry: Sequence[bool]) -> Tensor:
-    """Flip the rows, flip the columns and transpose (..., H, W), each where its value of ``geometry`` says so.
+    """Flip the rows, flip the columns and transpose (..., H, W), as the three values of ``geometry`` say.
 
-    The three together give all eight flips and quarter turns of a square.
+    Together they give all eight flips and quarter turns of a square.
     """
     rows, columns, swap = geometry
     flipped = [axis for axis, wanted in ((-2, rows), (-1, columns)) if wanted]
     if flipped:
-        # Not every device can flip unsigned 16-bit numbers; to move them, their sign does not matter.
+        # Not every device can flip uint16. Moving values as int16 is the same.
         moved = image.view(torch.int16) if image.dtype == torch.uint16 else image
         image = moved.flip(flipped).view(image.dtype)
     return image.transpose(-1, -2) if swap else image
 
 
+def turn_batch(images: Tensor, geometry: Tensor) -> Tensor:
+    """``turn`` of every image of a batch (B, C, P, P) by its row of ``geometry`` (B, 3) bool, on the same device."""
+    rows, columns, swap = geometry[:, :, None, None, None].unbind(1)
+    images = torch.where(rows, images.flip(-2), images)
+    images = torch.where(columns, images.flip(-1), images)
+    return torch.where(swap, images.transpose(-1, -2), images)
+
+
 def jitter_colour(he: Tensor, drawn: Tensor) -> Tensor:
     """Change stain density, brightness and contrast of each H&E (B, 3, H, W) in [0, 1].
 
-    ``drawn`` (B, 8) in [-1, 1], on the CPU or where ``he`` is: factor of three stains, offset of three stains,
-    brightness, contrast; zeros leave an image as it is. Stains are separated as in Ruifrok and Johnston (2001) and
-    perturbed as in Tellez et al., Medical Image Analysis 2019.
+    ``drawn`` (B, 8) in [-1, 1], on the CPU or the device of ``he``: factors of three stains, offsets of three stains,
+    brightness, contrast; zeros change nothing. Stains are separated as in Ruifrok and Johnston (2001) and perturbed as
+    in Tellez et al., Medical Image Analysis 2019.
     """
-    # The few numbers are worked out where they were drawn: to invert a matrix on a GPU makes the host wait for it.
+    # Compute the small matrices where the numbers were drawn: inverting a matrix on a GPU makes the host wait.
     stains = torch.tensor(STAINS, device=drawn.device)
     stains = stains / stains.norm(dim=1, keepdim=True)
     separate = torch.linalg.inv(stains)
@@ -144,7 +155,7 @@ def jitter_colour(he: Tensor, drawn: Tensor) -> Tensor:
 
 
 def boundary_mask(he: Tensor) -> Tensor:
-    """Pixels (B, 1, H, W) bool on edges of the H&E: Sobel gradient above its patch's mean + sd and a noise floor."""
+    """Pixels (B, 1, H, W) bool on edges of the H&E: Sobel gradient above the patch's mean + sd and BOUNDARY_FLOOR."""
     gradient = sobel_magnitude(he)
     spread, mean = torch.std_mean(gradient, dim=(2, 3), keepdim=True, correction=0)
     return gradient > (mean + spread).clamp(min=BOUNDARY_FLOOR)
@@ -153,21 +164,21 @@ def boundary_mask(he: Tensor) -> Tensor:
 def remove_hot_pixels(images: Tensor) -> Tensor:
     """Replace isolated hot pixels of (B, C, H, W) by the median of their 3 x 3 neighbourhood.
 
-    Hot is a pixel above mean + 3 sd of its patch and channel none of whose eight neighbours is: a bright cell,
-    however rare, covers several pixels and stays.
+    A pixel is hot if it is above mean + 3 sd of its patch and channel and none of its eight neighbours is. A bright
+    cell, however rare, covers several pixels and stays.
     """
     above = images - images.mean(dim=(2, 3), keepdim=True)
     spread = torch.linalg.vector_norm(above, dim=(2, 3), keepdim=True) / (images.shape[2] * images.shape[3]) ** 0.5
     bright = above > HOT_PIXEL_SD * spread
     if images.device.type == "cpu":
         return _replace_isolated(images, bright)
-    # Listing the pixels would make the host wait for the device: compute every median instead.
+    # Compute every median: listing the hot pixels would make the host wait for the device.
     around = F.avg_pool2d(bright.float(), 3, stride=1, padding=1, divisor_override=1)
     return torch.where(bright & (around < 1.5), median_3x3(images), images)
 
 
 def _replace_isolated(images: Tensor, bright: Tensor) -> Tensor:
-    """The same, looking at the few bright pixels alone."""
+    """Replace the isolated pixels among the bright ones, visiting only the bright pixels."""
     padded = F.pad(bright.byte(), (1, 1, 1, 1))
     image, channel, row, column = bright.nonzero(as_tuple=True)
     around = [padded[image, channel, row + dy, column + dx] for dy, dx in NEIGHBOURHOOD]
@@ -186,8 +197,8 @@ def _replace_isolated(images: Tensor, bright: Tensor) -> Tensor:
 def median_3x3(images: Tensor) -> Tensor:
     """Median over the 3 x 3 neighbourhood of every pixel of (B, C, H, W), edges replicated.
 
-    Sorts the three pixels of each column once and shares them between neighbours: the median of nine is the
-    median of (the largest minimum, the median median, the smallest maximum) of its three sorted columns.
+    Sorts the three pixels of each column once and shares them between neighbours. The median of nine is the median of
+    the largest minimum, the median median and the smallest maximum of its three sorted columns.
     """
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     low, middle, high = _sort_three(padded[..., :-2, :], padded[..., 1:-1, :], padded[..., 2:, :])

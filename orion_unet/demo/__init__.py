@@ -1,1 +1,1 @@
-"""Generated tissue: paired H&E and markers to try the toolkit on."""
+"""Generated tissue: pairs of H&E and markers to try the toolkit on."""

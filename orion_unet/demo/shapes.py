@@ -1,7 +1,7 @@
-"""The pencils of the demo data: smooth noise, fibres, wavy outlines and cells, drawn with NumPy alone.
+"""Drawing primitives of the demo data: smooth noise, fibres, wavy outlines and cells, with NumPy only.
 
-Lengths are pixels of about 0.75 um, so that a lymphocyte is 8 pixels wide, whatever the size of the image.
-No loop runs over pixels or cells, and memory does not grow with their number beyond a few maps.
+Lengths are in pixels of about 0.75 um whatever the size of the image, so that a lymphocyte is 8 pixels wide. No loop
+runs over pixels or cells, and memory is bounded by a few maps of the image.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ FAR = 1000.0
 _WINDOW = 26
 """Half the side of the largest window a cell is drawn in, pixels."""
 _MARGIN = 45
-"""How far around an outline distances to it are measured, pixels."""
+"""Distance from an outline up to which distances are measured, pixels."""
 
 
 class Kind(NamedTuple):
-    """What the nuclei of one cell type look like (or the small bodies drawn as if they were nuclei)."""
+    """Shape of the nuclei of one cell type, or of small bodies that are drawn like nuclei."""
 
     length: float
     """half the long axis, pixels"""
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     bend: float
     """how far the long axis is bent, as a fraction of the width"""
     reach: float
-    """how far the cell's body reaches beyond its nucleus, pixels"""
+    """how far the cell extends beyond its nucleus, pixels"""
     chromatin: float
     """haematoxylin optical density of the nucleus"""
     clumps: float
@@ -62,7 +62,7 @@ KINDS = (  # in the order of the names above
 
 @dataclass(frozen=True)
 class Cells:
-    """One row a cell, (N,) each: centre and half axes in pixels, angle of the long axis in radians."""
+    """One row per cell, (N,) each: centre and half axes in pixels, angle of the long axis in radians."""
 
     y: Floats
     x: Floats
@@ -85,7 +85,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class Outline:
-    """A closed wavy curve: the edge of a gland, a vessel's lumen or a follicle. Lengths in pixels."""
+    """A closed wavy curve: the edge of a gland, of a vessel's lumen or of a follicle. Lengths in pixels."""
 
     y: float
     x: float
@@ -94,13 +94,13 @@ class Outline:
     """long axis over short axis"""
     angle: float
     waves: Floats
-    """amplitudes (K,) of the waves, from two around the circumference up, as fractions of the radius"""
+    """amplitudes (K,) of waves with 2, 3, ... periods around the curve, as fractions of the radius"""
     phases: Floats
     band: float
     """thickness of the epithelium inside, or of the vessel's wall outside"""
 
     def radii(self, theta: Floats) -> Floats:
-        """The curve's radius at the angles ``theta``, in its own frame before it is stretched."""
+        """Radius at the angles ``theta``, in the curve's own frame before stretching."""
         total = np.ones_like(theta)
         for order, (wave, phase) in enumerate(zip(self.waves, self.phases, strict=True), start=2):
             total += wave * np.cos(order * theta + phase)
@@ -123,7 +123,7 @@ class Outline:
 
 
 def soft(depth: Floats, width: float = 1.5) -> Floats:
-    """Mask in [0, 1] of where ``depth`` is negative, with an edge ``width`` pixels wide."""
+    """Mask in [0, 1] of the pixels where ``depth`` is negative, with an edge ``width`` pixels wide."""
     return np.clip(0.5 - depth / width, 0, 1)
 
 
@@ -139,12 +139,12 @@ def noise(rng: np.random.Generator, size: int, wavelength: float) -> Floats:
         weights = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)
         spread = sum((w * field[:, first + k] for k, w in enumerate(weights)), np.float32(0))
         field = np.ascontiguousarray(spread.T, np.float32) / np.float32(6)
-    # The spline averages neighbouring knots, which leaves a standard deviation of 0.48.
+    # The spline averages neighbouring knots, which reduces the standard deviation to 0.48.
     return field / np.float32(0.48)
 
 
 def blur(image: Floats, sigma: float) -> Floats:
-    """Gaussian blur (S, S), the border repeated; the kernel ends at three pixels."""
+    """Gaussian blur (S, S) with replicated border; the kernel is cut at three pixels."""
     offsets = np.arange(-3, 4)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     for _ in range(2):
@@ -155,13 +155,13 @@ def blur(image: Floats, sigma: float) -> Floats:
 
 
 def pick(field: Floats, y: Floats, x: Floats) -> Floats:
-    """The field's values at the pixels nearest to points; points outside take the border's."""
+    """Values of the field at the pixels nearest to the points; points outside get the value at the border."""
     limit = field.shape[0] - 1
     return field[np.clip(np.rint(y), 0, limit).astype(np.intp), np.clip(np.rint(x), 0, limit).astype(np.intp)]
 
 
 def scatter(rng: np.random.Generator, size: int, spacing: float) -> tuple[Floats, Floats]:
-    """Points (y, x) of a hexagonal grid over the image, jittered until the grid no longer shows."""
+    """Points (y, x) of a hexagonal grid over the image, with enough jitter to hide the grid."""
     rows, columns = np.mgrid[0 : int(size / (0.866 * spacing)) + 1, 0 : int(size / spacing) + 1]
     y = rows * 0.866 * spacing + rng.uniform(-0.33, 0.33, rows.shape) * spacing
     x = (columns + 0.5 * (rows % 2)) * spacing + rng.uniform(-0.33, 0.33, rows.shape) * spacing
@@ -189,7 +189,7 @@ def streaks(rng: np.random.Generator, angle_y: Floats, angle_x: Floats, steps: i
 
 
 def grow(rng: np.random.Generator, kind: int, y: Floats, x: Floats, angle: Floats) -> Cells:
-    """Cells of one kind at the given places, each with a size and a shape of its own."""
+    """Cells of one kind at the given points, with random sizes and shapes."""
     traits, count = KINDS[kind], len(y)
     scale = np.clip(1 + traits.spread * rng.standard_normal((2, count), dtype=np.float32), 0.6, 1.5)
     form = rng.standard_normal((2, count), dtype=np.float32)
@@ -206,9 +206,9 @@ def grow(rng: np.random.Generator, kind: int, y: Floats, x: Floats, angle: Float
 
 
 def stamp(size: int, cells: Cells) -> tuple[Floats, Ints]:
-    """Draw cells: per pixel (S, S) the signed distance to the nearest outline, and the row of that cell or -1.
+    """Draw cells: for each pixel (S, S) the signed distance to the nearest outline, and the row of that cell or -1.
 
-    Distances are measured along the short axis, so that the bodies of tall narrow cells come out tall and narrow.
+    Distances are scaled along the long axis, so that the bodies of tall narrow cells are tall and narrow too.
     """
     side = size + 2 * _WINDOW
     depth = np.full(side * side, FAR, np.float32)
@@ -242,7 +242,7 @@ def stamp(size: int, cells: Cells) -> tuple[Floats, Ints]:
 
 
 def measure(size: int, outlines: list[Outline]) -> tuple[Floats, Floats]:
-    """Signed distance (S, S) to the nearest outline, negative inside, and that outline's band; FAR where none is."""
+    """Signed distance (S, S) to the nearest outline, negative inside, and its band; FAR and 0 if none is near."""
     depth = np.full((size, size), FAR, np.float32)
     band = np.zeros((size, size), np.float32)
     for one in outlines:

@@ -1,4 +1,4 @@
-"""Stains drawn tissue twice: with haematoxylin and eosin, and with the twenty markers of an ORION image."""
+"""Renders drawn tissue twice: stained with haematoxylin and eosin, and as the 20 markers of an ORION image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BACKGROUNDS = {
     "CD31": 0.0032,
     "CD45": 0.0029,
     "CD68": 0.0028,
-    "Blank": 0.0,  # an empty channel, for which nothing is drawn
+    "Blank": 0.0,  # an empty channel: nothing is drawn
     "CD4": 0.0030,
     "FOXP3": 0.0027,
     "CD8a": 0.0033,
@@ -35,13 +35,13 @@ BACKGROUNDS = {
     "SMA": 0.0034,
     "Granzyme B": 0.0029,
 }
-"""The markers in channel order, each with its level where nothing is stained, as a fraction of full scale."""
+"""The markers in channel order, each with its background level as a fraction of full scale."""
 MARKERS: tuple[str, ...] = tuple(BACKGROUNDS)
 
 VECTORS = np.array(STAINS)
-"""Optical density of red, green and blue per unit of haematoxylin, eosin and a brown third, after Ruifrok and
-Johnston, Analytical and Quantitative Cytology and Histology 23, 2001. The third, their DAB, stands here for what
-absorbs blue light besides the dyes: haemoglobin, and a little of all protein."""
+"""Optical density of red, green and blue per unit of haematoxylin, eosin and a brown third stain, after Ruifrok and
+Johnston, Analytical and Quantitative Cytology and Histology 23, 2001. Their third stain is DAB; here it represents
+whatever else absorbs blue light: haemoglobin, and protein slightly."""
 
 FULL_SCALE = 65535
 PSF_SIGMA = 0.8
@@ -62,13 +62,13 @@ class Stain:
     vectors: NDArray[np.float64]
     """(3, 3): haematoxylin, eosin and brown by red, green and blue"""
     glass: NDArray[np.float64]
-    """(3,): grey level of red, green and blue where nothing lies"""
+    """(3,): level of red, green and blue on blank glass"""
     antibodies: NDArray[np.float64]
-    """(C,): brightness of each marker about 1"""
+    """(C,): brightness of each marker, about 1"""
 
     @classmethod
     def draw(cls, patient: np.random.Generator, core: np.random.Generator) -> Stain:
-        """A random staining: most of the variation is the patient's (one block, one day), a little the core's."""
+        """A random staining: most of the variation is between patients (one block, one day), a little between cores."""
         vectors = VECTORS * (1 + 0.04 * patient.standard_normal((3, 3)) + 0.01 * core.standard_normal((3, 3)))
         return cls(
             haematoxylin=float(np.exp(0.09 * patient.standard_normal() + 0.03 * core.standard_normal())),
@@ -81,10 +81,10 @@ class Stain:
 
 @dataclass(frozen=True)
 class Absorbers:
-    """What takes light out of the H&E, optical densities (S, S)."""
+    """The absorbers of an H&E as optical densities (S, S)."""
 
     chromatin: Floats
-    """haematoxylin in nuclei, which is where Hoechst binds too"""
+    """haematoxylin in nuclei, where Hoechst binds too"""
     basophilia: Floats
     """haematoxylin elsewhere"""
     eosin: Floats
@@ -92,7 +92,7 @@ class Absorbers:
 
 
 def stain_dyes(rng: np.random.Generator, tissue: Tissue) -> Absorbers:
-    """Where haematoxylin and eosin bind."""
+    """Densities of the dyes that bind to the tissue."""
     cells, size = tissue.cells, tissue.depth.shape[0]
     chromatin_of, clumps_of = np.array([(kind.chromatin, kind.clumps) for kind in KINDS], np.float32)[cells.kind].T
     dye = chromatin_of * np.exp(0.13 * rng.standard_normal(len(cells.y), dtype=np.float32))
@@ -124,17 +124,17 @@ def stain_dyes(rng: np.random.Generator, tissue: Tissue) -> Absorbers:
 
 
 def _bodies(tissue: Tissue, kind: int) -> NDArray[np.bool_]:
-    """The cytoplasm of cells of a kind."""
+    """Mask of the cytoplasm of all cells of a kind."""
     return (tissue.cells.kind == kind)[tissue.owner] & (tissue.owner >= 0) & (tissue.depth > 0)
 
 
 def render_he(rng: np.random.Generator, dyes: Absorbers, stain: Stain) -> NDArray[np.uint8]:
-    """H&E image (S, S, 3): light falls by Beer and Lambert's law, I = glass * 10^-(density of the three stains)."""
+    """H&E image (S, S, 3) by the Beer-Lambert law, I = glass * 10^-(density of the three stains)."""
     size = dyes.eosin.shape[0]
     thickness = 1 + np.float32(0.05) * noise(rng, size, size / 3)
     haematoxylin = (dyes.chromatin + dyes.basophilia) * np.float32(stain.haematoxylin) * thickness
     eosin = dyes.eosin * np.float32(stain.eosin) * thickness
-    # Protein is faintly brown by itself: without it eosin alone comes out magenta.
+    # Protein is faintly brown; without this, eosin would look magenta.
     brown = dyes.haemoglobin + np.float32(0.28) * eosin
     he = np.empty((size, size, 3), np.uint8)
     for channel, vector in enumerate(stain.vectors.T.astype(np.float32)):
@@ -146,10 +146,10 @@ def render_he(rng: np.random.Generator, dyes: Absorbers, stain: Stain) -> NDArra
 
 
 def _phenotypes(rng: np.random.Generator, tissue: Tissue) -> dict[str, Floats]:
-    """How strongly each cell (N,) expresses the markers that belong to cells rather than to structures.
+    """How strongly each cell (N,) expresses the markers of cells (as opposed to markers of structures).
 
-    T-cell subsets are drawn at random within their parents, so that an H&E can tell where T cells lie but
-    not which of them are CD8; and one lymphocyte in eight is not what its place suggests.
+    T-cell subsets are drawn at random within their parents, so that an H&E shows where T cells are but not which of
+    them are CD8. One lymphocyte in eight is not of the type that its place suggests.
     """
     kind = tissue.cells.kind
     chance = rng.random((10, len(kind)), dtype=np.float32)
@@ -184,11 +184,11 @@ def _phenotypes(rng: np.random.Generator, tissue: Tissue) -> dict[str, Floats]:
 
 
 def _signals(rng: np.random.Generator, tissue: Tissue, dyes: Absorbers) -> Iterator[tuple[str, Floats]]:
-    """What each marker but Blank adds to its background: one map (S, S) at a time, in fractions of full scale."""
+    """Signal of each marker except Blank, without background: one map (S, S) at a time, as a fraction of full scale."""
     size, owner, depth = tissue.depth.shape[0], tissue.owner, tissue.depth
     nucleus = soft(depth)
     own = owner >= 0
-    # Chromatin takes up both dyes, but no nucleus exactly as much of one as of the other.
+    # Chromatin binds haematoxylin and Hoechst, but their ratio varies between nuclei.
     uptake = np.exp(0.18 * rng.standard_normal(len(tissue.cells.y), dtype=np.float32))
     yield "Hoechst", 0.3 * uptake[owner] * dyes.chromatin**1.35
     yield "AF1", 0.045 * dyes.eosin + np.clip(0.9 * (dyes.eosin - 0.22), 0, 0.075) + 0.2 * dyes.haemoglobin

@@ -1,6 +1,6 @@
-"""The anatomy of one generated tissue core: where glands, vessels, follicles, fibres and cells lie.
+"""The anatomy of one generated tissue core: positions of glands, vessels, follicles, fibres and cells.
 
-Only geometry: what the stains and the markers make of it stands in ``stains.py``.
+This module is geometry only; ``stains.py`` renders the stains and the markers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from orion_unet.demo.shapes import FAR, Cells, Floats, Ints, Outline, grow, nois
 
 @dataclass(frozen=True)
 class Habit:
-    """What the cores of one patient have in common."""
+    """Composition that the cores of one patient share."""
 
     glands: float
     """share of the tissue that is glands"""
     solid: float
     """fraction of the glands that are nests without a lumen"""
     goblets: float
-    """fraction of the epithelial cells that hold a drop of mucin"""
+    """fraction of the epithelial cells with a drop of mucin"""
     crowding: float
     """density of the second row of epithelial nuclei, in [0, 1]"""
     inflammation: float
@@ -46,7 +46,7 @@ class Ground:
     """The maps of one core without its cells, (S, S) each. Masks are soft, in [0, 1]; depths are signed pixels."""
 
     present: Floats
-    """tissue, as against glass and tears"""
+    """tissue, as opposed to glass and tears"""
     epithelium: Floats
     lumen: Floats
     gland_depth: Floats
@@ -58,7 +58,7 @@ class Ground:
     vessel_depth: Floats
     follicle_depth: Floats
     mantle: Floats
-    """thickness of the nearest follicle's mantle, inside which its germinal centre lies"""
+    """thickness of the nearest follicle's mantle, which surrounds its germinal centre"""
     stroma: Floats
     angle: Floats
     """direction of the fibres, radians"""
@@ -74,9 +74,9 @@ class Tissue(Ground):
     depth: Floats
     """distance to the nearest nucleus's outline, negative inside"""
     owner: Ints
-    """row of the cell that each pixel belongs to, -1 for none"""
+    """row of the cell at each pixel, -1 for none"""
     erythrocytes: Floats
-    """distance to the nearest one's outline, negative inside"""
+    """distance to the nearest erythrocyte's outline, negative inside"""
     goblets: Floats
     """mucin in epithelial cells"""
     nucleoli: Floats
@@ -130,24 +130,24 @@ def _plan(rng: np.random.Generator, size: int, radius: float, habit: Habit) -> d
 
 
 def _thin(cells: Cells, spacing: float) -> Cells:
-    """Keeps one cell, the earliest, in every square of the given side."""
+    """Keep one cell, the first, in every square of the given side."""
     bins = (cells.y // spacing).astype(np.int64) * 100_000 + (cells.x // spacing).astype(np.int64)
     return cells.select(np.sort(np.unique(bins, return_index=True)[1]))
 
 
 def _flow(rng: np.random.Generator, size: int, nearest: Floats) -> tuple[Floats, Floats]:
-    """Unit vectors (y, x) that run along wavy bundles and around whatever stands in their way."""
+    """Unit vectors (y, x) along wavy bundles, which bend around the nearest structures."""
     around = 2.5 * np.exp(-np.maximum(nearest, 0) / 14)
     hill = (noise(rng, size, 110) + 0.35 * noise(rng, size, 45) + around).astype(np.float32)
     for _ in range(5):
-        hill = shapes.blur(hill, 2.0)  # takes the creases out of where two structures are equally near
+        hill = shapes.blur(hill, 2.0)  # smooths the creases midway between two structures
     gy, gx = np.gradient(hill)
     steepness = np.hypot(gy, gx) + np.float32(1e-9)
     return gx / steepness, -gy / steepness
 
 
 def _ground(rng: np.random.Generator, size: int, plan: dict[str, list[Outline]], radius: float) -> Ground:
-    """Paint the plan: where each kind of tissue is, how far from its edges, and which way the fibres run."""
+    """Rasterise the plan: masks of each kind of tissue, distances to their edges, and directions of the fibres."""
     gland_depth, gland_band = shapes.measure(size, plan["glands"])
     vessel_depth, wall_band = shapes.measure(size, plan["vessels"] + plan["capillaries"])
     follicle_depth, mantle = shapes.measure(size, plan["follicles"])
@@ -182,7 +182,7 @@ def _ground(rng: np.random.Generator, size: int, plan: dict[str, list[Outline]],
 
 
 def _lining(rng: np.random.Generator, plan: dict[str, list[Outline]], habit: Habit) -> list[Cells]:
-    """The palisades of epithelial nuclei along the glands, and the flat nuclei along the vessels."""
+    """Rows of epithelial nuclei along the glands, and flat nuclei along the vessels."""
     parts = []
     for gland in plan["glands"]:
         for depth, spacing, density in ((7.5, 7.4, 1.0), (13.5, 8.4, habit.crowding)):
@@ -195,17 +195,17 @@ def _lining(rng: np.random.Generator, plan: dict[str, list[Outline]], habit: Hab
     for vessel in plan["vessels"] + plan["capillaries"]:
         y, x, outward = vessel.along(-0.6, 17)
         flat = grow(rng, shapes.ENDOTHELIUM, y, x, outward + np.float32(np.pi / 2))
-        # Bent as far as the wall they lie on.
+        # Bent like the wall of the vessel.
         parts.append(replace(flat, bend=-(flat.length**2) / (2 * np.float32(vessel.radius) * flat.width)))
     return parts
 
 
 def _filling(rng: np.random.Generator, size: int, ground: Ground, habit: Habit) -> list[Cells]:
-    """All cells that stand in no row; the earlier of two at one place is the one that will be kept."""
+    """All cells that are not in a row. Of two cells at one place, ``_thin`` keeps the one added first."""
     parts = []
 
     def add(kind: int, spacing: float, chance: Callable[..., Floats], wobble: float) -> None:
-        """Scatter cells of a kind; ``chance`` turns a function that reads maps at the points into probabilities."""
+        """Scatter cells of a kind; ``chance`` gets a function that samples maps, and returns probabilities."""
         y, x = scatter(rng, size, spacing)
         chosen = rng.random(len(y)) < chance(lambda field: pick(field, y, x))
         turn = pick(ground.angle, y, x) + wobble * rng.standard_normal(len(y), dtype=np.float32)
@@ -228,7 +228,7 @@ def _filling(rng: np.random.Generator, size: int, ground: Ground, habit: Habit) 
 
 
 def draw_tissue(rng: np.random.Generator, size: int, habit: Habit) -> Tissue:
-    """One core of S x S pixels: a disc of tissue on glass, filled with the structures of the habit."""
+    """One core of S x S pixels: a disc of tissue on glass, with the composition of ``habit``."""
     radius = 0.455 * size
     plan = _plan(rng, size, radius, habit)
     ground = _ground(rng, size, plan, radius)
@@ -237,7 +237,7 @@ def draw_tissue(rng: np.random.Generator, size: int, habit: Habit) -> Tissue:
     cells = _thin(cells.select(pick(ground.present, cells.y, cells.x) > 0.5), 4.0)
     depth, owner = shapes.stamp(size, cells)
 
-    # Erythrocytes in vessels, nucleoli in the larger nuclei, and mucin towards the lumen of some glandular cells.
+    # Erythrocytes in vessels, nucleoli in the larger nuclei, and mucin on the lumen side of some glandular cells.
     y, x = scatter(rng, size, 8)
     blood = (pick(ground.vessel_depth, y, x) < -2) & (pick(noise(rng, size, 16), y, x) > -0.3)
     erythrocytes, _ = shapes.stamp(size, grow(rng, shapes.ERYTHROCYTE, y[blood], x[blood], x[blood]))

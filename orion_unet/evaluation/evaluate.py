@@ -25,9 +25,9 @@ from orion_unet.evaluation.score_tables import cell_table, marker_table, show
 from orion_unet.evaluation.scorecard import MEAN, MODEL, REGRESSION, make_scorecard, verdicts
 from orion_unet.evaluation.scored_folder import Region, ScoredFolder, open_folder
 from orion_unet.evaluation.scores import CoreScores, draw_pixels, positive_thresholds, sampled_share, score_core, take
+from orion_unet.extras import needed
 from orion_unet.inference.model import load_trained
 from orion_unet.run_log import CHECKPOINT_DIR
-from orion_unet.slides.images import needed
 from orion_unet.text import clean
 
 OUTPUT_FOLDER = "evaluation"
@@ -43,7 +43,7 @@ def evaluate(options: EvaluateOptions, say: Say, progress: Progress = no_progres
     """
 
     def say_clean(text: str) -> None:
-        say(clean(text, len(text)))
+        say(clean(text, None))
 
     _require_packages(options)
     output_dir = _output_dir(options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import platform
@@ -21,6 +19,7 @@ from orion_unet.evaluation.score_figures import draw_markers, draw_patches, draw
 from orion_unet.evaluation.scorecard import DUELS, MEAN, MODEL, OVERALL, REGRESSION, Scorecard, verdicts
 from orion_unet.evaluation.scores import BOX_PIXELS, METRICS, RANK_METRICS, SAMPLE_SEED, overall
 from orion_unet.run_log import fsync_folder, utc_now, write_atomic, write_json
+from orion_unet.text import csv_bytes
 
 SCHEMA = 2
 SCORES_CSV, CORES_CSV, CELLS_CSV, SCORES_JSON = "scores.csv", "cores.csv", "cells.csv", "scores.json"
@@ -39,10 +38,10 @@ def write_files(found: Evaluation, folder: Path) -> None:
     card = found.card
     with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=folder) as scratch:
         new = Path(scratch)
-        _write_csv(new / SCORES_CSV, ["marker", *_score_columns()], _score_rows(card))
-        _write_csv(new / CORES_CSV, ["core", "group", "split", "marker", *METRICS], _core_rows(found))
+        write_atomic(new / SCORES_CSV, csv_bytes(["marker", *_score_columns()], _score_rows(card)))
+        write_atomic(new / CORES_CSV, csv_bytes(["core", "group", "split", "marker", *METRICS], _core_rows(found)))
         if found.cells is not None:
-            _write_csv(new / CELLS_CSV, _cell_columns(), _cell_rows(card.names, found.cells))
+            write_atomic(new / CELLS_CSV, csv_bytes(_cell_columns(), _cell_rows(card.names, found.cells)))
         write_atomic(new / MARKERS_PNG, draw_markers(card))
         write_atomic(new / SCATTER_PNG, draw_scatter(card, *found.samples))
         if found.patches:
@@ -170,21 +169,6 @@ def _cell_document(names: tuple[str, ...], cells: CellResult) -> dict[str, Any]:
             for marker, name in enumerate(names)
         },
     }
-
-
-def _write_csv(path: Path, columns: list[str], rows: Iterable[list[Any]]) -> None:
-    """A CSV file in which what is undefined is an empty cell."""
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_cell(value) for value in row] for row in rows)
-    write_atomic(path, file.getvalue().encode())
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}" if math.isfinite(value) else ""
-    return str(value)
 
 
 def _score_columns() -> list[str]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from orion_unet.evaluation.patches import ScoredPatch
 from orion_unet.evaluation.scorecard import BASELINE_NAMES, MEAN, MODEL, REGRESSION, Scorecard
-from orion_unet.text import clean
+from orion_unet.text import for_figure
 
 BAR_METRICS = {"pearson": "Pearson r", "psnr_db": "PSNR [dB]", "auc": "area under the ROC"}
 # What the axis of a bar chart spans at least, and the value that tells nothing.
@@ -83,7 +83,7 @@ def draw_markers(card: Scorecard) -> bytes:
         ax.set_axisbelow(True)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
-    axes[0].set_yticks(rows, [clean(card.names[marker], LONG_NAME) for marker in order], fontsize=8, parse_math=False)
+    axes[0].set_yticks(rows, [for_figure(card.names[marker], LONG_NAME) for marker in order], fontsize=8)
     axes[0].set_ylim(len(order) - 0.4, -0.6)
     shown_labels = {text: mark for ax in axes for mark, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown_labels = dict(sorted(shown_labels.items(), key=lambda item: LEGEND.index(item[0])))
@@ -110,7 +110,7 @@ def draw_scatter(card: Scorecard, measured: np.ndarray, predicted: np.ndarray) -
         ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
         ax.set_aspect("equal")
         shown = f"r {r:.2f}" if np.isfinite(r) else "r undefined"
-        ax.set_title(f"{clean(name, SHORT_NAME)}  {shown}", fontsize=8, parse_math=False)
+        ax.set_title(f"{for_figure(name, SHORT_NAME)}  {shown}", fontsize=8)
         ax.tick_params(labelsize=7)
     for ax in grid[max(0, count - columns) : count]:
         ax.tick_params(labelbottom=True)
@@ -130,7 +130,7 @@ def draw_patches(patches: Sequence[tuple[str, ScoredPatch]], names: Sequence[str
     Those markers that vary most are shown.
     """
     rows = [
-        (f"{word}, r {patch.score:.2f}\n{clean(patch.core, LONG_NAME)}\n({patch.y}, {patch.x})", patch.region)
+        (f"{word}, r {patch.score:.2f}\n{for_figure(patch.core, LONG_NAME)}\n({patch.y}, {patch.x})", patch.region)
         for word, patch in patches
     ]
     spread = np.mean([region.measured.flatten(1).std(dim=1).numpy() for _, region in rows], axis=0)
@@ -155,7 +155,7 @@ def draw_patches(patches: Sequence[tuple[str, ScoredPatch]], names: Sequence[str
         _image(figure.add_axes(place(0, 2 * row + 0.5)), stain, "H&E" if row == 0 else "", title)
         for column, (marker, high) in enumerate(zip(shown, highs, strict=True), start=1):
             for below, (word, images) in enumerate((("measured", region.measured), ("predicted", region.predicted))):
-                heading = f"{clean(names[marker], SHORT_NAME)}  0–{high:.2f}" if row == below == 0 else ""
+                heading = f"{for_figure(names[marker], SHORT_NAME)}  0–{high:.2f}" if row == below == 0 else ""
                 _image(
                     figure.add_axes(place(column, 2 * row + below)), images[marker].numpy(), heading,
                     word if column == 1 else "", cmap="inferno", vmin=0, vmax=high,
@@ -165,7 +165,7 @@ def draw_patches(patches: Sequence[tuple[str, ScoredPatch]], names: Sequence[str
 
 def _image(axes: Any, image: np.ndarray, title: str, label: str, **shown: Any) -> None:
     axes.imshow(image, interpolation="nearest", **shown)
-    axes.set_title(title, fontsize=8, pad=3, parse_math=False)
-    axes.set_ylabel(label, fontsize=7, parse_math=False)
+    axes.set_title(title, fontsize=8, pad=3)
+    axes.set_ylabel(label, fontsize=7)
     axes.set_xticks([])
     axes.set_yticks([])

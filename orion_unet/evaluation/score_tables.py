@@ -74,7 +74,7 @@ def cell_table(names: tuple[str, ...], scores: CellScores) -> Table:
 def show(table: Table, title: str) -> None:
     """Print a table under its title, within the terminal's width."""
     console = Console()
-    console.print(Text(clean(title, len(title))), style="bold")
+    console.print(Text(clean(title, None)), style="bold")
     console.print(table)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from orion_unet import __version__
 from orion_unet.data.channels import nuclear_channel
 from orion_unet.distributed import usable_cores
-from orion_unet.errors import InputError, RunError
+from orion_unet.errors import RunError
+from orion_unet.extras import needed
 from orion_unet.run_log import fsync_folder
 
 TILE = 512
@@ -56,16 +57,16 @@ def write_ome_tiff(
     quantiles of the smallest level, and napari does the like with float32. With uint16, 0 to 65535 set by hand in
     QuPath means 0 to ``high`` in every file.
 
-    Raises RunError where the file cannot be written, InputError where tifffile or imagecodecs is not installed.
+    Raises RunError where the file cannot be written, InputError where a package is not installed.
     """
     if dtype not in ("uint16", "float32"):
         raise ValueError(f"dtype {dtype}: must be uint16 or float32")
     if image.ndim != 3 or len(names) != len(image) or not high > 0:
         raise ValueError(f"image {image.shape}, {len(names)} names, high {high}: want (C, H, W), C names, high > 0")
-    tifffile = _tifffile()
+    require_writer()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _write(tifffile, temporary, image, names, pixel_size_um, np.dtype(dtype), high, description)
+        _write(temporary, image, names, pixel_size_um, np.dtype(dtype), high, description)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -77,14 +78,12 @@ def write_ome_tiff(
             temporary.unlink(missing_ok=True)
 
 
-def _tifffile() -> Any:
-    try:
-        # Unlike tifffile alone, the pair also has the predictor, and compresses on every core.
-        import imagecodecs  # noqa: F401
-        import tifffile
-    except ImportError as error:
-        raise InputError(f'OME-TIFF needs the package {error.name}: pip install "orion-unet[inference]"') from None
-    return tifffile
+def require_writer() -> None:
+    """Raise InputError where a package is missing that writing OME-TIFF needs."""
+    needed("tifffile")
+    # Unlike tifffile alone, the pair also has the predictor, and compresses on every core.
+    needed("imagecodecs")
+    needed("skimage.color", "scikit-image")
 
 
 def _space(folder: Path) -> str:
@@ -94,7 +93,6 @@ def _space(folder: Path) -> str:
 
 
 def _write(
-    tifffile: Any,
     path: Path,
     image: np.ndarray,
     names: Sequence[str],
@@ -103,6 +101,8 @@ def _write(
     high: float,
     description: str,
 ) -> None:
+    import tifffile
+
     sizes = pyramid_sizes(image.shape[1], image.shape[2])
     stored_bytes = 4 / 3 * image.size * dtype.itemsize
     metadata: dict[str, Any] = {

@@ -14,7 +14,7 @@ from orion_unet.data.channels import NAMES_FILE
 from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
 from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import read_document, write_atomic, write_json
-from orion_unet.slides.images import SUFFIXES
+from orion_unet.slides.open import SUFFIXES
 
 RESULT_SUFFIX = {"npy": ".npy", "ome-tiff": ".ome.tiff"}
 RECORD_FILE = ".predict.partial.json"

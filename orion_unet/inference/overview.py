@@ -1,21 +1,23 @@
-"""A PNG to look at before opening a viewer: the H&E beside every predicted marker."""
+"""A PNG to look at before opening a viewer: thumbnails of the H&E and of every predicted marker."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from orion_unet.errors import RunError
 from orion_unet.run_log import write_atomic
+from orion_unet.text import clean
 
+# Longest side of a thumbnail. Of a box's rows only every few are read, at least so many: enough for a picture.
+LONGEST_SIDE, ROWS_PER_BOX = 1000, 4
+BAND_PIXELS = 1 << 21
 # A marker is shown from 0 to this quantile of its values, and never over less than the smallest range: a marker
 # that was predicted nearly empty must look so.
 DISPLAY_QUANTILE, SMALLEST_RANGE = 0.998, 0.05
@@ -30,6 +32,28 @@ LETTER_INCHES = 0.62 * FONT_SIZE / 72
 BAR_SHARE = 0.25
 
 
+def box_size(shape: tuple[int, int]) -> int:
+    """Side of the boxes, in pixels, that bring an image (H, W) down to a thumbnail."""
+    return max(1, -(-max(shape) // LONGEST_SIDE))
+
+
+def thumbnail(read: Callable[[slice], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Means over boxes, (h, w, ...) float32, of an image that ``read`` gives by rows, (n, W, ...).
+
+    Rows and columns that fill no box are left out, but for an image smaller than one.
+    """
+    high, wide = (min(box_size(shape), side) for side in shape)
+    rows, columns = shape[0] // high, shape[1] // wide
+    at_once = max(1, BAND_PIXELS // (high * shape[1]))
+    bands = []
+    for row in range(0, rows, at_once):
+        count = min(at_once, rows - row)
+        band = read(slice(row * high, (row + count) * high))[:, : columns * wide]
+        boxes = band.reshape(count, high, columns, wide, *band.shape[2:])
+        bands.append(boxes[:, :: max(1, high // ROWS_PER_BOX)].mean(axis=(1, 3), dtype=np.float32))
+    return np.concatenate(bands)
+
+
 def write_overview(
     path: Path, he: np.ndarray, image: np.ndarray, names: Sequence[str], *, pixel_size_um: float | None = None
 ) -> None:
@@ -41,14 +65,21 @@ def write_overview(
     """
     figure = _draw(he, image[:MOST_MARKERS], names[:MOST_MARKERS], pixel_size_um)
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI)
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(drawn, format="png", dpi=DPI)
     try:
         write_atomic(path, drawn.getvalue(), durable=False)
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def _draw(he: np.ndarray, image: np.ndarray, names: Sequence[str], pixel_size_um: float | None) -> Figure:
+def _draw(he: np.ndarray, image: np.ndarray, names: Sequence[str], pixel_size_um: float | None) -> Any:
+    # Only here: a command that is given a wrong option should not wait for it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     aspect = he.shape[1] / he.shape[0]
     layout = Layout.of(len(image), aspect)
     wide, tall = layout.cell_height * aspect, layout.cell_height
@@ -103,8 +134,7 @@ class Layout(NamedTuple):
 
 def title_within(name: str, ending: str, inches: float) -> str:
     """The name, cut with an ellipsis where it and its ending would be wider than its image."""
-    room = max(3, int(inches / LETTER_INCHES) - len(ending))
-    return (name if len(name) <= room else name[: room - 1] + "…") + ending
+    return clean(name, max(3, int(inches / LETTER_INCHES) - len(ending))) + ending
 
 
 def _show(axes: Any, image: np.ndarray, title: str, inches: float, high: float | None = None) -> None:
@@ -125,6 +155,8 @@ def bar_length(width_um: float) -> float:
 
 
 def _scale_bar(axes: Any, shape: Sequence[int], pixel_size_um: float, inches: float) -> None:
+    from matplotlib.patches import Rectangle
+
     length = bar_length(shape[1] * pixel_size_um)
     text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
     # In pixels of the thumbnail: a text's line, and the bar's thickness.

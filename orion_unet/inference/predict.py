@@ -28,7 +28,7 @@ def predict(
     ``he`` is (H, W, 3) or (3, H, W): uint8, uint16, or floats in [0, 1] or [0, 255]. ``model`` comes from
     ``orion_unet.load_model``. Returns (C, H, W) float32 in the order of ``model.names`` and in the unit of the
     training data, or in [0, 1] with ``normalized``. ``tta`` averages over the eight flips and turns, ``tissue_only``
-    leaves tiles of blank glass at 0; ``tile`` and ``overlap`` are in pixels. Raises InputError for an array of
+    leaves tiles that show no tissue at 0; ``tile`` and ``overlap`` are in pixels. Raises InputError for an array of
     another kind, or numbers that do not fit the network.
     """
     array = np.asarray(he)

@@ -6,7 +6,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,8 +15,10 @@ import numpy as np
 import torch
 
 from orion_unet import __version__
+from orion_unet.config import PredictOptions
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.model import TrainedModel
+from orion_unet.inference.ome_tiff import require_writer, write_ome_tiff
 from orion_unet.inference.outputs import (
     Job,
     Record,
@@ -28,34 +29,18 @@ from orion_unet.inference.outputs import (
     refuse_existing,
     write_names,
 )
-from orion_unet.inference.progress import Progress, duration
-from orion_unet.inference.thumbnails import box_size, thumbnail
+from orion_unet.inference.overview import box_size, thumbnail, write_overview
+from orion_unet.inference.progress import Progress
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
-from orion_unet.slides.images import HeImage, open_he
+from orion_unet.slides.images import HeImage
+from orion_unet.slides.open import open_he, require_readers
+from orion_unet.text import clean_lines, duration
 
 # Values that are brought to their unit and written at a time: so few that they stay in the processor's cache, or so
 # many that a GPU is not kept waiting.
 CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """How to predict and what to write; None stands for what suits the input."""
-
-    format: str = "npy"
-    dtype: str = "uint16"
-    normalized: bool = False
-    markers: str | None = None
-    pixel_size_um: float | None = None
-    tissue_only: bool | None = None
-    tta: bool = False
-    tile: int | None = None
-    overlap: int | None = None
-    batch_size: int | None = None
-    overwrite: bool = False
-    overview: bool = True
 
 
 def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir: Path, options: PredictOptions) -> int:
@@ -67,12 +52,13 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     InputError for options that cannot be used or outputs that exist, RunError where the disk or memory fails.
     """
     choose_tiling(model, (1, 1), options.tile, options.overlap)
-    if options.batch_size is not None and options.batch_size < 1:
-        raise InputError(f"--batch_size {options.batch_size}: must be at least 1")
     kept = chosen_markers(options.markers, model.names)
     names = [model.names[index] for index in kept]
     decisive = _decisive(model, options)
     jobs = plan_jobs(find_inputs(inputs), output_dir, options.format, options.overview, decisive, options.pixel_size_um)
+    require_readers(job.source for job in jobs)
+    if options.format == "ome-tiff":
+        require_writer()
     prepare_folder(output_dir)
     record, progress = Record(output_dir), Progress()
     waiting = [job for job in jobs if not record.holds(job)]
@@ -93,7 +79,7 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
                 raise
             failed += 1
             progress.end()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {clean_lines(str(error))}", file=sys.stderr, flush=True)
             continue
         finally:
             progress.end()
@@ -148,12 +134,22 @@ def _predict_image(
         augmented=options.tta,
         batch_size=options.batch_size,
     )
-    if options.format == "ome-tiff" and (options.pixel_size_um or image.pixel_size_um) is None:
-        progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
+    if (options.pixel_size_um or image.pixel_size_um) is None:
+        if image.pixel_size_doubt:
+            progress.say(
+                f"warning: {job.name}: the pixel size of the file is not used ({image.pixel_size_doubt}); "
+                "give --pixel_size_um"
+            )
+        elif options.format == "ome-tiff":
+            progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
     unit = Unit(model.normalization, kept, options.normalized)
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)
     with WorkingFile(job.result.parent, job.name, shape, "<u2" if quantized else "<f4", job.fingerprint) as working:
+        if not options.overwrite and job.result.exists():
+            # Another process has written it since this one looked.
+            working.remove()
+            refuse_existing([job], None)
         first = working.finished_rows
         if first:
             progress.say(f"{job.name}: going on at tile row {first + 1} of {len(tiles.rows)}")
@@ -177,7 +173,7 @@ def _predict_image(
             ) from error
         finally:
             progress.end()
-        _write_outputs(model, image, job, working, unit, options, progress)
+        _write_outputs(model, image, job, working, unit, options)
     pixels = image.shape[0] * image.shape[1]
     progress.say(
         f"{job.result.name}: {image.shape[1]:,} x {image.shape[0]:,} pixels, {len(kept)} markers, "
@@ -192,7 +188,6 @@ def _write_outputs(
     working: WorkingFile,
     unit: Unit,
     options: PredictOptions,
-    progress: Progress,
 ) -> None:
     """The output under its final name, and its overview."""
     pixel_size_um = options.pixel_size_um or image.pixel_size_um
@@ -201,8 +196,6 @@ def _write_outputs(
     if options.format == "npy":
         working.become(job.result)
     else:
-        from orion_unet.inference.ome_tiff import write_ome_tiff
-
         meaning = "[0, 1]" if unit.normalized else f"the unit of the training data, where {unit.high:g} is white"
         write_ome_tiff(
             job.result,
@@ -216,8 +209,6 @@ def _write_outputs(
         )
         working.remove()
     if job.overview and pictures:
-        from orion_unet.inference.overview import write_overview
-
         shown = pixel_size_um * box_size(image.shape) if pixel_size_um else None
         write_overview(job.overview, *pictures, unit.names, pixel_size_um=shown)
 

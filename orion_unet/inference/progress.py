@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from orion_unet.text import clean, clean_lines, duration
+
 LINE_EVERY_S = 30.0
 
 
@@ -19,7 +21,8 @@ class Progress:
         self._bar: tqdm[Any] | None = None
 
     def say(self, text: str) -> None:
-        """A line, above the bar if there is one."""
+        """A line, above the bar if there is one; what could move the cursor is shown as an escape."""
+        text = clean_lines(text)
         if self._bar is not None:
             tqdm.write(text, file=sys.stdout)
         else:
@@ -27,10 +30,10 @@ class Progress:
 
     def start(self, name: str, tiles: int, done: int) -> None:
         """Begin an image of which some tiles may have been done earlier."""
-        self._name, self._tiles, self._before, self._done = name, tiles, done, done
+        self._name, self._tiles, self._before, self._done = clean(name), tiles, done, done
         self._began = self._said = time.monotonic()
         if self.on_terminal:
-            self._bar = tqdm(total=tiles, initial=done, desc=name, unit="tile", leave=False, dynamic_ncols=True)
+            self._bar = tqdm(total=tiles, initial=done, desc=self._name, unit="tile", leave=False, dynamic_ncols=True)
 
     def advance(self, tiles: int) -> None:
         """So many more tiles are done."""
@@ -49,10 +52,3 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 4.2 s, 3 min, 2.5 h."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

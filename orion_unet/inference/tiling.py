@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orion_unet.data.tissue import tissue_fraction
 from orion_unet.errors import InputError
 from orion_unet.inference.model import TrainedModel
+from orion_unet.inference.tissue import CELL, tissue_cells
 from orion_unet.slides.images import HeImage
 
 # Side of a tile where the network does not care (batch norm), and the memory that the blended row of tiles may take:
@@ -113,8 +113,9 @@ def reflected(start: int, count: int, length: int) -> np.ndarray:
 class TiledPrediction:
     """The prediction of one image, a row of tiles at a time: memory follows the image's width, never its height.
 
-    ``kept`` are the indices of the markers wanted. With ``tissue_only``, tiles that show nothing but glass are not
-    predicted and count as 0. With ``augmented``, the mean over the eight flips and turns of each tile is taken.
+    ``kept`` are the indices of the markers wanted. With ``tissue_only``, tiles that show no tissue are not predicted:
+    a pixel is blended from the predicted tiles at it, and 0 where there is none. With ``augmented``, the mean over the
+    eight flips and turns of each tile is taken.
     """
 
     def __init__(
@@ -154,48 +155,63 @@ class TiledPrediction:
         tile, stride, margin = self.tiling.tile, self.tiling.stride, self.tiling.margin
         height, width = self.image.shape
         span = self.columns[-1] + margin + tile
-        blended = torch.zeros((self._channels, tile, span), device=self.model.device)
+        # With tissue_only, a last channel sums the shares of the predicted tiles; without, they add up to 1.
+        channels = self._channels + self.tissue_only
+        blended = torch.zeros((channels, tile, span), device=self.model.device)
         # The rows before ``first`` are done, but the last of them reaches into the next.
         begin = max(first - 1, 0)
         with ThreadPoolExecutor(max_workers=1) as reader:
-            coming: Future[np.ndarray] = reader.submit(self._read, begin)
+            coming = reader.submit(self._read, begin)
             for row in range(begin, len(self.rows)):
-                strip = coming.result()
+                strip, shows_tissue = coming.result()
                 if row + 1 < len(self.rows):
                     coming = reader.submit(self._read, row + 1)
-                self._add_row(blended, row, strip, progress if row >= first else lambda tiles: None)
+                report = progress if row >= first else lambda tiles: None
+                self._add_row(blended, row, strip, shows_tissue, report)
                 last = row + 1 == len(self.rows)
                 y = self.rows[row]
                 top, bottom = max(y, 0), height if last else y + stride
                 if row >= first:
-                    yield top, blended[:, top - y : bottom - y, margin : margin + width]
+                    finished = blended[:, top - y : bottom - y, margin : margin + width]
+                    if self.tissue_only:
+                        finished[:-1] /= finished[-1].clamp(min=SHARE_AT_BORDER**3)
+                    yield top, finished[: self._channels]
                 overlap = self.tiling.overlap
                 blended[:, :overlap] = blended[:, stride:].clone()
                 blended[:, overlap:] = 0
 
-    def _read(self, row: int) -> np.ndarray:
-        """The image under a row of tiles as stored, (tile, W, 3), rows reflected."""
+    def _read(self, row: int) -> tuple[np.ndarray, list[bool]]:
+        """The image under a row of tiles as stored, (tile, W, 3), rows reflected; and which tiles to predict."""
         source = reflected(self.rows[row], self.tiling.tile, self.image.shape[0])
         low, high = int(source.min()), int(source.max()) + 1
         stored = self.image.stored(low, 0, high - low, self.image.shape[1])
-        return stored if len(stored) == len(source) and source[0] == low else stored[source - low]
+        strip = stored if len(stored) == len(source) and source[0] == low else stored[source - low]
+        if not self.tissue_only:
+            return strip, [True] * len(self.columns)
+        cells = tissue_cells(strip, self.image.white)
+        return strip, [
+            bool(cells[:, source.min() // CELL : source.max() // CELL + 1].any()) for source in self._sources
+        ]
 
-    def _add_row(self, blended: Tensor, row: int, strip: np.ndarray, progress: Callable[[int], None]) -> None:
+    def _add_row(
+        self, blended: Tensor, row: int, strip: np.ndarray, shows_tissue: list[bool], progress: Callable[[int], None]
+    ) -> None:
         wanted: list[int] = []
         tiles: list[np.ndarray] = []
         for column, source in enumerate(self._sources):
-            tile = strip[:, source]
-            if self.tissue_only and not tissue_fraction(tile, "hwc", self.image.white):
-                progress(1)
-            else:
+            if shows_tissue[column]:
                 wanted.append(column)
-                tiles.append(tile)
+                tiles.append(strip[:, source])
+            else:
+                progress(1)
             if len(wanted) == self.batch_size or (wanted and column + 1 == len(self._sources)):
                 predicted = self._predict(np.stack(tiles))
                 for one, place in zip(predicted, wanted, strict=True):
                     share = self._down[row, :, None] * self._across[place]
                     start = place * self.tiling.stride
-                    blended[:, :, start : start + self.tiling.tile].addcmul_(one, share)
+                    under = blended[:, :, start : start + self.tiling.tile]
+                    under[: self._channels].addcmul_(one, share)
+                    under[self._channels :] += share
                 progress(len(wanted))
                 wanted, tiles = [], []
 

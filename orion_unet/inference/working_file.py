@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -35,27 +35,36 @@ class WorkingFile:
         self._syncing: Future[None] | None = None
         self._syncer = ThreadPoolExecutor(max_workers=1)
         self._offset = 0
+        self._file = self._claimed()
         try:
-            self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written ({error.strerror})") from error
-        try:
-            self._claim()
             self.finished_rows = self._begin()
         except BaseException:
             self._file.close()
             raise
 
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{self.path}: another predict is writing it; wait for it, or name another folder"
-            ) from None
-        except OSError:
-            # A file system without locks: nothing can be known of others.
-            return
+    def _claimed(self) -> BinaryIO:
+        """The file under this path, opened and locked."""
+        while True:
+            try:
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise RunError(f"{self.path}: cannot be written ({error.strerror})") from error
+            file = os.fdopen(handle, "r+b", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise InputError(
+                    f"{self.path}: another predict is writing it; wait for it, or name another folder"
+                ) from None
+            except OSError:
+                # A file system without locks: nothing can be known of others.
+                return file
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), self.path.stat()):
+                    return file
+            # Between opening and locking, its owner has finished: what is open is the output by now, or deleted.
+            file.close()
 
     def _begin(self) -> int:
         self._check_space()

@@ -1,1 +1,1 @@
-"""Looking at a folder of pairs before training on it: the channels, the cores, and what may be wrong with them."""
+"""check-data: measures the channels and cores of a folder of pairs before training, and finds what is wrong."""

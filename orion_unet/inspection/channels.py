@@ -1,4 +1,4 @@
-"""A row of numbers for every channel, from a sample of pixels of all cores."""
+"""Statistics of every channel, from a sample of pixels of all cores."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 import numpy as np
 
 QUANTILES = (0.01, 0.50, 0.99, 0.999)
-# A pixel is positive above background: the median plus so many standard deviations of the pixels below it.
+# A pixel is positive above the background: the median plus this many standard deviations of the pixels below it.
 BACKGROUND_SD = 5.0
-# Pixels at the largest value count as saturated where so many, and such a share of all, have it; one always does.
+# Pixels at the largest value count as saturated if there are at least this many, and this share of all pixels.
 PLATEAU, PLATEAU_SHARE = 10, 1e-5
 
 
 @dataclass(frozen=True)
 class ChannelRow:
-    """One channel over all cores; intensities are stored values / full scale, all from the sample.
+    """One channel over all cores, measured on the sample; intensities are stored values / full scale.
 
-    ``low`` and ``high`` are the smallest and largest value, ``quantiles`` those of ``QUANTILES``. ``positive`` is
-    the share of pixels above ``threshold``, the median + 5 sd of the background, the sd being that of the pixels
-    below the median: robust for markers positive in less than half of the pixels, however sparse, and close to 0
-    for one that is noise alone. (Otsu's threshold, which looks for two classes of like size, falls into the
-    background of a sparse marker.) ``saturated`` is the share of pixels at the largest value where that is a
-    plateau. ``state`` is empty (all 0), constant, noise (nothing above background) or an empty text.
+    ``low`` and ``high`` are the smallest and largest value, ``quantiles`` those of ``QUANTILES``. ``positive`` is the
+    share of pixels above ``threshold``: the median + 5 standard deviations of the background, estimated from the pixels
+    below the median. That works for markers positive in less than half of the pixels, even very sparse ones, and gives
+    nearly 0 for pure noise; Otsu's threshold, which looks for two classes of similar size, falls into the background
+    of a sparse marker. ``saturated`` is the share of pixels at the largest value, if enough pixels share it. ``state``
+    is ``empty`` (all 0), ``constant``, ``noise`` (nothing above the background) or an empty string.
     """
 
     name: str
@@ -38,13 +38,16 @@ class ChannelRow:
 
 
 def describe_channel(name: str, values: np.ndarray, step: float) -> ChannelRow:
-    """Numbers of one channel from a sample (N,) of its intensities; ``step`` is the smallest one above 0, or 0."""
+    """Statistics of one channel from a sample (N,) of its intensities.
+
+    ``step`` is the smallest intensity above 0 that the file can store; 0 for floats.
+    """
     low, high = float(values.min()), float(values.max())
     quantiles = tuple(np.quantile(values, QUANTILES).tolist())
     median = quantiles[1]
     below = values[values <= median].astype(np.float64)
-    # The lower half of a normal distribution, mirrored at the median, has its standard deviation. Where half of the
-    # pixels share one value it is 0: stored steps then are the noise.
+    # The lower half of a normal distribution, mirrored at the median, has the same standard deviation. It is 0 where
+    # half of the pixels share one value; then the noise is at least half a stored step.
     spread = max(float(np.sqrt(np.mean((median - below) ** 2))), step / 2)
     threshold = median + BACKGROUND_SD * spread
     positive = float(np.mean(values > threshold))
@@ -62,6 +65,6 @@ def describe_channel(name: str, values: np.ndarray, step: float) -> ChannelRow:
 
 
 def most_varied(names: Sequence[str], sample: np.ndarray) -> str:
-    """The channel of a sample (C, N) that varies most for its range: what shows tissue where no nuclei are stained."""
+    """The channel of a sample (C, N) that varies most for its range: it shows tissue best, after a nuclear one."""
     spread = sample.std(axis=1) / np.maximum(np.quantile(sample, 0.999, axis=1), 1e-12)
     return names[int(spread.argmax())]

@@ -1,4 +1,4 @@
-"""Inspecting a folder: the checks of training first, then everything that is measured, in bounded memory."""
+"""Inspects a folder in bounded memory: the checks of training first, then the measurements."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.data.split import Split, make_split
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
+from orion_unet.findings import Finding
 from orion_unet.inspection.channels import QUANTILES, ChannelRow, describe_channel, most_varied
 from orion_unet.inspection.cores import CoreView, sample_pixels, view_core
 from orion_unet.inspection.duplicates import Twins, find_twins
-from orion_unet.inspection.findings import Finding, find_all
+from orion_unet.inspection.findings import find_all, too_small
 from orion_unet.run_log import SCHEMA, strict
 
-# Pixels sampled over all cores, at least so many of each, and values, which bound the memory of many channels.
+# How many pixels to sample over all cores, and at least of each; how many values, which bounds the memory.
 SAMPLED_PIXELS, LEAST_PER_CORE, SAMPLED_VALUES = 2_000_000, 256, 48_000_000
-# A core of 2,048 x 2,048 takes about 150 MB while it is looked at.
+# A core of 2,048 x 2,048 pixels takes about 150 MB while it is measured.
 MOST_AT_ONCE = 8
 
 
@@ -32,9 +33,9 @@ MOST_AT_ONCE = 8
 class Inspection:
     """Everything that was found in a folder.
 
-    ``formats`` counts the files of each (modality, dtype, axis order), ``marker`` is the channel shown on the
-    contact sheet: ``nuclear``, or the most varied where no nuclear stain is known. ``notes`` are worth knowing,
-    ``findings`` worth mending.
+    ``formats`` counts the files of each (modality, dtype, axis order). ``marker`` is the channel on the contact sheet:
+    the ``nuclear`` one, or the most varied where no nuclear stain is known. ``notes`` are worth knowing, ``findings``
+    worth fixing.
     """
 
     table: PairTable
@@ -51,7 +52,7 @@ class Inspection:
     findings: list[Finding]
 
     def document(self) -> dict[str, Any]:
-        """Everything as plain values, for strict JSON: what is undefined is None."""
+        """Everything as plain values for strict JSON; None where undefined."""
         document: dict[str, Any] = strict(
             {
                 "schema": SCHEMA,
@@ -76,7 +77,10 @@ class Inspection:
                     for pair in self.twins
                 ],
                 "notes": self.notes,
-                "warnings": [finding._asdict() for finding in self.findings],
+                "warnings": [
+                    {"code": found.code, "message": found.message, "advice": " ".join(found.advice)}
+                    for found in self.findings
+                ],
             }
         )
         return document
@@ -99,7 +103,7 @@ def channel_record(row: ChannelRow) -> dict[str, Any]:
 
 
 def core_record(core: CoreView) -> dict[str, Any]:
-    """A core as a row of the CSV; what was not measured is None."""
+    """A core as a row of the CSV; None where not measured."""
     found = core.registration
     return {
         "core": core.name,
@@ -110,8 +114,8 @@ def core_record(core: CoreView) -> dict[str, Any]:
         "he_level": core.he_level,
         "nuclear_correlation": found and found.correlation,
         "best_correlation": found and found.best_correlation,
-        "shift_down": found and found.shift[0],
-        "shift_right": found and found.shift[1],
+        "shift_down": found and found.shift and found.shift[0],
+        "shift_right": found and found.shift and found.shift[1],
         "shift_peak": found and found.peak,
         "constant_channels": " ".join(core.constant),
         "he_digest": core.digest,
@@ -121,7 +125,7 @@ def core_record(core: CoreView) -> dict[str, Any]:
 def inspect_folder(
     options: DataOptions, seed: int, nuclear_marker: str | None = None, progress: Progress = no_progress
 ) -> Inspection:
-    """Check the pairs as training would, then look at every core. Raises InputError with training's own messages."""
+    """Check the pairs as training does, then measure every core. Raises InputError with the messages of training."""
     table = find_pairs(options)
     split, split_warnings = make_split(table, options, seed)
     names = table.kept_names
@@ -133,7 +137,7 @@ def inspect_folder(
     position = table.channel_names.index(nuclear) if nuclear else None
 
     pixels = min(SAMPLED_PIXELS, SAMPLED_VALUES // len(names)) // len(table)
-    step = progress(len(table), "looking at cores")
+    step = progress(len(table), "measuring cores")
 
     def look(core: int) -> tuple[CoreView, np.ndarray]:
         sample = sample_pixels(table, scales, core, max(LEAST_PER_CORE, pixels))
@@ -160,7 +164,7 @@ def inspect_folder(
         nuclear=nuclear,
         marker=nuclear or most_varied(names, sample),
         sampled_pixels=sample.shape[1],
-        notes=[*table.warnings, *split_warnings, *_notes(table, split, nuclear)],
+        notes=[*table.warnings, *split_warnings, *_notes(table, split, nuclear, cores)],
         findings=find_all(channels, cores, twins, nuclear),
     )
 
@@ -176,18 +180,23 @@ def _formats(table: PairTable) -> dict[tuple[str, str, str], int]:
 
 
 def _smallest_step(table: PairTable) -> float:
-    """One step of the coarsest integer type that markers are stored in, as an intensity; 0 for floats."""
+    """One step of the coarsest integer type among the markers' files, as an intensity; 0 for floats."""
     kinds = {np.dtype(text) for text in set(table.orion["dtype"].tolist())}
     return max((1 / np.iinfo(kind).max for kind in kinds if kind.kind == "u"), default=0.0)
 
 
-def _notes(table: PairTable, split: Split, nuclear: str | None) -> list[str]:
+def _notes(table: PairTable, split: Split, nuclear: str | None, cores: list[CoreView]) -> list[str]:
     notes = []
     if len(set(split.groups)) == len(table):
         notes.append(
-            "every core is a group of its own; where several are of one patient or slide, say so in groups.csv "
-            "(columns core,group), or the same tissue may stand on both sides of the split"
+            "every core is a group of its own; if several come from one patient or slide, list them in groups.csv "
+            "(columns core,group), or the same tissue may be on both sides of the split"
         )
     if nuclear is None:
-        notes.append("no channel is named like a nuclear stain, so the registration was not checked: --nuclear_marker")
+        notes.append(
+            "no channel has the name of a nuclear stain, so the registration was not checked: name it with "
+            "--nuclear_marker"
+        )
+    if small := too_small(cores):
+        notes.append(small)
     return notes

@@ -1,4 +1,4 @@
-"""Every core at a glance: its H&E above one marker, so many to a page."""
+"""Contact sheets: every core, its H&E above one marker, 48 cores to a page."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from orion_unet.inspection.check import Inspection
 from orion_unet.inspection.cores import THUMBNAIL, he_thumbnail, marker_thumbnail
 from orion_unet.inspection.findings import remark
 from orion_unet.run_log import write_atomic
+from orion_unet.text import for_figure
 
 PER_PAGE, COLUMNS = 48, 12
-# Inches: side of a picture, gaps, the two lines of text over each core, and the title.
+# Inches: side of a picture, gap, the two lines of text above each core, and the title.
 SIDE, GAP, TEXT, TITLE = 1.35, 0.07, 0.34, 0.38
 DPI = 110
 LETTERS = 19
 
 
 def write_contact_sheets(inspection: Inspection, folder: Path, progress: Progress = no_progress) -> list[Path]:
-    """Draw contact_sheet_01.png and so on into a folder that exists; returns their paths. Raises RunError.
+    """Draw contact_sheet_01.png and so on into an existing folder; returns their paths. Raises RunError.
 
-    The marker is shown from 0 to its 99.9 % quantile, in the same range for all cores, so that cores can be
-    compared; names of cores with a warning on their registration, or with less than 5 % tissue, are red.
+    The marker is shown from 0 to its 99.9 % quantile, the same range for all cores, so that cores can be compared.
+    Names are red where the registration has a warning, or there is less than 5 % tissue.
     """
     total = len(inspection.cores)
     pages = math.ceil(total / PER_PAGE)
@@ -52,9 +53,9 @@ def write_contact_sheets(inspection: Inspection, folder: Path, progress: Progres
 def _draw(inspection: Inspection, cores: range, page: str) -> Figure:
     folder = inspection.table.folder
     row = next(row for row in inspection.channels if row.name == inspection.marker)
-    # The 99.9 % quantile is the nearest of those measured; a marker without signal is black.
+    # A marker whose 99.9 % quantile is its median is shown up to its maximum; one without signal is black.
     high = row.quantiles[-1] if row.quantiles[-1] > row.quantiles[1] else max(row.high, 1e-6)
-    # A page about half as wide again as tall, its last row as full as can be.
+    # The page is about 1.5 times as wide as high; the columns are as few as these rows allow, to fill the last row.
     rows = math.ceil(len(cores) / min(COLUMNS, math.ceil(math.sqrt(3.3 * len(cores)))))
     columns = math.ceil(len(cores) / rows)
     block = TEXT + 2 * SIDE + 2 * GAP
@@ -62,10 +63,12 @@ def _draw(inspection: Inspection, cores: range, page: str) -> Figure:
     height = TITLE + rows * block + GAP
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    title = f"{_cut(folder.resolve().name, 60)}: H&E above {_cut(inspection.marker, 30)}, 0–{high:.3g}{page}"
+    title = (
+        f"{for_figure(folder.resolve().name, 60)}: H&E above {for_figure(inspection.marker, 30)}, 0–{high:.3g}{page}"
+    )
     if any(remark(inspection.cores[core]) for core in cores):
         title += " (red: see the warnings)"
-    figure.text(GAP / width, 1 - 0.09 / height, title, fontsize=11, va="top", parse_math=False)
+    figure.text(GAP / width, 1 - 0.09 / height, title, fontsize=11, va="top")
     channel = inspection.table.channel_names.index(inspection.marker)
     for place, core in enumerate(cores):
         down, right = divmod(place, columns)
@@ -74,12 +77,11 @@ def _draw(inspection: Inspection, cores: range, page: str) -> Figure:
         figure.text(
             left / width,
             1 - (top + TEXT - 0.04) / height,
-            f"{_cut(view.name)}\n{_cut(view.group) if view.group != view.name else ''}",
+            f"{for_figure(view.name, LETTERS)}\n{for_figure(view.group, LETTERS) if view.group != view.name else ''}",
             fontsize=7,
             va="bottom",
             linespacing=1.15,
             color="#b00020" if remark(view) else "black",
-            parse_math=False,
         )
         marker = marker_thumbnail(inspection.table, inspection.scales, core, channel, THUMBNAIL)
         pictures: tuple[tuple[np.ndarray, dict[str, Any]], ...] = (
@@ -100,7 +102,3 @@ def _show(axes: Any, picture: np.ndarray, shown: dict[str, Any]) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_linewidth(0.4)
-
-
-def _cut(text: str, letters: int = LETTERS) -> str:
-    return text if len(text) <= letters else text[: letters - 1] + "…"

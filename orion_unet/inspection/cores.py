@@ -1,4 +1,4 @@
-"""What is read of one core: all of its H&E, some rows of its markers, and one window of its nuclear marker."""
+"""Measures one core, from all of its H&E, some rows of its markers, and one window of its nuclear marker."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from orion_unet.data.tissue import tissue_fraction
 from orion_unet.registration.shift import WINDOW, Registration, register
 from orion_unet.registration.stains import haematoxylin
 
-# Sides of the picture on the contact sheet, and of what cores are compared by.
+# Sides of the picture on the contact sheet, and of the thumbnails that duplicates are found by.
 THUMBNAIL, DESCRIPTOR = 128, 32
 
 
 @dataclass(frozen=True)
 class CoreView:
-    """What was found in one core.
+    """What was measured in one core.
 
-    ``tissue`` is the share that is no glass, ``he_level`` the brightness in [0, 1] that 1 % of the H&E exceeds,
-    ``digest`` of the stored H&E pixels, ``constant`` the channels with a single value in the sample, ``thumbnail``
-    (32, 32) float32 the H&E's darkness. ``registration`` is None where no nuclear marker is known.
+    ``tissue`` is the share of pixels that are not glass, ``he_level`` the brightness in [0, 1] that 1 % of the H&E
+    exceeds, ``digest`` a hash of the stored H&E pixels, ``constant`` the channels with a single value in the sample,
+    ``thumbnail`` (32, 32) float32 the darkness of the H&E. ``registration`` is None if no nuclear marker is known.
     """
 
     name: str
@@ -41,7 +41,7 @@ class CoreView:
 def view_core(
     table: PairTable, scales: Scales, core: int, group: str, nuclear: int | None, sample: np.ndarray
 ) -> CoreView:
-    """Read one core. ``sample`` (C, N) are intensities of its kept channels, ``nuclear`` a stored channel's index."""
+    """Measure one core. ``sample`` (C, N) are intensities of its kept channels, ``nuclear`` indexes the stored ones."""
     he = table.open(core, "he")
     row = table.he[core]
     layout = str(row["layout"])
@@ -69,9 +69,9 @@ def view_core(
 
 
 def sample_pixels(table: PairTable, scales: Scales, core: int, pixels: int) -> np.ndarray:
-    """Intensities (C, N) float32 of the kept channels: about so many pixels, evenly spaced on evenly spaced rows.
+    """Intensities (C, N) float32 of the kept channels at about ``pixels`` pixels, evenly spaced on evenly spaced rows.
 
-    Whole rows are what a memory map reads in one piece in either axis order.
+    A memory map reads whole rows in one piece, in either axis order.
     """
     rows = marker_rows(table, scales, core, list(table.kept_channels), -(-pixels // int(table.orion[core]["width"])))
     flat = rows.reshape(len(rows), -1)
@@ -116,7 +116,7 @@ def _smaller(image: np.ndarray, side: int) -> np.ndarray:
 
 def block_means(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Means (rows, columns, ...) float32 over blocks of an image (H, W, ...); along a side with fewer pixels than
-    blocks, the pixel that each block lies in."""
+    blocks, the pixel that each block starts in."""
     for axis, parts in enumerate((rows, columns)):
         if parts > image.shape[axis]:
             image = image.take(np.arange(parts) * image.shape[axis] // parts, axis).astype(np.float32)
@@ -133,9 +133,9 @@ def _channels_last(stored: np.ndarray, layout: str) -> np.ndarray:
 
 
 def _densest_window(he: np.ndarray, layout: str, white: float) -> tuple[int, int]:
-    """Upper left corner of the window with most tissue, of three by three that cover the core."""
+    """Upper left corner of the window with most tissue, among 3 x 3 windows spread over the core."""
     image = _channels_last(he, layout)
-    # The middle first: of equal windows it is taken.
+    # The middle comes first: it wins among equal windows.
     corners = [
         (int(down * max(0, image.shape[0] - WINDOW)), int(right * max(0, image.shape[1] - WINDOW)))
         for down in (0.5, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""The same tissue under two names: identical files, and copies that were re-saved, brightened, flipped or turned."""
+"""Finds the same tissue under two names: identical files, and copies re-saved, brightened, flipped or rotated."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 
 from orion_unet.inspection.cores import CoreView
 
-# Thumbnails of different tissue, of the same outline even, stay far below this; copies lie above.
+# Thumbnails of copies correlate above this; those of different tissue stay far below, even with the same outline.
 ALIKE = 0.8
-# A Gaussian of so many thumbnail pixels is taken off, or every round core on glass would look like every other.
+# A Gaussian blur of this many thumbnail pixels is subtracted; otherwise all round cores on glass would look alike.
 OUTLINE = 3.0
 ROWS_AT_A_TIME = 500
 
 
 class Twins(NamedTuple):
-    """Two cores that show the same tissue; ``likeness`` is 1 where the stored H&E is the same byte for byte."""
+    """Two cores that show the same tissue; ``likeness`` is 1 if the stored H&E is identical byte for byte."""
 
     first: CoreView
     second: CoreView
@@ -26,20 +26,20 @@ class Twins(NamedTuple):
 
     @property
     def across_groups(self) -> bool:
-        """Whether the split may put one into training and the other into validation."""
+        """Whether the split may put one in training and the other in validation."""
         return self.first.group != self.second.group
 
 
 def find_twins(cores: Sequence[CoreView]) -> list[Twins]:
     """Pairs of cores with the same H&E, and pairs whose thumbnails are alike in any of the eight orientations.
 
-    A copy that was cut, or moved by more than about a hundredth of its side, is not found.
+    Copies that were cropped, or shifted by more than about 1 % of their side, are not found.
     """
     same = defaultdict(list)
     for core in cores:
         same[core.digest].append(core)
     twins = [Twins(group[0], other, 1.0) for group in same.values() for other in group[1:]]
-    # Of identical cores one is compared with the others.
+    # One of each set of identical cores is compared with the others.
     single = [group[0] for group in same.values()]
     upright = np.stack([_detail(core.thumbnail) for core in single])
     turned = np.stack([[_unit(each) for each in _orientations(detail)] for detail in upright])
@@ -66,7 +66,7 @@ def _orientations(image: np.ndarray) -> list[np.ndarray]:
 
 
 def _unit(image: np.ndarray) -> np.ndarray:
-    """Mean 0 and length 1, so that a product of two is their correlation; zeros for a blank image."""
+    """The image with mean 0 and length 1, so that the product of two is their correlation; zeros if it is blank."""
     flat = (image - image.mean()).ravel()
     length = float(np.linalg.norm(flat))
     return flat / length if length > 1e-6 else np.zeros_like(flat)

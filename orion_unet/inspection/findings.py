@@ -1,35 +1,29 @@
-"""What is wrong with a data set, in plain sentences, each with what to do about it."""
+"""What is wrong with a data set: the rules, the sentences, and what to do about each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
+from orion_unet.findings import WARNING, Finding
 from orion_unet.inspection.channels import ChannelRow
 from orion_unet.inspection.cores import CoreView
 from orion_unet.inspection.duplicates import Twins
+from orion_unet.registration.shift import LEAST_SIDE, LONGEST_SHIFT
 
-# Shares and levels beyond which something is told.
+# Warn above this share of saturated pixels, and below this share of tissue and this brightness of the H&E.
 MUCH_SATURATION, LITTLE_TISSUE, DARK = 0.01, 0.05, 0.4
-# Pixels. A shift is told where it is longer, raises the correlation by so much, and stands out from chance.
+# A marker is shifted if the best shift is longer than this [pixels], raises the correlation by this much, and has at
+# least this peak.
 SHIFT, GAIN, CLEAR_PEAK = 3.0, 0.05, 6.0
-# Wrongly paired images reach about 4.5 among all the shifts that are tried.
+# The best of all shifts of two unrelated images reaches a peak of about 4.5.
 CHANCE_PEAK = 5.0
 NAMED = 8
-
-
-class Finding(NamedTuple):
-    """A warning: a code for programs, the sentence, and the advice."""
-
-    code: str
-    message: str
-    advice: str
 
 
 def find_all(
     channels: Sequence[ChannelRow], cores: Sequence[CoreView], twins: Sequence[Twins], nuclear: str | None
 ) -> list[Finding]:
-    """Every warning, the gravest first."""
+    """Every warning, the worst first."""
     return [
         *_twins(twins),
         *(_registration(cores, nuclear) if nuclear else ()),
@@ -39,37 +33,42 @@ def find_all(
     ]
 
 
+def _warning(code: str, message: str, advice: str) -> Finding:
+    return Finding(code, WARNING, message, advice=(advice,))
+
+
 def _twins(twins: Sequence[Twins]) -> Iterator[Finding]:
     across = [pair for pair in twins if pair.across_groups]
     within = [pair for pair in twins if not pair.across_groups]
     if across:
-        yield Finding(
+        yield _warning(
             "same_tissue_across_groups",
-            f"The same H&E stands in different groups: {_pairs(across)}. The split may train on one and validate on "
-            "the other, and the validation would be too good.",
-            "Look at them on the contact sheet; remove one of each pair, or give both one group in groups.csv.",
+            f"Different groups contain the same H&E: {_pairs(across)}. The split may train on one and validate on the "
+            "other, and the validation would look too good.",
+            "Look at them on the contact sheet; remove one of each pair, or put both into one group in groups.csv.",
         )
     if within:
-        yield Finding(
+        yield _warning(
             "same_tissue",
-            f"The same H&E stands twice in a group: {_pairs(within)}. It counts double.",
+            f"A group contains the same H&E twice: {_pairs(within)}. It counts double.",
             "Look at them on the contact sheet, and remove one of each pair.",
         )
 
 
 def _pairs(twins: Sequence[Twins]) -> str:
-    def told(pair: Twins) -> str:
-        how = "identical" if pair.likeness == 1 else f"alike, r {pair.likeness:.2f}"
-        return f"{pair.first.name} and {pair.second.name} ({how})"
-
-    return named(told(pair) for pair in twins)
+    return named(
+        f"{pair.first.name} and {pair.second.name} "
+        f"({'identical' if pair.likeness == 1 else f'alike, r {pair.likeness:.2f}'})"
+        for pair in twins
+    )
 
 
 def shifted(core: CoreView) -> bool:
-    """Whether a core's marker lies beside its H&E, beyond chance."""
+    """Whether a core's nuclear marker is clearly displaced against its H&E."""
     found = core.registration
     return (
         found is not None
+        and found.shift is not None
         and found.peak >= CLEAR_PEAK
         and found.shift[0] ** 2 + found.shift[1] ** 2 > SHIFT**2
         and found.best_correlation - found.correlation >= GAIN
@@ -77,66 +76,78 @@ def shifted(core: CoreView) -> bool:
 
 
 def mismatched(core: CoreView) -> bool:
-    """Whether no shift lines a core's marker up with its H&E, although there is tissue."""
+    """Whether a core has tissue, but no shift aligns its nuclear marker with its H&E."""
     found = core.registration
-    return found is not None and core.tissue >= LITTLE_TISSUE and not found.peak >= CHANCE_PEAK
+    return (
+        found is not None and found.shift is not None and core.tissue >= LITTLE_TISSUE and not found.peak >= CHANCE_PEAK
+    )
 
 
 def remark(core: CoreView) -> str:
-    """What a list of cores says beside this one; an empty text where it is as it should be."""
+    """A few words on a core for a list; empty where nothing is wrong."""
     if core.tissue < LITTLE_TISSUE:
         return "hardly any tissue"
     return "shifted" if shifted(core) else "no match" if mismatched(core) else ""
 
 
+def too_small(cores: Sequence[CoreView]) -> str:
+    """A note that names the cores too small to judge their registration; empty where there are none."""
+    small = [core.name for core in cores if core.registration is not None and core.registration.shift is None]
+    if not small:
+        return ""
+    return (
+        f"{len(small)} of {len(cores)} cores are less than {LEAST_SIDE} pixels high or wide, too small to check the "
+        f"registration of: {named(small)}"
+    )
+
+
 def _registration(cores: Sequence[CoreView], nuclear: str) -> Iterator[Finding]:
-    moved = [core for core in cores if shifted(core)]
+    moved = [
+        f"{core.name} by {found.shift[0]:+d}, {found.shift[1]:+d} (r {found.correlation:.2f}, then "
+        f"{found.best_correlation:.2f})"
+        for core in cores
+        if (found := core.registration) is not None and found.shift is not None and shifted(core)
+    ]
     if moved:
-        told = named(
-            f"{core.name} by {found.shift[0]:+d}, {found.shift[1]:+d} (r {found.correlation:.2f}, then "
-            f"{found.best_correlation:.2f})"
-            for core in moved
-            if (found := core.registration) is not None
-        )
-        yield Finding(
+        yield _warning(
             "shifted",
-            f"In {len(moved)} of {len(cores)} cores {nuclear} lies beside the haematoxylin. Moved down and right by "
-            f"so many pixels it would fit: {told}.",
-            "Register the ORION images to the H&E again; a network cannot learn an offset that differs from core to "
-            "core, and one that is the same everywhere costs it sharpness.",
+            f"In {len(moved)} of {len(cores)} cores {nuclear} is displaced against the haematoxylin. Moving it down "
+            f"and right by these pixels would align it: {named(moved)}.",
+            "Register the ORION images to the H&E again. A network cannot learn a shift that differs from core to "
+            "core, and one that is the same everywhere blurs its predictions.",
         )
     wrong = [core.name for core in cores if mismatched(core)]
     if wrong:
-        yield Finding(
+        yield _warning(
             "mismatched",
-            f"In {len(wrong)} of {len(cores)} cores no shift up to 64 pixels lines {nuclear} up with the "
+            f"In {len(wrong)} of {len(cores)} cores no shift up to {LONGEST_SHIFT} pixels aligns {nuclear} with the "
             f"haematoxylin: {named(wrong)}.",
-            "Check that H&E and ORION are of the same tissue, in the same orientation, and that "
+            "Check that H&E and ORION show the same tissue in the same orientation, and that "
             f"{nuclear} is the nuclear stain (--nuclear_marker).",
         )
 
 
 def _channels(channels: Sequence[ChannelRow]) -> Iterator[Finding]:
     for state, what in (
-        ("empty", "Nothing but zeros"),
+        ("empty", "Only zeros"),
         ("constant", "A single value"),
         ("noise", "Nothing above the background"),
     ):
         names = [row.name for row in channels if row.state == state]
         if names:
-            yield Finding(
+            yield _warning(
                 f"{state}_channel",
                 f"{what} in {len(names)} of {len(channels)} channels: {named(names)}.",
-                f'Leave out what is not a marker: --exclude_channels "{",".join(names)}".',
+                f'Leave out channels that are not markers: --exclude_channels "{",".join(names)}".',
             )
     bright = [row for row in channels if row.saturated > MUCH_SATURATION]
     if bright:
-        yield Finding(
+        yield _warning(
             "saturated",
             "More than 1 % of the pixels are saturated in "
             + named(f"{r.name} ({r.saturated:.1%})" for r in bright)
             + ".",
-            "Export them again with a longer range; above it all intensities are one.",
+            "Export these channels with a wider range: brighter pixels all have the same value.",
         )
 
 
@@ -146,28 +157,29 @@ def _constant(channels: Sequence[ChannelRow], cores: Sequence[CoreView]) -> Iter
         f"{core.name} ({', '.join(names)})" for core in cores if (names := [n for n in core.constant if n not in known])
     ]
     if missing:
-        yield Finding(
+        yield _warning(
             "missing_in_core",
-            f"Channels that hold a signal elsewhere have a single value in {named(missing)}.",
-            "If the marker was not measured there, leave the core out: it would teach that there is none.",
+            f"Channels with signal in other cores have a single value in {named(missing)}.",
+            "If the marker was not measured there, leave the core out: it would teach the network that the marker is "
+            "absent.",
         )
 
 
 def _stain(cores: Sequence[CoreView]) -> Iterator[Finding]:
     bare = [f"{core.name} ({core.tissue:.0%})" for core in cores if core.tissue < LITTLE_TISSUE]
     if bare:
-        yield Finding("little_tissue", f"There is hardly any tissue in {named(bare)}.", "Leave these cores out.")
+        yield _warning("little_tissue", f"There is hardly any tissue in {named(bare)}.", "Leave these cores out.")
     dark = [core.name for core in cores if core.he_level < DARK]
     if dark:
-        yield Finding(
+        yield _warning(
             "dark_he",
-            f"The brightest parts of the H&E stay below {DARK:.0%} of its full scale in {named(dark)}.",
-            "Glass should be near white: check that the file is the H&E, and that 8-bit values are stored as uint8.",
+            f"The brightest parts of the H&E stay below {DARK:.0%} of full scale in {named(dark)}.",
+            "Glass should be nearly white: check that the file is the H&E, and that 8-bit values are stored as uint8.",
         )
 
 
 def named(items: Iterable[str]) -> str:
-    """A list in a sentence, cut where it would be longer than anybody reads."""
+    """A list for a sentence; only the first NAMED items, and how many more there are."""
     items = list(items)
     rest = len(items) - NAMED
     return ", ".join(items[:NAMED]) + (f", and {rest} more" if rest > 0 else "")

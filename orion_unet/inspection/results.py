@@ -1,9 +1,7 @@
-"""The files of an inspection: two tables, one JSON document, and the contact sheets."""
+"""Writes the files of an inspection: two tables, a JSON document, and the contact sheets."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,14 @@ from orion_unet.data.scale import Progress, no_progress
 from orion_unet.errors import InputError, RunError
 from orion_unet.inspection.check import Inspection, channel_record, core_record
 from orion_unet.inspection.contact_sheet import write_contact_sheets
-from orion_unet.run_log import strict, write_atomic, write_json
+from orion_unet.run_log import write_atomic, write_json
+from orion_unet.text import csv_bytes
 
 CHANNELS_FILE, CORES_FILE, DOCUMENT_FILE = "channels.csv", "cores.csv", "check_data.json"
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder before anything slow is done; raises InputError where it cannot be."""
+    """Make the folder, before the slow work starts; raises InputError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -26,7 +25,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_results(inspection: Inspection, folder: Path, progress: Progress = no_progress) -> list[Path]:
-    """Write all files of an inspection, replacing those of an earlier one; returns their paths. Raises RunError."""
+    """Write all files, replacing those of an earlier inspection; returns their paths. Raises RunError."""
     channels, cores, document = (folder / name for name in (CHANNELS_FILE, CORES_FILE, DOCUMENT_FILE))
     try:
         write_atomic(channels, _csv([channel_record(row) for row in inspection.channels]), durable=False)
@@ -36,15 +35,10 @@ def write_results(inspection: Inspection, folder: Path, progress: Progress = no_
         raise RunError(f"{folder}: cannot be written to ({error.strerror or error})") from error
     sheets = write_contact_sheets(inspection, folder, progress)
     for sheet in set(folder.glob("contact_sheet_[0-9][0-9]*.png")) - set(sheets):
-        # Of an earlier inspection, which saw more cores.
+        # Left by an earlier inspection of more cores.
         sheet.unlink(missing_ok=True)
     return [channels, cores, document, *sheets]
 
 
 def _csv(records: Sequence[dict[str, Any]]) -> bytes:
-    """CSV with a heading; what is undefined or was not measured is empty."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(strict(record) for record in records)
-    return text.getvalue().encode()
+    return csv_bytes(list(records[0]), [list(record.values()) for record in records])

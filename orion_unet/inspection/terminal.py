@@ -1,4 +1,4 @@
-"""The inspection on a terminal: tables that fit 80 columns and use more, then the warnings in plain sentences."""
+"""Prints an inspection: tables that fit 80 columns and use more where there are more, then the warnings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rich.text import Text
 
 from orion_unet.inspection.check import Inspection
 from orion_unet.inspection.findings import mismatched, remark
+from orion_unet.text import clean
 
 WIDE = 110
 NAME_WIDTH, WIDE_NAME = 15, 24
 MOST_CORES = 24
-# What stands in narrow terminals too is marked.
+# Headings, and whether narrow terminals show them too.
 CHANNEL_HEADINGS = (
     ("min", False), ("1 %", True), ("50 %", True), ("99 %", True), ("99.9 %", True), ("max", True),
     ("mean", True), ("threshold", False), ("positive", True), ("satur.", True),
@@ -25,18 +26,18 @@ CHANNEL_HEADINGS = (
 
 
 def show(inspection: Inspection, file: TextIO) -> None:
-    """Print the inspection. Nothing in names or paths is interpreted as markup or sent to the terminal as control."""
+    """Print the inspection. Names and paths are cleaned, and never interpreted as markup."""
     console = Console(
         file=file, markup=False, highlight=False, emoji=False, force_terminal=file.isatty(), legacy_windows=False
     )
     wide = console.width >= WIDE
-    console.print(Text(_plain(_summary(inspection))))
+    console.print(Text(_summary(inspection)))
     console.print()
     console.print(_channel_table(inspection, wide))
     console.print(
         Text(
-            f"Intensities as stored / full scale, from {inspection.sampled_pixels:,} sampled pixels. positive: above "
-            "the median + 5 sd of the background; satur.: at the largest value, where that is a plateau.",
+            f"Intensities are stored values / full scale, from {inspection.sampled_pixels:,} sampled pixels. positive: "
+            "above the median + 5 sd of the background; satur.: at the largest value, if enough pixels share it.",
             style="dim",
         )
     )
@@ -45,7 +46,7 @@ def show(inspection: Inspection, file: TextIO) -> None:
     if inspection.nuclear:
         console.print(
             Text(
-                f"r: correlation of {_plain(inspection.nuclear)} with the haematoxylin, as stored and after the best "
+                f"r: correlation of {clean(inspection.nuclear)} with the haematoxylin, as stored and after the best "
                 "shift of the marker (pixels down, right).",
                 style="dim",
             )
@@ -54,10 +55,12 @@ def show(inspection: Inspection, file: TextIO) -> None:
         console.print(Text(f"and {len(inspection.cores) - MOST_CORES} more: --output_dir writes them all", style="dim"))
     console.print()
     for note in inspection.notes:
-        console.print(Text(f"note: {_plain(note)}"))
+        console.print(Text(f"note: {clean(note, None)}"))
     for finding in inspection.findings:
-        console.print(Text("warning: ", style="bold yellow").append(_plain(finding.message), style="not bold default"))
-        console.print(Padding(Text(_plain(finding.advice)), (0, 0, 0, 9), expand=False))
+        console.print(
+            Text("warning: ", style="bold yellow").append(clean(finding.message, None), style="not bold default")
+        )
+        console.print(Padding(Text(clean(" ".join(finding.advice), None)), (0, 0, 0, 9), expand=False))
     if not inspection.findings:
         console.print(Text("Nothing wrong was found.", style="green"))
 
@@ -72,7 +75,7 @@ def _summary(inspection: Inspection) -> str:
     )
     groups = len(set(inspection.split.groups))
     return (
-        f"{inspection.table.folder}: {len(cores)} cores of {size} pixels in {groups} groups, "
+        f"{clean(str(inspection.table.folder), None)}: {len(cores)} cores of {size} pixels in {groups} groups, "
         f"{len(inspection.channels)} channels\n"
         f"stored as {stored}\n"
         f"a split at the default seed: {len(inspection.split.train)} training and {len(inspection.split.val)} "
@@ -126,7 +129,7 @@ def _core_table(inspection: Inspection, wide: bool) -> Table:
         if core.registration is not None:
             found = core.registration
             cells += [_correlation(found.correlation), _correlation(found.best_correlation)]
-            cells.append("" if mismatched(core) else f"{found.shift[0]:+d}, {found.shift[1]:+d}")
+            cells.append("" if found.shift is None or mismatched(core) else "{:+d}, {:+d}".format(*found.shift))
         table.add_row(
             _name(core.name, wide), _name(core.group, wide), *map(Text, cells), Text(remark(core), style="yellow")
         )
@@ -134,14 +137,7 @@ def _core_table(inspection: Inspection, wide: bool) -> Table:
 
 
 def _name(text: str, wide: bool) -> Text:
-    room = WIDE_NAME if wide else NAME_WIDTH
-    text = _plain(text)
-    return Text(text if len(text) <= room else text[: room - 1] + "…")
-
-
-def _plain(text: str) -> str:
-    """Nothing in a file's name may move the cursor."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    return Text(clean(text, WIDE_NAME if wide else NAME_WIDTH))
 
 
 def number(value: float) -> str:
@@ -152,7 +148,7 @@ def number(value: float) -> str:
 
 
 def share(value: float) -> str:
-    """A share as a percentage; what is there but tiny is not called 0."""
+    """A share as a percentage; a tiny one is shown as ``<0.01%``, not as 0."""
     if value == 0:
         return "0"
     return "<0.01%" if value < 1e-4 else f"{100 * value:.2f}%" if value < 0.1 else f"{100 * value:.1f}%"

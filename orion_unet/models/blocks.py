@@ -1,4 +1,4 @@
-"""Building blocks of the U-Net, and the Sobel gradient that guides it."""
+"""Building blocks of the U-Net, and the Sobel gradient for boundary guidance."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ MAX_GROUPS = 8
 def norm_layer(kind: str, channels: int) -> nn.Module:
     """A normalisation layer with a learnt scale and shift per channel.
 
-    ``group`` uses the largest number of groups up to 8 that divides the channels. Raises ValueError for a
-    kind that is not one of ``NORMS``.
+    ``group`` uses the largest number of groups up to 8 that divides the channels. Raises ValueError if the kind is
+    not in ``NORMS``.
     """
     if kind == "batch":
         return nn.BatchNorm2d(channels)
@@ -30,7 +30,7 @@ class ConvBlock(nn.Sequential):
     """Two 3×3 convolutions, each with norm and ReLU: (B, in, H, W) to (B, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: str) -> None:
-        # The convolutions have no bias: the shift of the norm behind them would cancel or repeat it.
+        # No bias: the norm that follows cancels it or adds its own.
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
             norm_layer(norm, out_channels),
@@ -42,7 +42,7 @@ class ConvBlock(nn.Sequential):
 
 
 class UpBlock(nn.Module):
-    """Doubles the resolution, joins the skip and convolves: (B, 2C, H, W) and (B, C, 2H, 2W) to (B, C, 2H, 2W)."""
+    """Upsample by 2, concatenate the skip and convolve: (B, 2C, H, W) and (B, C, 2H, 2W) to (B, C, 2H, 2W)."""
 
     def __init__(self, out_channels: int, norm: str) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ class UpBlock(nn.Module):
 def sobel_magnitude(he: Tensor) -> Tensor:
     """Gradient magnitude of the luminance, (B, 3, H, W) in [0, 1] to (B, 1, H, W) float32 in [0, 1].
 
-    The luminance is that of ITU-R BT.601. The Sobel kernels are scaled by 1/4, which gives a vertical or
-    horizontal step from 0 to 1 the magnitude 1; a diagonal step would give 1.06 and is clipped to 1. Edges are
-    replicated. Flipping or turning the image by quarters flips or turns the result.
+    Luminance as in ITU-R BT.601. The Sobel kernels are scaled by 1/4, so that a vertical or horizontal step from 0 to
+    1 has magnitude 1; a diagonal step would have 1.06 and is clipped to 1. Edges are replicated. The result flips and
+    turns with the image.
     """
-    # Sums of slices rather than a convolution: always float32 (no TF32, no autocast), and their symmetric
-    # order makes the result of a flipped or turned image the same to the last bit.
+    # Sums of slices instead of a convolution: always float32 (no TF32, no autocast), and added in a symmetric order, so
+    # that flipped and turned images give the same result bit for bit.
     red, green, blue = he.float().split(1, dim=1)
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
     padded = F.pad(luminance, (1, 1, 1, 1), mode="replicate")
@@ -71,7 +71,7 @@ def sobel_magnitude(he: Tensor) -> Tensor:
     dx = (down[..., 2:] - down[..., :-2]) / 4
     dy = (along[..., 2:, :] - along[..., :-2, :]) / 4
     squared = dx.square() + dy.square()
-    # The root has no slope at 0, where an image is flat: keep those pixels away from it, not only from its value.
+    # The gradient of sqrt is infinite at 0: mask flat pixels before the root as well as after it.
     edge = squared > 0
     magnitude = torch.where(edge, torch.where(edge, squared, 1.0).sqrt(), 0.0)
     return magnitude.clamp(max=1.0)

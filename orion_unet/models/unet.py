@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from orion_unet.config import ModelOptions
 from orion_unet.models.blocks import ConvBlock, UpBlock, sobel_magnitude
 
-# A start nearer to 0 or 1 than this would leave the sigmoid almost no slope to learn by.
+# Closest to 0 or 1 that the untrained output may be: beyond it the sigmoid is nearly flat and learns too slowly.
 SMALLEST_START = 0.01
 
 
 class SpatialUNet(nn.Module):
-    """U-Net after Ronneberger et al. (MICCAI 2015), with normalisation, same-size convolutions and a sigmoid.
+    """U-Net after Ronneberger et al. (MICCAI 2015), with norm layers, padded convolutions and a sigmoid output.
 
     Level ``i`` of ``depth`` levels has ``base_features * 2**i`` feature maps, the bottleneck
-    ``base_features * 2**depth``. ``dropout`` drops whole feature maps of the bottleneck in training. With
-    ``use_boundary_guidance`` the Sobel magnitude of the H&E is a fourth input channel.
+    ``base_features * 2**depth``. ``dropout`` drops whole feature maps of the bottleneck in training.
+    ``use_boundary_guidance`` adds the Sobel magnitude of the H&E as a fourth input channel.
 
     Raises ValueError for an unknown ``norm``.
     """
@@ -50,7 +50,7 @@ class SpatialUNet(nn.Module):
 
     @classmethod
     def from_options(cls, options: ModelOptions, out_channels: int) -> Self:
-        """The model that the options describe, for ``out_channels`` markers."""
+        """Build the model from its options, for ``out_channels`` markers."""
         return cls(
             out_channels,
             base_features=options.base_features,
@@ -63,12 +63,12 @@ class SpatialUNet(nn.Module):
     def forward(self, he: Tensor) -> Tensor:
         """Predict (B, out_channels, H, W) float32 in [0, 1] from an H&E batch (B, 3, H, W), float in [0, 1].
 
-        Any H and W from 1 up: the image is padded inside, by replication, and the prediction cropped back.
+        H and W may be any size from 1 up: the image is padded by replication and the prediction cropped back.
         """
         height, width = he.shape[-2:]
         he = self._padded(he.float())
-        # Inverted, so that blank glass is near 0 like the zero padding of the convolutions; seen the other
-        # way round, every patch border would look like an edge between black and glass.
+        # Inverted, so that blank glass is near 0, like the zero padding of the convolutions. Otherwise every patch
+        # border would look like an edge between black and glass.
         x = 1 - he
         if self.use_boundary_guidance:
             x = torch.cat((x, sobel_magnitude(he)), dim=1)
@@ -81,15 +81,15 @@ class SpatialUNet(nn.Module):
         for block, skip in zip(self.decoder, reversed(skips), strict=True):
             x = block(x, skip)
         logits = self.head(x)[..., :height, :width]
-        # In float32 under autocast too: the losses and metrics need values between neighbouring bfloat16 numbers.
+        # In float32 also under autocast: losses and metrics need finer steps than bfloat16 has.
         return torch.sigmoid(logits.float())
 
     @torch.no_grad()
     def start_at(self, means: Tensor) -> None:
-        """Let the untrained network predict about ``means`` (out_channels,) in [0, 1], by the bias of its head.
+        """Set the bias of the head so that the untrained network predicts about ``means`` (out_channels,) in [0, 1].
 
-        Most markers are dark almost everywhere: from a sigmoid's own start at a half, the first hundreds of steps
-        would go into darkening every pixel alike.
+        Most markers are dark almost everywhere. A sigmoid starts at a half, and hundreds of steps would be spent on
+        darkening all pixels alike.
         """
         bias = cast(Tensor, self.head.bias)
         bias.copy_(torch.logit(means.to(bias), eps=SMALLEST_START))
@@ -99,33 +99,33 @@ class SpatialUNet(nn.Module):
         multiple = 2**self.depth
         height, width = (-(-side // multiple) * multiple for side in he.shape[-2:])
         if height == width == multiple:
-            # The bottleneck would be a single pixel: instance norm refuses that, batch norm too for a batch of
-            # one, and group norm with one channel a group would erase it.
+            # A bottleneck of one pixel fails: instance norm raises, batch norm raises for a batch of one, and group
+            # norm with one channel per group sets it to 0.
             height = width = 2 * multiple
         right, bottom = width - he.shape[-1], height - he.shape[-2]
         return F.pad(he, (0, right, 0, bottom), mode="replicate") if right or bottom else he
 
 
 def memory_format(norm: str, device: torch.device) -> torch.memory_format:
-    """Order in memory in which the network runs fastest: channels last.
+    """Memory format in which the network runs fastest: channels last, except with instance norm on a CPU.
 
-    On GPUs because their tensor cores want it; on CPUs, too, its convolutions, norms and pools are a tenth to a
-    third faster, but for instance norm, which is slower by about as much.
+    GPUs need it for their tensor cores. On CPUs convolutions, norms and pools are a tenth to a third faster, but
+    instance norm is slower by about as much.
     """
-    return torch.contiguous_format if device.type == "cpu" and norm == "instance" else torch.channels_last
+    contiguous = {"cpu": ("instance",)}.get(device.type, ("group", "instance"))
+    return torch.contiguous_format if norm in contiguous else torch.channels_last
 
 
 def _initialise(module: nn.Module) -> None:
     """Kaiming-normal weights (He et al., ICCV 2015), zero biases; norms keep scale 1 and shift 0."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        # fan_in keeps the spread of the activations from layer to layer. For a 2×2 transposed convolution that
-        # halves the channels, torch counts twice the true fan-in, which is the right gain for a layer
-        # that no ReLU follows.
+        # fan_in keeps the variance of the activations constant over the layers. For a 2×2 transposed convolution that
+        # halves the channels, torch counts twice the true fan-in; that is the right gain here, as no ReLU follows.
         nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of trainable values of a model."""
+    """Number of trainable parameters of a model."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

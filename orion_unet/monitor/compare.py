@@ -1,4 +1,4 @@
-"""Several runs side by side: what each reached, how calmly, how fast, and in which options they differ."""
+"""Several runs side by side: their results, stability and speed, and the options in which they differ."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from orion_unet.monitor.report import Report
 from orion_unet.text import clean, duration, short_number
 
-# Where a run lies says nothing about the experiment.
+# Options that say nothing about the experiment.
 _IGNORED_OPTIONS = ("output_dir", "resume", "overwrite")
 
 
 def run_names(reports: Sequence[Report]) -> list[str]:
-    """Short names that tell the runs apart: folder names, or whole paths where two are alike."""
+    """Names that distinguish the runs: folder names, or whole paths where two folders have one name."""
     names = [clean(Path(report.run).name or report.run, 40) for report in reports]
     return [
         name if names.count(name) == 1 else clean(report.run, 100) for name, report in zip(names, reports, strict=True)
@@ -23,16 +23,16 @@ def run_names(reports: Sequence[Report]) -> list[str]:
 
 
 def differing_options(reports: Sequence[Report]) -> dict[str, list[Any]]:
-    """Value per run of each option that is not the same in all; None where a run's config.json has it not."""
+    """The values, run by run, of every option that differs between runs; None where config.json lacks it."""
     known = [report.options for report in reports if report.options]
     names = list(dict.fromkeys(name for options in known for name in options))
     values = {name: [report.options.get(name) for report in reports] for name in names}
-    told = {name: {_text(v) for v, r in zip(values[name], reports, strict=True) if r.options} for name in names}
-    return {name: values[name] for name in names if len(told[name]) > 1 and name not in _IGNORED_OPTIONS}
+    distinct = {name: {_text(v) for v, r in zip(values[name], reports, strict=True) if r.options} for name in names}
+    return {name: values[name] for name in names if len(distinct[name]) > 1 and name not in _IGNORED_OPTIONS}
 
 
 def comparison(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the table: one column a run, the lowest validation loss marked."""
+    """Headings and rows of the table: one column per run, a star at the lowest validation loss."""
     losses = [report.val[report.best] if report.best is not None else float("inf") for report in reports]
     best_of_all = min(range(len(losses)), key=losses.__getitem__)
     rows = [

@@ -1,58 +1,40 @@
-"""What is going wrong in a run, from its loss curves alone: pure functions, arrays in, findings out.
+"""Finds what goes wrong in a run from its loss curves: pure functions, arrays in, findings out.
 
-L is the training loss, V the validation loss, W the last five epochs. Curves are float arrays in order of epoch;
-nan means not measured and inf not finite (a loss written as null).
+L is the training loss, V the validation loss. Curves are float arrays in order of epoch; nan means not measured, inf
+not finite (a loss written as null).
 
-Absolute thresholds are meant for a loss of the recipe's order, which starts at about 1 or less. Where a loss
-starts higher they count per unit of that start: in a run that comes from 10, a noise of 0.05 is no concern.
+Absolute thresholds are made for the recipe's loss, which starts at about 1 or below. Where the training loss starts
+higher, they are multiplied by that start: in a run that starts at 10, a noise of 0.05 does not matter.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from orion_unet.findings import NOTICE, WARNING, Finding
 from orion_unet.monitor import advice
 from orion_unet.monitor.noise import WINDOW, noise_window, recent_level, validation_noise
-
-NOTICE, WARNING = "notice", "warning"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing worth saying: its evidence in ``message``, and advice as options to paste."""
-
-    code: str
-    severity: str
-    message: str
-    value: float | None = None
-    threshold: float | None = None
-    advice: tuple[str, ...] = ()
-
-    def document(self) -> dict[str, Any]:
-        """The finding as plain values, as ``--json`` prints it."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "advice"} | {
-            "advice": list(self.advice)
-        }
+from orion_unet.options import option
 
 
 def _threshold(default: float, text: str) -> Any:
-    return field(default=default, metadata={"text": text})
+    return option(default, text, minimum=0)
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a number becomes a warning."""
+    """thresholds: the numbers above or below which the monitor warns"""
 
     max_noise: float = _threshold(0.05, "unstable_validation: noise of the validation loss [loss]")
     max_noise_of_loss: float = _threshold(
-        0.03, "unstable_validation, whatever the scale: noise against the validation loss itself, and ..."
+        0.03, "unstable_validation at any scale: noise as a fraction of the validation loss, and ..."
     )
-    max_noise_of_gain: float = _threshold(0.045, "... noise against what the validation loss has gained so far")
+    max_noise_of_gain: float = _threshold(0.045, "... as a fraction of what the validation loss has gained so far")
     min_improvement: float = _threshold(
         0.05, "slow_convergence: improvement of the training loss over 5 epochs [loss], and ..."
     )
@@ -60,15 +42,17 @@ class Thresholds:
     min_total_improvement: float = _threshold(0.25, "... improvement since epoch 1, as a fraction")
     max_gap: float = _threshold(0.10, "overfitting: validation minus training loss [loss]; or ...")
     max_relative_gap: float = _threshold(
-        0.25, "... the gap as a fraction of the validation loss while that is past its best and the gap widens"
+        0.25, "... the gap as a fraction of the validation loss, when that rises and the gap widens"
     )
     max_error_of_mean: float = _threshold(
-        2.0, "worse_than_mean: squared error as a multiple of that of each marker's mean, 5 epochs running"
+        2.0, "worse_than_mean: squared error as a multiple of the means' error, in 5 epochs running"
     )
     divergence_factor: float = _threshold(
-        3.0, "diverged: validation loss as a multiple of its best, two epochs running"
+        3.0, "diverged: validation loss as a multiple of its best, in two epochs running"
     )
-    stalled_after: float = _threshold(30.0, "stalled: age of the last heartbeat [s]")
+    stalled_after: float = _threshold(
+        30.0, "stalled: age of the heartbeat, or time without progress if steps are short [s]"
+    )
 
 
 def diagnose(
@@ -80,10 +64,10 @@ def diagnose(
     r2: np.ndarray | None = None,
     rate: np.ndarray | None = None,
 ) -> list[Finding]:
-    """Judge the curves (E,), (E,), (E,) as they stand; returns the findings, the worst first.
+    """Judge the curves of a run (each of shape (E,)); returns the findings, the worst first.
 
-    ``options`` are the run's own, so that the advice does not name what is already done; beside them, where it is
-    known, ``automatic_learning_rate``. ``r2`` (E,) is the share of the markers' variance that validation explains,
+    ``options`` are the run's own, with ``automatic_learning_rate`` where it is known: advice does not name what the
+    run already does. ``r2`` (E,) is the share of the markers' variance that the predictions explain in validation,
     ``rate`` (E,) the learning rate.
     """
     limits = thresholds or Thresholds()
@@ -96,30 +80,30 @@ def diagnose(
     found.append(_overfitting(epochs, train, val, limits, options))
     falling = options.get("scheduler") == "cosine"
     slow = None if falling and _nearly_over(rate) else _slow(epochs, train, r2, limits, options, calm)
-    # A falling rate brings the smaller step that a plateau waits for.
+    # A plateau waits for smaller steps, and a falling rate brings them.
     found.append(None if falling and slow is not None and slow.code == "plateau" else slow)
     return [finding for finding in found if finding is not None]
 
 
 def noise_and_limit(train: np.ndarray, val: np.ndarray, limits: Thresholds) -> tuple[float, float]:
-    """Noise of V and where it becomes a warning, both in units of the loss; nan where it cannot be told."""
+    """Noise of V and the limit for it, both in units of the loss; nan where there are too few epochs."""
     noise, now = validation_noise(val), recent_level(val)
     if not (math.isfinite(noise) and math.isfinite(now)):
         return math.nan, math.nan
     relative = max(limits.max_noise_of_loss * abs(now), limits.max_noise_of_gain * _gain(val))
-    # What few epochs tell is less certain: eight ask for half as much again, thirty for a twentieth.
+    # Few epochs make an uncertain estimate: the limit is 50 % higher at eight epochs, 5 % higher at thirty.
     relative *= 1 + 1 / (len(noise_window(val)) - 4)
     return noise, min(limits.max_noise * loss_scale(train), relative)
 
 
 def loss_scale(train: np.ndarray) -> float:
-    """How many times the recipe's order the loss was at its start, at least 1."""
+    """What absolute thresholds are multiplied by: the first training loss, but at least 1."""
     finite = train[np.isfinite(train)]
     return max(1.0, abs(float(finite[0]))) if len(finite) else 1.0
 
 
 def _gain(val: np.ndarray) -> float:
-    """What V has gained so far: its first three epochs against its last five, at least 0."""
+    """How far V has fallen, from the median of its first three epochs to that of its last five; at least 0."""
     first = val[:3][np.isfinite(val[:3])]
     return max(float(np.median(first)) - recent_level(val), 0.0) if len(first) else math.nan
 
@@ -172,8 +156,8 @@ def _unstable(
     return Finding(
         "unstable_validation",
         WARNING,
-        f"validation loss jumps about its trend by {noise:.2g} (standard deviation; {share}), from "
-        f"{recent.min():.4g} to {recent.max():.4g} in epochs {_span(epochs)}",
+        f"validation loss jumps around its trend by {noise:.2g} (standard deviation; {share}), between "
+        f"{recent.min():.4g} and {recent.max():.4g} in epochs {_span(epochs)}",
         noise,
         threshold,
         advice.unstable(options),
@@ -187,21 +171,19 @@ def _overfitting(
     epochs, train, val = epochs[both], train[both], val[both]
     if len(val) < WINDOW or epochs[-1] < WINDOW:
         return None
-    # The first two epochs say little: V is often poor, and L an average over the steepest part of the descent.
+    # The first two epochs are left out: V is often poor then, and L averages over the steepest descent.
     first = max(2, len(val) - WINDOW)
     level, gap = _centre(val[first:]), _centre((val - train)[first:])
     threshold = limits.max_gap * loss_scale(train)
     if gap > threshold:
-        message = (
-            f"validation loss {level:.4g} lies {gap:.3g} above the training loss in epochs {_span(epochs[first:])}"
-        )
+        message = f"validation loss {level:.4g} is {gap:.3g} above the training loss in epochs {_span(epochs[first:])}"
         return Finding("overfitting", WARNING, message, gap, threshold, advice.overfitting(options))
     smooth = _median3(val)
     gaps = smooth - _median3(train)
     now, gap, best = float(smooth[-1]), float(gaps[-1]), int(smooth.argmin())
     if now <= 0 or gap <= limits.max_relative_gap * now:
         return None
-    # V has risen, and the gap widened, by more than the noise of a median of three epochs.
+    # V must have risen, and the gap widened, by more than the noise of a median of three epochs.
     noise = validation_noise(val)
     margin = max(0.04 * now, min(2 * noise, 0.12 * now) if math.isfinite(noise) else 0.0)
     if len(smooth) - best < 3 or now - smooth[best] < margin or gap - gaps[best] < margin:
@@ -209,7 +191,7 @@ def _overfitting(
     return Finding(
         "overfitting",
         WARNING,
-        f"validation loss {now:.4g} lies {gap:.3g} above the training loss, {gap / now:.0%} of it, and rises: "
+        f"validation loss {now:.4g} is {gap:.3g} above the training loss ({gap / now:.0%} of it) and rises: "
         f"around epoch {int(epochs[best + 1])} it was {smooth[best]:.4g}, {gaps[best]:.3g} above",
         gap,
         limits.max_relative_gap * now,
@@ -220,7 +202,7 @@ def _overfitting(
 def _worse_than_mean(
     epochs: np.ndarray, r2: np.ndarray, limits: Thresholds, options: Mapping[str, Any], calm: bool
 ) -> Finding | None:
-    """From epoch 6 on: however well the loss falls, a single number per marker would do better."""
+    """From epoch 6 on, and even if the loss falls: one number per marker would predict better."""
     error = 1 - r2[-WINDOW:]
     if len(r2) < WINDOW or epochs[-1] <= WINDOW or not (np.isfinite(error) & (error > limits.max_error_of_mean)).all():
         return None
@@ -228,7 +210,7 @@ def _worse_than_mean(
         "worse_than_mean",
         WARNING,
         f"squared error {error.min():.3g} to {error.max():.3g} times that of predicting each marker's mean in epochs "
-        f"{_span(epochs)}: nothing of use is learnt yet",
+        f"{_span(epochs)}: the network has learnt nothing useful yet",
         float(error[-1]),
         limits.max_error_of_mean,
         advice.worse_than_mean(options, calm),
@@ -236,7 +218,7 @@ def _worse_than_mean(
 
 
 def _centre(values: np.ndarray) -> float:
-    """The mean without the highest and the lowest: one epoch cannot decide, and jumps to and fro cancel out."""
+    """The mean without the highest and the lowest value: one epoch cannot decide, and alternating jumps cancel."""
     return float(np.sort(values)[1:-1].mean())
 
 
@@ -255,15 +237,15 @@ def _nearly_over(rate: np.ndarray) -> bool:
 def _slow(
     epochs: np.ndarray, train: np.ndarray, r2: np.ndarray, limits: Thresholds, options: Mapping[str, Any], calm: bool
 ) -> Finding | None:
-    # Since a network may start at the markers' means, what it explains of their variance it has learnt since then,
-    # even if most of that happened within epoch 1.
+    # A network that starts at the markers' means has learnt what it explains of their variance, even if most of that
+    # happened within epoch 1, where the loss curve cannot show it.
     explained = recent_level(r2)
     finite = np.isfinite(train)
     epochs, train = epochs[finite], train[finite]
     if len(train) <= WINDOW or epochs[-1] <= WINDOW:
         return None
     recent = train[-WINDOW - 1 :]
-    # The least-squares line through six epochs: the difference of two alone is as noisy as each of them.
+    # A least-squares line through six epochs: the difference of two epochs alone would be as noisy as they are.
     gained = -float(np.polyfit(np.arange(WINDOW + 1), recent, 1)[0]) * WINDOW
     before = float(recent.mean()) + gained / 2
     scale = max(abs(before), 1e-12)
@@ -276,20 +258,10 @@ def _slow(
         f"{int(epochs[-WINDOW - 1])} to {int(epochs[-1])}, by {total:.0%} since epoch {int(epochs[0])}"
     )
     if total >= limits.min_total_improvement or explained >= limits.min_total_improvement:
-        return Finding("plateau", NOTICE, f"converged or waiting for a smaller step: {change}", gained, threshold)
+        return Finding("plateau", NOTICE, f"converged, or waiting for a lower rate: {change}", gained, threshold)
     return Finding("slow_convergence", WARNING, change, gained, threshold, advice.slow(options, calm))
 
 
 def _span(epochs: np.ndarray) -> str:
     recent = epochs[-WINDOW:]
     return f"{int(recent[0])} to {int(recent[-1])}"
-
-
-def judge_state(state: str, message: str, age_s: float | None, limits: Thresholds) -> list[Finding]:
-    """The finding that a run is stalled or crashed, as a list of none or one."""
-    if state == "stalled" and age_s is not None:
-        text = f"no sign of life for {age_s:.0f} s; its process hangs, is stopped, or cannot write its status"
-        return [Finding("stalled", WARNING, text, age_s, limits.stalled_after, advice.STALLED)]
-    if state == "crashed":
-        return [Finding("crashed", WARNING, message, age_s, None, advice.CRASHED)]
-    return []

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a report: figure embedded, nothing loaded, every value escaped."""
+"""A report as one self-contained HTML page: figure embedded, nothing loaded, every value escaped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from orion_unet.monitor.diagnostics import Finding
+from orion_unet.findings import Finding, options_and_sentences
 from orion_unet.monitor.report import Report
 from orion_unet.text import clean, duration, short_number
 
@@ -24,7 +24,7 @@ td:first-child, th:first-child { text-align: left; } tr:nth-child(even) td { bac
 
 
 def page(report: Report, figure_png: bytes, refresh_s: float | None = None) -> str:
-    """The report as HTML; with ``refresh_s`` the browser loads it anew so often."""
+    """The report as HTML; with ``refresh_s`` the browser reloads it at that interval."""
     name = Path(report.run).name or report.run
     planned = f" of {report.planned}" if report.planned else ""
     facts = [
@@ -78,7 +78,7 @@ def comparison_page(columns: Sequence[str], rows: Sequence[Sequence[str]], figur
 
 
 def document(title: str, body: Iterable[str], refresh_s: float | None = None) -> str:
-    """A whole page around the body; its policy forbids scripts and anything from elsewhere."""
+    """A whole page around the body; its security policy forbids scripts and anything from elsewhere."""
     refresh = f'<meta http-equiv="refresh" content="{max(refresh_s, 1):.0f}">' if refresh_s else ""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return "\n".join(
@@ -110,9 +110,12 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], heading: bool 
 def _findings(findings: Iterable[Finding]) -> list[str]:
     shown = []
     for finding in findings:
-        advice = " or ".join(f"<code>{_safe(item)}</code>" for item in finding.advice)
+        advice = "; ".join(
+            "try " + " or ".join(f"<code>{_safe(item)}</code>" for item in group) if pasted else _safe("; ".join(group))
+            for pasted, group in options_and_sentences(finding.advice)
+        )
         shown.append(
             f'<div class="finding {_safe(finding.severity)}"><b>{_safe(finding.code)}</b>: {_safe(finding.message)}'
-            f"{f'<br>try {advice}' if advice else ''}</div>"
+            f"{f'<br>{advice}' if advice else ''}</div>"
         )
     return shown

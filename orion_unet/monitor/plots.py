@@ -1,7 +1,7 @@
-"""The figure of a run: losses, stability, gap, learning rate, loss terms and Pearson per marker. Agg, no display.
+"""The figure of a run: losses, stability, gap, learning rate, loss terms and Pearson per marker. Needs no display.
 
-matplotlib is imported by the functions that draw, since a monitor that prints JSON has no use for it. Figures are
-made without pyplot: half its import time, and no global state in a loop that draws for days.
+Only the functions that draw import matplotlib, so that a report is printed before it is loaded. They do not use
+pyplot, which doubles the import time and keeps global state, in a loop that may draw for days.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from orion_unet.monitor.diagnostics import loss_scale, noise_and_limit
-from orion_unet.monitor.heatmap import draw_markers, whole_epochs
-from orion_unet.monitor.report import Report
+from orion_unet.monitor.report import Report, finite_or_nan
 from orion_unet.monitor.run_reader import LARGEST, TERMS
-from orion_unet.text import clean, short_number
+from orion_unet.text import for_figure, short_number
 
-# Okabe and Ito (2008), told apart by people with any kind of colour vision; with line styles besides.
+# The palette of Okabe and Ito (2008), which colour-blind readers can tell apart; line styles differ as well.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#777777"
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
@@ -33,6 +32,7 @@ SIZE_INCHES = (15.0, 9.0)
 DPI = 100
 MAX_POINTS = 1200
 MAX_MARKS = 12
+MAX_MARKERS = 40
 
 
 def run_figure(report: Report) -> Any:
@@ -41,8 +41,8 @@ def run_figure(report: Report) -> Any:
     grid = figure.add_gridspec(
         3, 3, width_ratios=(1, 1, 0.95), left=0.065, right=0.98, top=0.868, bottom=0.065, wspace=0.24, hspace=0.45
     )
-    title = f"{clean(Path(report.run).name or report.run, 60)}   {report.life.state}, {_progress(report)}"
-    figure.text(0.02, 0.955, title, fontsize=16, parse_math=False)
+    title = f"{for_figure(Path(report.run).name or report.run, 60)}   {report.life.state}, {_progress(report)}"
+    figure.text(0.02, 0.955, title, fontsize=16)
     if report.warnings:
         codes = ", ".join(finding.code for finding in report.warnings)
         figure.text(0.02, 0.93, f"warnings: {codes}", fontsize=11, color=VERMILION)
@@ -54,7 +54,7 @@ def run_figure(report: Report) -> Any:
     _draw_gap(figure.add_subplot(grid[1, 1]), report)
     _draw_rate(figure.add_subplot(grid[2, 0]), report)
     _draw_terms(figure.add_subplot(grid[2, 1]), report)
-    draw_markers(figure, figure.add_subplot(grid[:, 2]), report)
+    _draw_markers(figure, figure.add_subplot(grid[:, 2]), report)
     return figure
 
 
@@ -73,7 +73,7 @@ def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Any:
         axes = figure.add_subplot(grid[index // 2, index % 2])
         for run, report in enumerate(reports):
             look = {"color": SERIES[run % len(SERIES)], "linestyle": STYLES[run // len(SERIES) % len(STYLES)]}
-            values = _finite(report.reader.column(column))
+            values = finite_or_nan(report.reader.column(column))
             _curve(axes, report.epochs, values, names[run], **look)
             if column == "val_loss" and report.best is not None:
                 axes.plot(report.epochs[report.best], values[report.best], "o", color=look["color"], markersize=8)
@@ -88,7 +88,7 @@ def png(figure: Any) -> bytes:
     """The figure as PNG."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # A marker may be named in a script that the font lacks; the box drawn instead says so well enough.
+        # The font may lack a script that markers are named in: the box it draws instead needs no warning.
         warnings.simplefilter("ignore")
         figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})
     return buffer.getvalue()
@@ -114,7 +114,7 @@ def _progress(report: Report) -> str:
 
 def _draw_loss(axes: Any, report: Report) -> None:
     epochs, reader = report.epochs, report.reader
-    train, val = _finite(report.train), _finite(report.val)
+    train, val = finite_or_nan(report.train), finite_or_nan(report.val)
     _curve(axes, epochs, train, "training", color=BLUE, linestyle="--")
     _curve(axes, epochs, val, "validation", color=VERMILION)
     if report.best is not None:
@@ -134,25 +134,25 @@ def _draw_loss(axes: Any, report: Report) -> None:
 def _draw_noise(axes: Any, report: Report) -> None:
     count = len(report.val)
     ends = np.unique(np.linspace(1, count, min(count, MAX_POINTS // 4)).astype(int))
-    told = [noise_and_limit(report.train[:end], report.val[:end], report.thresholds) for end in ends]
-    noise, limit = np.where(np.abs(told) < LARGEST / 10, told, np.nan).T
+    judged = [noise_and_limit(report.train[:end], report.val[:end], report.thresholds) for end in ends]
+    noise, limit = np.where(np.abs(judged) < LARGEST / 10, judged, np.nan).T
     epochs = report.epochs[ends - 1]
-    _curve(axes, epochs, noise, "noise about the trend", color=VERMILION)
+    _curve(axes, epochs, noise, "noise around the trend", color=VERMILION)
     _curve(axes, epochs, limit, "warning above", color=BLACK, linestyle=":", marker="")
     if not np.isfinite(noise).any():
-        _remark(axes, "told from epoch 8 on")
+        _remark(axes, "measured from epoch 8 on")
     _finish(axes, report, "Stability: noise of the validation loss", "sd of the loss", noise, log=False)
     _, top = axes.get_ylim()
     axes.set_ylim(0, top if np.isfinite(noise).any() else 1)
 
 
 def _draw_gap(axes: Any, report: Report) -> None:
-    gap = _finite(report.val) - _finite(report.train)
+    gap = finite_or_nan(report.val) - finite_or_nan(report.train)
     _curve(axes, report.epochs, gap, "validation - training", color=PURPLE)
     axes.axhline(0, color=GREY, linewidth=0.8)
     limit = report.thresholds.max_gap * loss_scale(report.train)
     finite = np.abs(gap[np.isfinite(gap)])
-    # A line far above the data would flatten them.
+    # A limit far above the data would flatten the curve.
     if len(finite) and finite.max() > limit / 4:
         axes.axhline(limit, color=BLACK, linewidth=1.2, linestyle=":", label=f"warning above {limit:.3g}")
     else:
@@ -181,8 +181,64 @@ def _draw_terms(axes: Any, report: Report) -> None:
     axes.set_xlabel("epoch")
 
 
+def _draw_markers(figure: Any, axes: Any, report: Report) -> None:
+    """A heat map of validation Pearson: one row per marker, best at the top, one column per epoch.
+
+    The labels take room at the left of the axes, the colour bar under them.
+    """
+    from matplotlib.image import AxesImage
+    from matplotlib.transforms import Bbox
+
+    epochs, values = report.reader.channels.pearson()
+    names = report.reader.channels.names
+    axes.set_title("Validation Pearson per marker", fontsize=11, loc="left")
+    axes.set_xlabel("epoch")
+    if not names or not len(epochs):
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no markers in the log", transform=axes.transAxes, ha="center", color="#777777")
+        return
+    newest = np.where(np.isfinite(values[:, -1]), values[:, -1], -2)
+    order = np.argsort(-newest, kind="stable")
+    left_out = len(order) - MAX_MARKERS
+    if left_out > 0:
+        order = np.concatenate([order[: MAX_MARKERS // 2], order[-MAX_MARKERS // 2 :]])
+        title = f"Validation Pearson, best and worst markers\n({left_out} between them left out)"
+        axes.set_title(title, fontsize=11, loc="left")
+    shown = values[order]
+    # The scale starts at 0, or at the next lower multiple of 0.2 where a marker is below 0.
+    lowest = min(0.0, float(np.floor(5 * np.nanmin(shown)) / 5)) if np.isfinite(shown).any() else 0.0
+    axes.set_facecolor("#dddddd")
+    # A column is as wide as the epochs it represents: several, where a long log was thinned.
+    step = float(np.median(np.diff(epochs))) if len(epochs) > 1 else 1.0
+    image = AxesImage(axes, cmap="viridis", interpolation="nearest", origin="upper")
+    image.set_data(np.ma.masked_invalid(shown))
+    image.set_clim(lowest, 1)
+    left, right = epochs[0] - step / 2, epochs[-1] + step / 2
+    image.set_extent((left, right, len(order) - 0.5, -0.5))
+    image.set_clip_path(axes.patch)
+    axes.add_image(image)
+    axes.set_xlim(left, right)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    size = 9 if len(order) <= 24 else 7
+    labels = [f"{for_figure(names[at], 18)}  {_two(values[at, -1])}" for at in order]
+    axes.set_yticks(range(len(order)), labels, fontsize=size)
+    axes.tick_params(axis="y", length=0)
+    _whole_epochs(axes)
+    if left_out > 0:
+        axes.axhline(MAX_MARKERS // 2 - 0.5, color="white", linewidth=2)
+    room = axes.get_position()
+    widest = max(len(label) for label in labels)
+    shift = min(0.0048 * widest * size / 9 + 0.005, 0.6 * room.width)
+    axes.set_position(Bbox.from_extents(room.x0 - 0.02 + shift, room.y0 + 0.055, room.x1, room.y1))
+    axes.xaxis.labelpad = 2
+    bar = figure.add_axes((room.x0 - 0.02 + shift, room.y0 - 0.005, room.x1 - room.x0 + 0.02 - shift, 0.012))
+    colours = figure.colorbar(image, cax=bar, orientation="horizontal")
+    colours.set_label("Pearson r; grey: none", fontsize=9, labelpad=1)
+    bar.tick_params(labelsize=8)
+
+
 def _curve(axes: Any, epochs: np.ndarray, values: np.ndarray, label: str, **look: Any) -> None:
-    """A line over the epochs; a long one by the extremes of each stretch, a lone point as a dot."""
+    """A line over the epochs: of a long run the extremes of each stretch, of a short one the points as well."""
     count = len(values)
     if count > MAX_POINTS:
         edges = np.linspace(0, count, MAX_POINTS // 2 + 1).astype(int)[:-1]
@@ -195,11 +251,13 @@ def _curve(axes: Any, epochs: np.ndarray, values: np.ndarray, label: str, **look
     (line,) = axes.plot(
         epochs, values, **{"linewidth": 1.6, "marker": "o" if alone else "", "markersize": 4 if count > 1 else 8} | look
     )
-    line.set_label(f"{clean(label, 50)}" if label else "_none")
+    label = for_figure(label, 50)
+    # matplotlib leaves labels that begin with an underscore out of the legend.
+    line.set_label(f" {label}" if label.startswith("_") else label)
 
 
 def _marks(axes: Any, epochs: np.ndarray, label: str, **look: Any) -> None:
-    """Vertical lines at some epochs; of very many, the last."""
+    """Vertical lines at some epochs, at most the last MAX_MARKS of them."""
     for index, epoch in enumerate(epochs[-MAX_MARKS:]):
         axes.axvline(epoch, linewidth=1.2, label=label if index == 0 else None, **look)
 
@@ -217,7 +275,7 @@ def _finish(
     log: bool | None = None,
     legend: bool = True,
 ) -> None:
-    """Title, units, scale and grid; the legend above the data, where it covers none."""
+    """Title, units, scale, grid, and the legend above the panel, where it covers no data."""
     axes.set_title(title, fontsize=11, loc="left", pad=20 if legend else 6)
     axes.set_ylabel(label)
     axes.grid(color="#dddddd", linewidth=0.6)
@@ -226,7 +284,7 @@ def _finish(
     finite = values[np.isfinite(values)]
     if log is None:
         log = len(positive) == len(finite) > 0 and bool(positive.max() > 20 * positive.min())
-    # Tick labels are most of what drawing costs: few of them.
+    # Tick labels take most of the drawing time: keep them few.
     axes.locator_params(axis="y", nbins=5)
     if log and len(positive):
         axes.set_yscale("log")
@@ -235,7 +293,7 @@ def _finish(
     handles, _ = axes.get_legend_handles_labels()
     if legend and handles:
         crowded = len(handles) > 5
-        box = axes.legend(
+        axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 0.985),
             ncols=6,
@@ -246,12 +304,10 @@ def _finish(
             handletextpad=0.4 if crowded else 0.8,
             columnspacing=0.8 if crowded else 1.2,
         )
-        for text in box.get_texts():
-            text.set_parse_math(False)
 
 
 def _plain_log_ticks(axes: Any, values: np.ndarray) -> None:
-    """Few ticks written as plain numbers: matplotlib's powers go through its formula parser, a third of the time."""
+    """Few ticks, as plain numbers: matplotlib's powers of ten go through its formula parser, a third of the time."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = float(values.min()), float(values.max())
@@ -275,8 +331,15 @@ def _epoch_axis(axes: Any, report: Report) -> None:
         first, last = int(report.epochs[0]), int(report.epochs[-1])
         room = 0.5 + 0.01 * (last - first)
         axes.set_xlim(first - room, last + room)
-    whole_epochs(axes)
+    _whole_epochs(axes)
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(values), values, np.nan)
+def _whole_epochs(axes: Any) -> None:
+    """Ticks at whole epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10], min_n_ticks=1))
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "-"

@@ -1,4 +1,4 @@
-"""What is known of a run at one moment: read, judged, ready to be shown or printed as JSON."""
+"""A run at one moment: read, judged, and ready to be shown or printed as JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from orion_unet.errors import InputError
-from orion_unet.monitor.configuration import AUTOMATIC_RATE, judge_config, option_number
-from orion_unet.monitor.diagnostics import WARNING, Finding, Thresholds, diagnose, judge_state
+from orion_unet.findings import WARNING, Finding
+from orion_unet.monitor.advice import AUTOMATIC_RATE, judge_config, option_number
+from orion_unet.monitor.diagnostics import Thresholds, diagnose
 from orion_unet.monitor.liveness import Life, Liveness
 from orion_unet.monitor.noise import validation_noise
 from orion_unet.monitor.run_reader import MetricsReader
@@ -23,7 +24,7 @@ ENDED = ("finished", "early_stopped", "interrupted", "diverged", "failed", "cras
 
 @dataclass
 class Report:
-    """A run as it stands. Texts from the run's files (names, messages, options) are as found: clean them to show."""
+    """A run at one moment. Text from its files (names, messages, options) is as found: clean it before showing it."""
 
     run: str
     life: Life
@@ -42,13 +43,13 @@ class Report:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The run's options, empty where config.json does not tell."""
+        """The run's options; empty if config.json does not list them."""
         options = self.config.get("options")
         return options if isinstance(options, Mapping) else {}
 
     @property
     def planned(self) -> int | None:
-        """Number of epochs the run is to have."""
+        """Number of epochs that the run is meant to have."""
         for value in (option_number(self.status, "epochs"), option_number(self.options, "epochs")):
             if value is not None and 0 < value < 1e9:
                 return int(value)
@@ -62,15 +63,15 @@ class Report:
 
     @property
     def epoch_s(self) -> float | None:
-        """Seconds an epoch takes, the median of the last five."""
-        recent = self.reader.column("duration_s")[-5:]
-        recent = recent[np.isfinite(recent) & (recent >= 0)]
-        return float(np.median(recent)) if len(recent) else None
+        """Seconds an epoch takes."""
+        return recent_epoch_s(self.reader)
 
     @property
     def left_s(self) -> float | None:
-        """Seconds left, as if all planned epochs took as long as the last; None where the run has ended."""
-        if self.epoch_s is None or self.planned is None or self.life.state in ENDED or not len(self.epochs):
+        """Seconds left if all planned epochs take as long as the recent ones; None if the run is over or stalled."""
+        if self.epoch_s is None or self.planned is None or not len(self.epochs):
+            return None
+        if self.life.state in (*ENDED, "stalled"):
             return None
         return max(self.planned - int(self.epochs[-1]), 0) * self.epoch_s
 
@@ -81,18 +82,18 @@ class Report:
 
     @property
     def noise(self) -> float:
-        """Noise of the validation loss about its trend, nan where there are too few epochs."""
+        """Noise of the validation loss around its trend; nan where there are too few epochs."""
         return validation_noise(self.val)
 
     @property
     def gap(self) -> float:
         """Validation minus training loss, the median of the last five epochs; nan where not measured."""
-        recent = finite_difference(self.val[-5:], self.train[-5:])
+        recent = finite_or_nan(self.val[-5:]) - finite_or_nan(self.train[-5:])
         recent = recent[np.isfinite(recent)]
         return float(np.median(recent)) if len(recent) else math.nan
 
     def document(self) -> dict[str, Any]:
-        """The report as strict JSON wants it: what ``--json`` prints and monitor.json holds."""
+        """The report as plain values for strict JSON: what ``--json`` prints and monitor.json contains."""
         best = self.best
         return {
             "schema": SCHEMA,
@@ -120,16 +121,16 @@ class Report:
 
 
 class Run:
-    """A run folder under observation."""
+    """A run folder that is read again and again, every ``interval_s`` seconds."""
 
-    def __init__(self, run_dir: Path, thresholds: Thresholds) -> None:
+    def __init__(self, run_dir: Path, thresholds: Thresholds, interval_s: float = 0.0) -> None:
         self.run_dir = run_dir
         self.thresholds = thresholds
         self.reader = MetricsReader(run_dir)
-        self._liveness = Liveness(run_dir, thresholds.stalled_after)
+        self._liveness = Liveness(run_dir, thresholds.stalled_after, interval_s)
 
     def poll(self) -> Report:
-        """Read what is new and judge it. Raises InputError where the folder is no run or cannot be read."""
+        """Read what is new and judge it. Raises InputError if the folder is not a run or cannot be read."""
         if not self.run_dir.is_dir():
             what = "is not a folder" if self.run_dir.exists() else "does not exist"
             raise InputError(f"{self.run_dir} {what}: give --output_dir the folder of a run")
@@ -141,13 +142,13 @@ class Run:
         except OSError as error:
             raise _unreadable(self.reader.path, error) from None
         self._check(status, config)
-        life = self._liveness.judge(status, beat)
         reader = self.reader
+        life = self._liveness.judge(status, beat, recent_epoch_s(reader))
         epochs, train, val = (reader.column(name) for name in ("epoch", "train_loss", "val_loss"))
         options = (config or {}).get("options")
         options = dict(options) if isinstance(options, Mapping) else {}
         options[AUTOMATIC_RATE] = option_number(config or {}, AUTOMATIC_RATE)
-        findings = judge_state(life.state, life.reason, life.age_s, self.thresholds)
+        findings = [life.finding] if life.finding else []
         r2, rate = reader.column("r2"), reader.column("lr")
         findings += diagnose(epochs, train, val, self.thresholds, options, r2, rate)
         calm = not {"unstable_validation", "diverged"} & {finding.code for finding in findings}
@@ -181,7 +182,7 @@ class Run:
         return document, modified
 
     def _check(self, status: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> None:
-        """Refuse what is no run, or a run of another schema."""
+        """Refuse a folder that is not a run, or a run of another schema."""
         reader = self.reader
         for name, document in ((STATUS_FILE, status), (CONFIG_FILE, config)):
             if document is not None and document.get("schema", SCHEMA) != SCHEMA:
@@ -190,21 +191,27 @@ class Run:
             raise _foreign(reader.path, reader.foreign_schema)
         if status is None and config is None and len(reader) == 0:
             if reader.damaged_lines:
-                raise InputError(f"{reader.path} holds no line that this monitor can read as an epoch")
+                raise InputError(f"{reader.path} contains no line that this monitor can read as an epoch")
             if not any((self.run_dir / name).exists() for name in (STATUS_FILE, CONFIG_FILE, METRICS_FILE)):
                 raise InputError(
                     f"{self.run_dir} is not a run folder (no {CONFIG_FILE}, {STATUS_FILE} or {METRICS_FILE})"
                 )
 
 
-def finite_difference(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """left - right, nan where either is not finite."""
-    both = np.isfinite(left) & np.isfinite(right)
-    return np.where(both, np.where(both, left, 0) - np.where(both, right, 0), np.nan)
+def recent_epoch_s(reader: MetricsReader) -> float | None:
+    """Seconds an epoch takes: the median of the last five."""
+    recent = reader.column("duration_s")[-5:]
+    recent = recent[np.isfinite(recent) & (recent >= 0)]
+    return float(np.median(recent)) if len(recent) else None
+
+
+def finite_or_nan(values: np.ndarray) -> np.ndarray:
+    """The values, with nan in place of those that are not finite."""
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _foreign(path: Path, schema: Any) -> InputError:
-    return InputError(f"{path} was written in schema {schema!r:.40}; this monitor reads schema {SCHEMA}")
+    return InputError(f"{path} was written with schema {schema!r:.40}; this monitor reads schema {SCHEMA}")
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:

@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl while the trainer writes it: what was appended since, in bounded memory. No torch."""
+"""Reads metrics.jsonl while the trainer appends to it, in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ COLUMNS = (
     "lr",
     "train_loss",
     "val_loss",
-    *(f"train_{term}" for term in TERMS),
     *(f"val_{term}" for term in TERMS),
     *METRICS,
-    "pearson_markers",
     "r2",
     "grad_norm",
     "samples_per_s",
@@ -37,8 +35,7 @@ MAX_CHANNELS = 20_000
 MAX_NAME_CHARS = 200
 MAX_CHANNEL_ROWS = 512
 LARGEST = 1e30
-"""A magnitude from which a number counts as not finite, and its inverse as 0: no loss means it, and what is
-reckoned with it would overflow."""
+"""Larger numbers count as not finite, and numbers below its inverse as 0: they are no losses, and would overflow."""
 
 _CHUNK_BYTES = 1 << 20
 _CHANNELS_KEY = b'"per_channel":'
@@ -47,8 +44,8 @@ _CHANNELS_KEY = b'"per_channel":'
 class ChannelHistory:
     """Validation Pearson of every marker over the epochs, thinned to at most ``MAX_CHANNEL_ROWS`` epochs.
 
-    The epochs kept are the multiples of ``stride``, which doubles when the rows run out. The newest epoch's
-    metrics are kept whole beside them.
+    It keeps the epochs that are multiples of a stride, which doubles when there are too many, and all metrics of the
+    newest epoch.
     """
 
     def __init__(self) -> None:
@@ -60,7 +57,7 @@ class ChannelHistory:
         self._latest: tuple[int, bytes | dict[str, Any] | None] = (-1, None)
 
     def put(self, epoch: int, channels: bytes | dict[str, Any] | None) -> None:
-        """Take one epoch's ``per_channel`` object, parsed or as the bytes of the log."""
+        """Add one epoch's ``per_channel`` object, parsed or as the bytes of the log."""
         if epoch >= self._latest[0]:
             self._latest = (epoch, channels)
         if epoch % self._stride == 0:
@@ -69,8 +66,14 @@ class ChannelHistory:
                 self._stride *= 2
                 self._rows = {kept: row for kept, row in self._rows.items() if kept % self._stride == 0}
 
+    def forget_after(self, epoch: int) -> None:
+        """Drop all later epochs."""
+        self._rows = {kept: row for kept, row in self._rows.items() if kept <= epoch}
+        if self._latest[0] > epoch:
+            self._latest = (-1, None)
+
     def pearson(self) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs (E,) in order, and Pearson (C, E) float32 in [-1, 1], nan where there is none."""
+        """Epochs (E,) in order, and Pearson (C, E) float32 in [-1, 1], nan where undefined."""
         newest, channels = self._latest
         rows = dict(self._rows)
         if newest >= 0 and newest not in rows:
@@ -82,7 +85,7 @@ class ChannelHistory:
         return np.array(epochs, int), values
 
     def newest(self) -> dict[str, dict[str, float]]:
-        """The newest epoch's metrics of every marker; a metric that is null or absent is nan."""
+        """Metrics of every marker in the newest epoch; nan where null or absent."""
         channels = _as_object(self._latest[1])
         return {
             _short(name): {metric: number(values.get(metric)) for metric in METRICS}
@@ -111,9 +114,10 @@ class ChannelHistory:
 class MetricsReader:
     """The epochs of a growing metrics.jsonl.
 
-    ``poll`` reads only what was appended since the last call. Half a last line waits for its rest; a damaged,
-    foreign or overlong line is skipped and counted; a file that was replaced, shortened or rewritten is read
-    anew. Where an epoch stands twice, the later attempt is the true one.
+    ``poll`` reads only what was appended since the last call. An incomplete last line waits for its rest; damaged
+    and overlong lines, and lines of another schema, are skipped and counted; a file that was replaced, shortened or
+    rewritten is read again from its start. Of two lines of one epoch the later attempt counts, and lines of an earlier
+    attempt beyond the newest attempt's last epoch do not count.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -134,51 +138,47 @@ class MetricsReader:
         self._count = 0
         self._row_of: dict[int, int] = {}
         self._ordered = True
+        self._attempt = 0.0
+        self._last_of_attempt = -1
 
     def __len__(self) -> int:
         return self._count
 
-    def poll(self) -> bool:
-        """Read what is new; true when an epoch came or the file was read anew. Raises OSError (unreadable).
-
-        A file that is not there yet is an empty log.
-        """
-        before = (self._identity, self._count, self.damaged_lines)
-        changed = False
+    def poll(self) -> None:
+        """Read what is new. Raises OSError where the file cannot be read; a missing file is an empty log."""
         try:
             file = open_regular(self.path)
         except FileNotFoundError:
-            if self._identity is not None:
-                self._reset()
-            return before[0] is not None
+            self._reset()
+            return
         with file:
             status = os.fstat(file.fileno())
             identity = (status.st_dev, status.st_ino)
             if self._identity is not None and (identity != self._identity or not self._continues(file, status.st_size)):
                 self._reset()
-                changed = True
             self._identity = identity
             file.seek(self._offset)
             while chunk := file.read(_CHUNK_BYTES):
                 self._offset += len(chunk)
                 self._head = (self._head + chunk[:64])[:64]
                 self._tail = (self._tail + chunk[-64:])[-64:]
-                changed |= self._take(chunk)
-        # Not every writer ends its last line; what spells a whole object is a whole line.
-        if self._pending.endswith(b"}") and self._line(bytes(self._pending), keep_damaged=True):
-            self._pending.clear()
-            changed = True
-        return changed or before != (self._identity, self._count, self.damaged_lines)
+                self._split(chunk)
+        # Not every writer ends its last line: what parses as an object is complete.
+        if self._pending.endswith(b"}"):
+            record, channels = _parse(bytes(self._pending))
+            if record is not None:
+                self._put(record, channels)
+                self._pending.clear()
 
     def column(self, name: str) -> np.ndarray:
-        """One of ``COLUMNS`` in order of epoch, float64 (E,): nan = not measured, inf = a loss not finite."""
+        """One of ``COLUMNS``, float64 (E,) in order of epoch: nan where not measured, inf for a loss not finite."""
         values = self._data[: self._count, COLUMNS.index(name)]
         if not self._ordered:
             values = values[np.argsort(self._data[: self._count, 0], kind="stable")]
         return values.copy()
 
     def _continues(self, file: Any, size: int) -> bool:
-        """Whether the file still begins and goes on as it did when it was last read."""
+        """Whether the part that was read before still begins and ends as it did."""
         if size < self._offset:
             return False
         file.seek(0)
@@ -187,17 +187,16 @@ class MetricsReader:
         file.seek(self._offset - len(self._tail))
         return bool(file.read(len(self._tail)) == self._tail)
 
-    def _take(self, chunk: bytes) -> bool:
-        changed = False
+    def _split(self, chunk: bytes) -> None:
         start = 0
         while (end := chunk.find(b"\n", start)) >= 0:
             if self._skipping:
                 self._skipping = False
             elif self._pending or end - start > MAX_LINE_BYTES:
                 self._pending += chunk[start:end]
-                changed |= self._line(bytes(self._pending))
+                self._line(bytes(self._pending))
             else:
-                changed |= self._line(chunk[start:end])
+                self._line(chunk[start:end])
             self._pending.clear()
             start = end + 1
         if not self._skipping:
@@ -206,30 +205,46 @@ class MetricsReader:
                 self._pending.clear()
                 self._skipping = True
                 self.damaged_lines += 1
-        return changed
 
-    def _line(self, line: bytes, keep_damaged: bool = False) -> bool:
+    def _line(self, line: bytes) -> None:
         line = line.strip()
-        if not line:
-            return False
-        record, channels = _parse(line) if len(line) <= MAX_LINE_BYTES else (None, None)
-        if record is None and keep_damaged:
-            return False
+        if line:
+            self._put(*(_parse(line) if len(line) <= MAX_LINE_BYTES else (None, None)))
+
+    def _put(self, record: dict[str, Any] | None, channels: bytes | dict[str, Any] | None) -> None:
         row = _row(record) if record is not None else None
         if row is None:
             self.damaged_lines += 1
             if record is not None and record.get("schema", SCHEMA) != SCHEMA:
                 self.foreign_schema = record["schema"]
-            return keep_damaged
+            return
         epoch, attempt = int(row[0]), row[1]
+        if attempt > self._attempt:
+            self._forget_after(epoch)
+            self._attempt, self._last_of_attempt = attempt, epoch
+        elif attempt < self._attempt and epoch > self._last_of_attempt:
+            return
+        elif attempt == self._attempt:
+            self._last_of_attempt = max(self._last_of_attempt, epoch)
         at = self._row_of.get(epoch)
         if at is None:
             at = self._append(epoch)
         elif attempt < self._data[at, 1]:
-            return False
+            return
         self._data[at] = row
         self.channels.put(epoch, channels)
-        return True
+
+    def _forget_after(self, epoch: int) -> None:
+        """Drop all later epochs: a newer attempt has gone back to this one."""
+        rows = self._data[: self._count]
+        kept = rows[rows[:, 0] <= epoch]
+        if len(kept) == len(rows):
+            return
+        self._count = len(kept)
+        self._data[: self._count] = kept
+        self._row_of = {int(known): at for at, known in enumerate(kept[:, 0])}
+        self._ordered = bool((np.diff(kept[:, 0]) > 0).all())
+        self.channels.forget_after(epoch)
 
     def _append(self, epoch: int) -> int:
         at = self._count
@@ -243,9 +258,9 @@ class MetricsReader:
 
 
 def number(value: Any, null: float = math.nan) -> float:
-    """A JSON value as a float: ``null`` where it is null or not finite, nan where it is no number at all."""
+    """A JSON value as a float: ``null`` where it is null or not finite, nan where it is not a number."""
     if type(value) is float or type(value) is int:
-        # An integer may have more digits than a float can hold; the comparison works for it all the same.
+        # An integer may be too large for a float, but can be compared.
         if not -LARGEST < value < LARGEST:
             return null
         return float(value) if abs(value) > 1 / LARGEST else 0.0
@@ -253,10 +268,10 @@ def number(value: Any, null: float = math.nan) -> float:
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any] | None, bytes | dict[str, Any] | None]:
-    """The record, and apart from it its per_channel object, not parsed yet where that could be told.
+    """The record of a line, and separately its per_channel object, as bytes not parsed yet where possible.
 
-    The markers are most of a line, and of a long log most are never shown. The cut ends at the first ``}}``;
-    where that is not the object's own end, the brackets of the rest do not match, and the line is parsed whole.
+    The markers take most of a line, and most of a long log is never shown. The object is cut out up to the first
+    ``}}``; if that is not its end, the brackets of the rest do not match, and the whole line is parsed.
     """
     start = line.find(_CHANNELS_KEY)
     end = line.find(b"}}", start) + 2 if start >= 0 else 1
@@ -276,7 +291,7 @@ def _as_object(channels: bytes | dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _row(record: dict[str, Any]) -> list[float] | None:
-    """The record's values in the order of ``COLUMNS``; None where it is no epoch of this schema."""
+    """The record's values in the order of ``COLUMNS``; None if it is not an epoch of this schema."""
     epoch = record.get("epoch")
     schema = record.get("schema", SCHEMA)
     if type(epoch) is not int or not 0 <= epoch <= MAX_EPOCH or type(schema) is not int or schema != SCHEMA:
@@ -285,7 +300,7 @@ def _row(record: dict[str, Any]) -> list[float] | None:
     if type(attempt) is not int or not 0 <= attempt <= MAX_EPOCH:
         attempt = 1
     train, val = _section(record, "train"), _section(record, "val")
-    train_terms, val_terms, metrics = _section(train, "terms"), _section(val, "terms"), _section(val, "metrics")
+    val_terms, metrics = _section(val, "terms"), _section(val, "metrics")
     return [
         epoch,
         attempt,
@@ -293,10 +308,8 @@ def _row(record: dict[str, Any]) -> list[float] | None:
         number(record.get("lr")),
         number(train["loss"], math.inf) if "loss" in train else math.nan,
         number(val["loss"], math.inf) if "loss" in val else math.nan,
-        *[number(train_terms.get(term)) for term in TERMS],
         *[number(val_terms.get(term)) for term in TERMS],
         *[number(metrics.get(metric)) for metric in METRICS],
-        number(metrics.get("pearson_markers")),
         number(metrics.get("r2")),
         *[number(record.get(name)) for name in COLUMNS[-5:]],
     ]

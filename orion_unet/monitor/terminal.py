@@ -1,8 +1,10 @@
-"""The terminal view: plain lines for a pipe, one screen for a live view. Everything shown is cleaned first."""
+"""The terminal view: plain lines for a pipe, one screen for a live view. All text is cleaned first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,8 +15,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from orion_unet.monitor.diagnostics import Finding
-from orion_unet.monitor.report import Report, finite_difference
+from orion_unet.findings import Finding, options_and_sentences
+from orion_unet.monitor.report import Report, finite_or_nan
 from orion_unet.text import clean, duration, short_number
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -28,7 +30,7 @@ STATE_STYLES = {
     "waiting": "yellow",
     "interrupted": "yellow",
 }
-# Heading, column of the log, digits; the later ones as the width allows.
+# Heading and column of the log; narrow windows leave out the last ones.
 EPOCH_COLUMNS = (
     ("train", "train_loss"),
     ("val", "val_loss"),
@@ -46,7 +48,7 @@ EPOCH_COLUMNS = (
 
 
 def make_console(file: TextIO, width: int | None = None) -> Console:
-    """A console that interprets nothing in the text it is given, and sends no escapes to a pipe."""
+    """A console that interprets nothing in its text, and sends no escape sequences to a pipe."""
     return Console(
         file=file,
         width=width,
@@ -60,10 +62,10 @@ def make_console(file: TextIO, width: int | None = None) -> Console:
 
 
 def view(report: Report, console: Console, height: int | None = None, footer: str = "") -> RenderableType:
-    """The report in the console's width; cut to ``height`` lines where that is given, tables first."""
+    """The report in the console's width, and in ``height`` lines if given; the tables are shortened first."""
     width = console.width
     head = _header(report, width, _blocks(console))
-    findings = _findings(report)
+    findings = _findings(report, width)
     foot = [Text(clean(note, width), style="dim") for note in report.notes]
     if footer:
         foot.append(Text(footer, style="dim", no_wrap=True, overflow="ellipsis"))
@@ -86,7 +88,7 @@ def view(report: Report, console: Console, height: int | None = None, footer: st
 
 
 class _Lines:
-    """Lines already rendered."""
+    """Lines that are already rendered."""
 
     def __init__(self, lines: list[list[Segment]]) -> None:
         self.lines = lines
@@ -98,7 +100,7 @@ class _Lines:
 
 
 def sparkline(values: np.ndarray, width: int, low: float, high: float, blocks: str = BLOCKS) -> str:
-    """The values as at most ``width`` blocks between ``low`` and ``high``; x = not finite, blank = not measured."""
+    """The values as at most ``width`` blocks from ``low`` to ``high``; x if not finite, blank if not measured."""
     parts = (
         np.array_split(values, width) if len(values) > width else np.split(values, len(values)) if len(values) else []
     )
@@ -116,7 +118,7 @@ def sparkline(values: np.ndarray, width: int, low: float, high: float, blocks: s
 
 
 def one_line(report: Report) -> str:
-    """The run in one plain line, for a log of what changed."""
+    """The run in one plain line, to log what changes."""
     parts = [report.life.state, _progress(report)]
     if len(report.epochs):
         parts += [f"train {short_number(report.train[-1])}", f"val {short_number(report.val[-1])}", _best(report)]
@@ -125,7 +127,7 @@ def one_line(report: Report) -> str:
 
 
 def comparison_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table of cleaned cells."""
+    """A table without lines, its cells cleaned."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(Text(clean(column)), justify="left" if index == 0 else "right", overflow="fold")
@@ -153,7 +155,7 @@ def _header(report: Report, width: int, blocks: str) -> list[RenderableType]:
     if message:
         lines.append(Text(message, no_wrap=True, overflow="ellipsis"))
     step = ""
-    if state in ("training", "validating") and _whole(report.status.get("steps_per_epoch")):
+    if state in ("training", "validating", "stalled") and _whole(report.status.get("steps_per_epoch")):
         step = f"step {_whole(report.status.get('step')) or 0}/{_whole(report.status.get('steps_per_epoch'))}"
     each = f"{duration(report.epoch_s)}/epoch" if report.epoch_s is not None else ""
     left = f"{duration(report.left_s)} left" if report.left_s else ""
@@ -167,7 +169,7 @@ def _header(report: Report, width: int, blocks: str) -> list[RenderableType]:
 def _sparklines(report: Report, width: int, blocks: str) -> list[RenderableType]:
     both = np.concatenate([report.train, report.val])
     finite = both[np.isfinite(both)]
-    # A poor first epoch would press the rest flat.
+    # A high first loss would flatten the rest.
     low, high = (float(finite.min()), float(np.percentile(finite, 97))) if len(finite) else (0.0, 1.0)
     lines: list[RenderableType] = []
     for name, values, style in (("train", report.train, "blue"), ("val", report.val, "yellow")):
@@ -193,7 +195,7 @@ def _best(report: Report) -> str:
 
 
 def _tables(report: Report, width: int, rows: int) -> list[RenderableType]:
-    """Last epochs at the left, best and worst markers at the right, ``rows`` lines and a heading each."""
+    """The last epochs on the left, the best and worst markers on the right: ``rows`` lines each, and a heading."""
     if not len(report.epochs):
         return [Text("no epoch has finished yet", style="dim")]
     markers = _aligned(_markers(report, rows, wide=width >= 110), left=1)
@@ -214,7 +216,7 @@ def _tables(report: Report, width: int, rows: int) -> list[RenderableType]:
 
 
 def _aligned(rows: list[list[str]], left: int = 0) -> list[str]:
-    """Rows of cells as lines of columns, the first ``left`` of them aligned to the left."""
+    """Rows of cells as lines of columns, of which the first ``left`` are aligned to the left."""
     sizes = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -225,10 +227,10 @@ def _aligned(rows: list[list[str]], left: int = 0) -> list[str]:
 
 
 def _epochs(report: Report, rows: int, room: int) -> tuple[list[list[str]], int | None]:
-    """Cells of the last epochs, as many columns as fit, and the row of the best epoch."""
+    """Cells of the last epochs in as many columns as fit, and the row of the best epoch."""
     shown = EPOCH_COLUMNS[: max((room - 7) // 9, 1)]
     columns = {name: report.reader.column(name)[-rows:] for _, name in shown if name}
-    gap = finite_difference(report.val[-rows:], report.train[-rows:])
+    gap = finite_or_nan(report.val[-rows:]) - finite_or_nan(report.train[-rows:])
     table = [["epoch", *[f"{heading:>7}" for heading, _ in shown]]]
     first = max(len(report.epochs) - rows, 0)
     for at in range(len(report.epochs) - first):
@@ -239,7 +241,7 @@ def _epochs(report: Report, rows: int, room: int) -> tuple[list[list[str]], int 
 
 
 def _markers(report: Report, rows: int, wide: bool) -> list[list[str]]:
-    """Cells of the best and worst markers of the newest epoch, no row where there are none."""
+    """Cells of the best and worst markers of the newest epoch; no rows if there are no markers."""
     newest = report.reader.channels.newest()
     if not newest:
         return []
@@ -260,7 +262,7 @@ def _markers(report: Report, rows: int, wide: bool) -> list[list[str]]:
 
 
 def _cell(name: str, value: float) -> str:
-    """A number of at most ten characters, correlations and similarities with three decimals."""
+    """A number of at most ten characters; correlations and similarities have three decimals."""
     if name == "duration_s":
         return duration(value)
     if np.isinf(value):
@@ -270,26 +272,36 @@ def _cell(name: str, value: float) -> str:
     return short_number(value, 2 if name == "lr" else 4)[:10]
 
 
-def _findings(report: Report) -> list[RenderableType]:
+def _findings(report: Report, width: int) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for finding in report.findings:
-        lines += _finding(finding, "bold red" if finding.severity == "warning" else "cyan")
+        lines += _finding(finding, width, "bold red" if finding.severity == "warning" else "cyan")
     for finding in report.config_findings:
         text = Text("option ", style="cyan")
-        text.append(f"{finding.message}: try {' or '.join(finding.advice)}", "default")
+        text.append(f"{finding.message}: {_advice(finding.advice)}", "default")
         lines.append(text)
     if not report.findings and len(report.epochs) >= 6:
         lines.append(Text("no warnings", style="green"))
     return lines
 
 
-def _finding(finding: Finding, style: str) -> list[RenderableType]:
+def _finding(finding: Finding, width: int, style: str) -> list[RenderableType]:
     first = Text(f"{finding.severity} ", style=style)
     first.append(f"{finding.code}: ", "bold")
     first.append(clean(finding.message, 400), "default")
-    if not finding.advice:
-        return [first]
-    return [first, Text("  try " + ", or ".join(clean(item, 200) for item in finding.advice), style="italic")]
+    # Broken between options, but not between an option and its value.
+    advice = re.sub(r"(--\w+) (?!-)", "\\1\xa0", _advice(finding.advice))
+    lines = textwrap.wrap(advice, max(width - 2, 20), break_on_hyphens=False)
+    return [first, *(Text("  " + line.replace("\xa0", " "), style="italic") for line in lines)]
+
+
+def _advice(items: Iterable[str]) -> str:
+    """Advice in one sentence: options are alternatives to try, sentences are steps."""
+    parts = [
+        "try " + ", or ".join(clean(item, 200) for item in group) if pasted else "; ".join(map(clean, group))
+        for pasted, group in options_and_sentences(items)
+    ]
+    return "; ".join(parts)
 
 
 def _whole(value: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""What the monitor command does: report once, watch until the end, or compare; and what it writes meanwhile."""
+"""What the monitor command does: report once, watch until the end, or compare; and the files it writes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from orion_unet.text import clean
 FIGURE_FILE = "training_progress.png"
 EXIT_OK, EXIT_WARNINGS = 0, 4
 REDRAW_PAUSE = 20
-"""A figure is redrawn at the earliest after so many times what the last one took: a login node is shared."""
+"""After drawing a figure, wait at least this many times as long as it took: others use the login node, too."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the monitor."""
+    """The options of the monitor command."""
 
     run_dir: Path
     interval_s: float = 10.0
@@ -41,7 +41,7 @@ class Request:
 
     @property
     def figure_path(self) -> Path:
-        """Where the figure goes."""
+        """The path of the figure."""
         return self.figure or self.run_dir / FIGURE_FILE
 
 
@@ -56,7 +56,7 @@ class Outputs:
         self._not_before = 0.0
 
     def write(self, report: Report, refresh_s: float | None = None) -> None:
-        """Write what has changed. A folder that cannot be written is a note of the report, no failure."""
+        """Write what has changed. If the folder cannot be written, the report gets a note; that is no failure."""
         self.write_pictures(report, refresh_s)
         self.write_document(report)
 
@@ -67,7 +67,7 @@ class Outputs:
         self._write(self.request.run_dir / MONITOR_FILE, (to_json(report.document(), 2) + "\n").encode(), report)
 
     def write_pictures(self, report: Report, refresh_s: float | None = None) -> None:
-        """Redraw the figure, if there is news and the last one is not too fresh, and the page around it."""
+        """Redraw the figure, if there is news and the last one is old enough, and write the page around it."""
         self._draw(report, forced=report.life.state in ENDED)
         if self.request.html is not None:
             from orion_unet.monitor.page import page
@@ -76,7 +76,7 @@ class Outputs:
             write_page(self.request.html, page(report, self.png, alive))
 
     def _draw(self, report: Report, forced: bool) -> None:
-        # As text, in which nan equals nan.
+        # Compared as text, because nan does not equal nan.
         state = f"{report.life.state} {len(report.epochs)} {report.train[-3:]} {report.val[-3:]}"
         now = time.monotonic()
         if state == self._drawn or (now < self._not_before and not forced):
@@ -106,7 +106,7 @@ def report_once(request: Request) -> int:
         print(to_json(report.document(), 2), flush=True)
     else:
         print_report(report)
-    # A person reads while the figure, most of the work, is drawn.
+    # The user can read the report while the figure is drawn, which takes most of the time.
     outputs.write_pictures(report)
     if not outputs.problem and not request.as_json:
         print(f"figure: {clean(str(request.figure_path), 300)}")
@@ -118,7 +118,7 @@ def report_once(request: Request) -> int:
 
 
 def watch(request: Request) -> int:
-    """Follow the run until it ends or Ctrl-C, which is a way to leave and no failure; returns the exit code."""
+    """Follow the run until it ends or Ctrl-C is pressed, which is no failure; returns the exit code."""
     follow = _Follower(request)
     with _terminate_cleanly():
         try:
@@ -138,13 +138,13 @@ def watch(request: Request) -> int:
 class _Follower:
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.run = Run(request.run_dir, request.thresholds)
+        self.run = Run(request.run_dir, request.thresholds, request.interval_s)
         self.outputs = Outputs(request)
         self.report: Report | None = None
         self.waiting_for = ""
 
     def poll(self) -> Report | None:
-        """The report, or None while there is nothing to report on; ``waiting_for`` then says what for."""
+        """The report, or None while there is nothing to report; ``waiting_for`` then says what is missing."""
         try:
             report = self.run.poll()
         except InputError as error:
@@ -155,10 +155,11 @@ class _Follower:
         return report
 
     def in_lines(self) -> None:
-        """For a pipe: a plain line, or a JSON document a line, whenever something has changed."""
+        """For a pipe: print a plain line, or a line of JSON, whenever something has changed."""
         from orion_unet.monitor.terminal import one_line
 
-        told: Any = None
+        printed: Any = None
+        _tolerate_encoding()
         while True:
             report = self.poll()
             if report is None:
@@ -167,15 +168,15 @@ class _Follower:
             else:
                 line, document = one_line(report), report.document()
                 change = line
-            if change != told:
-                told = change
-                print(to_json(document) if self.request.as_json else _printable(line), flush=True)
+            if change != printed:
+                printed = change
+                print(to_json(document) if self.request.as_json else line, flush=True)
             if report is not None and report.life.state in ENDED:
                 return
             time.sleep(self.request.interval_s)
 
     def on_screen(self) -> None:
-        """A live view on the terminal's other screen, redrawn when the window changes."""
+        """A live view on the terminal's alternate screen, also redrawn when the window is resized."""
         from rich.live import Live
         from rich.text import Text
 
@@ -204,7 +205,7 @@ class _Follower:
 
 
 def compare(request: Request, others: list[Path]) -> int:
-    """Print several runs side by side and draw them over each other; returns the exit code."""
+    """Print several runs side by side and draw them in one figure; returns the exit code."""
     from orion_unet.monitor.compare import comparison, comparison_document, run_names
     from orion_unet.monitor.plots import comparison_figure, png
 
@@ -235,13 +236,13 @@ def compare(request: Request, others: list[Path]) -> int:
 
 
 def exit_code(report: Report, fail_on: str | None) -> int:
-    """4 where the report holds what ``fail_on`` names, else 0."""
+    """4 if the report contains what ``fail_on`` names, else 0."""
     fatal = report.warnings if fail_on == "warning" else [*report.findings, *report.config_findings]
     return EXIT_WARNINGS if fail_on and fatal else EXIT_OK
 
 
 def print_report(report: Report, footer: str = "") -> None:
-    """The whole report on standard output, however long."""
+    """Print the whole report, however long."""
     from orion_unet.monitor.terminal import make_console, view
 
     _tolerate_encoding()
@@ -251,12 +252,12 @@ def print_report(report: Report, footer: str = "") -> None:
 
 
 def to_json(document: Mapping[str, Any], indent: int | None = None) -> str:
-    """Strict JSON in ASCII: what cannot be encoded or moves a cursor is escaped."""
-    return json.dumps(strict(document), indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
+    """Strict JSON in printable ASCII: whatever could move a cursor, or a terminal cannot encode, is escaped."""
+    return json.dumps(strict(document), indent=indent, allow_nan=False)
 
 
 def write_page(path: Path, text: str) -> None:
-    """Replace the page; raises InputError where that cannot be done."""
+    """Replace the page; raises InputError if that fails."""
     try:
         write_atomic(path, text.encode("utf-8", "backslashreplace"), durable=False)
     except OSError as error:
@@ -264,7 +265,7 @@ def write_page(path: Path, text: str) -> None:
 
 
 def show(png_bytes: bytes) -> None:
-    """Open a window with the figure and wait until it is closed; without a display, say so."""
+    """Open a window with the figure and wait until it is closed; without a display, print a message."""
     import io
 
     from matplotlib import pyplot
@@ -280,13 +281,8 @@ def show(png_bytes: bytes) -> None:
     pyplot.show()
 
 
-def _printable(line: str) -> str:
-    _tolerate_encoding()
-    return line
-
-
 def _tolerate_encoding() -> None:
-    """A terminal or pipe without some character gets a question mark for it, not a traceback."""
+    """Let a terminal or pipe that cannot encode a character show a question mark, not a traceback."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")
@@ -294,7 +290,7 @@ def _tolerate_encoding() -> None:
 
 @contextmanager
 def _terminate_cleanly() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that the terminal gets its screen and cursor back."""
+    """Let SIGTERM unwind the stack, so that the terminal's screen and cursor are restored."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

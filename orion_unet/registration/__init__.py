@@ -1,1 +1,1 @@
-"""How an H&E lies on its markers."""
+"""Alignment of an H&E with its markers."""

@@ -1,42 +1,37 @@
-"""H&E images of any kind behind one door: a size, a pixel size, and regions read without reading the whole."""
+"""The interface of every H&E image (a size, a pixel size, regions read without reading the whole), and arrays."""
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 
 from orion_unet.errors import InputError
-from orion_unet.run_log import open_regular
 from orion_unet.slides.intensity import WHITE, declared_white, value_range
-
-ARRAYS, PICTURES, SLIDES = (".npy",), (".png", ".jpg", ".jpeg"), (".tif", ".tiff", ".svs")
-SUFFIXES = ARRAYS + PICTURES + SLIDES
-# A PNG or JPEG can only be decoded whole, at about seven bytes a pixel while it is done.
-LARGEST_PICTURE = 16384**2
-# A resolution tag outside these is that of a screen or a printer, not of a microscope.
-SMALLEST_PIXEL_UM, LARGEST_PIXEL_UM = 0.05, 20.0
+from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize
 
 
 class HeImage(ABC):
     """An H&E image of ``shape`` (H, W) that is read by regions.
 
     ``white`` is the stored value of full intensity, ``pixel_size_um`` the side of a pixel in micrometres or None
-    where the file does not say, ``is_slide`` whether it is a TIFF, which may be mostly glass. A context manager.
+    where the file does not say, ``pixel_size_doubt`` why a size that it states is not used, ``is_slide`` whether it
+    is a whole slide, which may be mostly glass. A context manager.
     """
 
     is_slide = False
 
-    def __init__(self, path: Path, shape: tuple[int, int], white: float, pixel_size_um: float | None = None) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, int], white: float, pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE
+    ) -> None:
         self.path = path
         self.shape = shape
         self.white = white
-        self.pixel_size_um = pixel_size_um
+        self.pixel_size_um, self.pixel_size_doubt = pixel_size
 
     @abstractmethod
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
@@ -68,7 +63,11 @@ class ArrayImage(HeImage):
     """An array in memory or on disk, (H, W, 3) or (3, H, W), uint8, uint16 or floats in [0, 1] or [0, 255]."""
 
     def __init__(
-        self, path: Path, open_array: Callable[[], np.ndarray], layout: str = "", pixel_size_um: float | None = None
+        self,
+        path: Path,
+        open_array: Callable[[], np.ndarray],
+        layout: str = "",
+        pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE,
     ) -> None:
         # A memory map is opened anew for every region: the pages of one that stays open count as this process's.
         self._open = open_array
@@ -77,7 +76,7 @@ class ArrayImage(HeImage):
         size = array.shape[:2] if self._layout == "hwc" else array.shape[1:]
         if 0 in size:
             raise InputError(f"{path}: has shape {array.shape}, no pixel at all")
-        super().__init__(path, (int(size[0]), int(size[1])), _white(path, array), pixel_size_um)
+        super().__init__(path, (int(size[0]), int(size[1])), _white(path, array), pixel_size)
 
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         array = self._open()
@@ -86,59 +85,6 @@ class ArrayImage(HeImage):
         else:
             region = array[:3, y : y + height, x : x + width].transpose(1, 2, 0)
         return np.ascontiguousarray(region, region.dtype.newbyteorder("="))
-
-
-def open_he(path: str | Path) -> HeImage:
-    """Open an H&E image: .npy, .png, .jpg, .tif (tiled, striped, pyramidal, OME) or .svs.
-
-    Raises InputError where the file is missing, damaged, of another kind, or has not three colour channels.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(f"{path}: is of no kind that can be read; use {', '.join(SUFFIXES)}")
-    try:
-        open_regular(path).close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if suffix in SLIDES:
-        from orion_unet.slides.tiff import open_slide
-
-        return open_slide(path)
-    return _open_npy(path) if suffix in ARRAYS else _open_picture(path)
-
-
-def needed(module: str, package: str = "") -> ModuleType:
-    """Import what the optional extra brings; raises InputError that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise InputError(
-            f'the package {package or module} is needed for this: pip install "orion-unet[inference]"'
-        ) from None
-
-
-def believable(pixel_size_um: float | None) -> float | None:
-    """A pixel size that a microscope can have, or None."""
-    if pixel_size_um is None or not SMALLEST_PIXEL_UM <= pixel_size_um <= LARGEST_PIXEL_UM:
-        return None
-    return pixel_size_um
-
-
-def _open_npy(path: Path) -> HeImage:
-    def open_array() -> np.ndarray:
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:
-            # NumPy evaluates the header as a Python literal: what a broken one raises can be nearly anything.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path}: is no sound .npy file, or is truncated ({reason})") from None
-        if not isinstance(array, np.memmap):
-            array.close()
-            raise InputError(f"{path}: is an archive of arrays (.npz), not one array")
-        return array
-
-    return ArrayImage(path, open_array)
 
 
 def _layout(path: Path, array: np.ndarray) -> str:
@@ -163,36 +109,3 @@ def _white(path: Path, array: np.ndarray) -> float:
     if high > white * 1.0001 or low < -1e-4 * white:
         raise InputError(f"{path}: holds values from {low:g} to {high:g}; floats must lie in [0, 1] or [0, 255]")
     return white
-
-
-def _open_picture(path: Path) -> HeImage:
-    pillow: Any = needed("PIL.Image", "pillow")
-    # Pillow refuses images of this size only to guard servers; what fits into memory is decided below.
-    limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
-    try:
-        with pillow.open(path, formats=("PNG", "JPEG")) as picture:
-            width, height = picture.size
-            if width * height > LARGEST_PICTURE:
-                raise InputError(
-                    f"{path}: is {width:,} x {height:,} pixels; PNG and JPEG can only be decoded whole, and more than "
-                    f"{LARGEST_PICTURE / 1e6:.0f} megapixels are not: save it as a tiled TIFF"
-                )
-            if picture.mode not in ("RGB", "RGBA"):
-                raise InputError(f"{path}: is of mode {picture.mode}; an H&E has the three channels red, green, blue")
-            pixel_size_um = _resolution(picture.info)
-            array = np.asarray(picture)
-    except InputError:
-        raise
-    except Exception as error:
-        # Decoders raise nearly anything on damaged bytes.
-        raise InputError(f"{path}: is damaged, truncated or no PNG or JPEG ({error})") from None
-    finally:
-        pillow.MAX_IMAGE_PIXELS = limit
-    return ArrayImage(path, lambda: array, "hwc", pixel_size_um)
-
-
-def _resolution(info: dict[Any, Any]) -> float | None:
-    try:
-        return believable(25400.0 / float(info["dpi"][0]))
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
-        return None

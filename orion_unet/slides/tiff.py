@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ import numpy as np
 
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
-from orion_unet.slides.images import ArrayImage, HeImage, believable, needed
+from orion_unet.slides.images import ArrayImage, HeImage
+from orion_unet.slides.pixel_size import MICROMETRES, UNKNOWN_PIXEL_SIZE, PixelSize, positive, square_pixel
 
-# Decoded tiles that are kept for the next region, which overlaps this one. One tile or strip alone may be
-# larger than the cache, but not than LARGEST_SEGMENT: that is a slide in one compressed piece.
+# Decoded tiles of a region that are kept for the next one, which overlaps it. One tile or strip alone may be larger,
+# but not larger than LARGEST_SEGMENT: that is a slide in one compressed piece.
 CACHE_BYTES, LARGEST_SEGMENT = 1 << 27, 1 << 29
 # TIFF's numbers for what the pixels mean and how they are compressed.
 GRAY, RGB, YCBCR = 1, 2, 6
 JPEGS, YCBCR_JPEG_2000 = (6, 7, 34892, 33007), 33003
-MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
 class TiffImage(HeImage):
@@ -30,10 +30,10 @@ class TiffImage(HeImage):
 
     is_slide = True
 
-    def __init__(self, path: Path, tiff: Any, planes: list[Any], pixel_size_um: float | None) -> None:
+    def __init__(self, path: Path, tiff: Any, planes: list[Any], pixel_size: PixelSize) -> None:
         page = self._page = planes[0].keyframe
         white = float(np.iinfo(page.dtype).max)
-        super().__init__(path, (page.imagelength, page.imagewidth), white, pixel_size_um)
+        super().__init__(path, (page.imagelength, page.imagewidth), white, pixel_size)
         self._tiff, self._planes = tiff, planes
         self._planar = len(planes) > 1 or (page.planarconfig == 2 and page.samplesperpixel > 1)
         if page.is_tiled:
@@ -42,7 +42,7 @@ class TiffImage(HeImage):
             self._side = (min(page.rowsperstrip, page.imagelength), page.imagewidth)
         self._grid = tuple(-(-length // side) for length, side in zip(self.shape, self._side, strict=True))
         self._check()
-        self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._kept: dict[tuple[int, int, int], np.ndarray] = {}
         self._decoders = ThreadPoolExecutor(max_workers=min(8, usable_cores()))
 
     def _check(self) -> None:
@@ -70,12 +70,13 @@ class TiffImage(HeImage):
             return region
         rows = range(y // self._side[0], -(-(y + height) // self._side[0]))
         columns = range(x // self._side[1], -(-(x + width) // self._side[1]))
-        places = [
-            (channel, row, column) for channel in range(3 if self._planar else 1) for row in rows for column in columns
-        ]
-        for (channel, row, column), pixels in zip(places, self._decoders.map(self._segment, places), strict=True):
+        places = list(product(rows, range(3 if self._planar else 1), columns))
+        decoded: dict[tuple[int, int, int], np.ndarray] = {}
+        for place, pixels in zip(places, self._decoders.map(self._segment, places), strict=True):
             if pixels is None:
                 continue
+            decoded[place] = pixels
+            row, channel, column = place
             top, left = row * self._side[0], column * self._side[1]
             up, down = max(top, y), min(top + pixels.shape[0], y + height)
             start, end = max(left, x), min(left + pixels.shape[1], x + width)
@@ -84,15 +85,14 @@ class TiffImage(HeImage):
                 region[up - y : down - y, start - x : end - x, channel] = part[..., 0]
             else:
                 region[up - y : down - y, start - x : end - x] = part[..., :3]
-        self._forget(places)
+        self._keep(decoded)
         return region
 
     def _segment(self, place: tuple[int, int, int]) -> np.ndarray | None:
-        """Decoded tile or strip, (h, w, samples); None where the file holds nothing for it."""
-        channel, row, column = place
-        found = self._cache.get(place)
-        if found is not None:
-            return found
+        """Decoded tile or strip, (h, w, samples), at (row, channel, column); None where the file has none there."""
+        if place in self._kept:
+            return self._kept[place]
+        row, channel, column = place
         one_page = len(self._planes) == 1
         plane = self._planes[0 if one_page else channel]
         index = row * self._grid[1] + column
@@ -113,37 +113,40 @@ class TiffImage(HeImage):
                 f"{self.path}: is damaged or truncated at row {row * self._side[0]}, column "
                 f"{column * self._side[1]} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from None
-        if pixels is None:
-            return None
-        self._cache[place] = pixels[0]
-        return pixels[0]
+        return None if pixels is None else pixels[0]
 
-    def _forget(self, used: list[tuple[int, int, int]]) -> None:
-        """Keep the segments used last, as many as the cache may hold but at least one."""
-        for place in used:
-            if place in self._cache:
-                self._cache.move_to_end(place)
-        held = sum(pixels.nbytes for pixels in self._cache.values())
-        while held > CACHE_BYTES and len(self._cache) > 1:
-            held -= self._cache.popitem(last=False)[1].nbytes
+    def _keep(self, decoded: dict[tuple[int, int, int], np.ndarray]) -> None:
+        """Keep the lowest tiles of this region, at least one: the next region begins among them."""
+        self._kept, held = {}, 0
+        for place, pixels in reversed(decoded.items()):
+            held += pixels.nbytes
+            if held > CACHE_BYTES and self._kept:
+                break
+            self._kept[place] = pixels
 
     def close(self) -> None:
         self._decoders.shutdown()
         self._tiff.close()
 
 
-def open_slide(path: Path) -> HeImage:
+def open_tiff(path: Path) -> HeImage:
     """Open a TIFF at full resolution; raises InputError where it is damaged or holds no RGB image."""
-    tifffile = needed("tifffile")
-    # Without it only some compressions could be read, and the others would look damaged.
-    needed("imagecodecs")
+    import tifffile
+
     try:
         tiff = tifffile.TiffFile(path)
     except Exception as error:
         # Its reader raises nearly anything on damaged bytes.
         raise InputError(f"{path}: is damaged, truncated or no TIFF ({error})") from None
     try:
-        return _open(path, tiff)
+        try:
+            series = tiff.series[0].levels[0]
+        except Exception:
+            # The description may be that of another file: libvips copies its input's into every page of a pyramid.
+            tiff.close()
+            tiff = tifffile.TiffFile(path)
+            series = _first_page(tiff)
+        return _open(path, tiff, series)
     except Exception as error:
         tiff.close()
         if isinstance(error, InputError):
@@ -151,19 +154,28 @@ def open_slide(path: Path) -> HeImage:
         raise InputError(f"{path}: is damaged or of a kind that cannot be read ({error})") from None
 
 
-def _open(path: Path, tiff: Any) -> HeImage:
-    series = tiff.series[0].levels[0]
+def _first_page(tiff: Any) -> Any:
+    """The first page as a series of its own; raises ValueError where a later page is larger."""
+    import tifffile
+
+    first = tiff.pages[0]
+    if any(page.imagelength > first.imagelength or page.imagewidth > first.imagewidth for page in tiff.pages):
+        raise ValueError("its description does not fit its pages, and the first page is not the largest")
+    return tifffile.TiffPageSeries([first])
+
+
+def _open(path: Path, tiff: Any, series: Any) -> HeImage:
     page = series.keyframe
     planes = [page] if len(series.pages) == 1 else list(series.pages)
     refused = _refusal(series, page, planes)
     if refused:
         raise InputError(f"{path}: {refused}")
-    pixel_size_um = _pixel_size(tiff, page)
+    pixel_size = _pixel_size(tiff, page)
     if series.dataoffset is not None and (len(planes) == 3 or page.samplesperpixel == 3):
-        image = _mapped(path, tiff, series, page, planes, pixel_size_um)
+        image = _mapped(path, tiff, series, page, planes, pixel_size)
         tiff.close()
         return image
-    return TiffImage(path, tiff, planes, pixel_size_um)
+    return TiffImage(path, tiff, planes, pixel_size)
 
 
 def _refusal(series: Any, page: Any, planes: list[Any]) -> str:
@@ -184,7 +196,7 @@ def _refusal(series: Any, page: Any, planes: list[Any]) -> str:
     return ""
 
 
-def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pixel_size_um: float | None) -> HeImage:
+def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pixel_size: PixelSize) -> HeImage:
     """Pixels that lie in the file uncompressed and in one piece."""
     planar = len(planes) == 3 or page.planarconfig == 2
     size = (page.imagelength, page.imagewidth)
@@ -200,42 +212,47 @@ def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pi
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read any more, it has changed or gone ({error})") from None
 
-    image = ArrayImage(path, open_array, "chw" if planar else "hwc", pixel_size_um)
+    image = ArrayImage(path, open_array, "chw" if planar else "hwc", pixel_size)
     image.is_slide = True
     return image
 
 
-def _pixel_size(tiff: Any, page: Any) -> float | None:
-    """Side of a pixel in micrometres from OME-XML, ImageScope's description, ImageJ's or the resolution tags."""
-    found = _ome_pixel_size(tiff.ome_metadata) if tiff.is_ome else None
-    if found is None:
-        scanned = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or "")
-        found = _positive(scanned.group(1)) if scanned else None
-    if found is None:
-        per_unit = page.resolution[0]
-        if tiff.is_imagej:
-            factor = MICROMETRES.get(str((tiff.imagej_metadata or {}).get("unit", "")).replace("\\u00B5", "µ"), 0.0)
-        else:
-            factor = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}.get(int(page.resolutionunit), 0.0)
-        found = factor / per_unit if per_unit > 0 else None
-    return believable(found)
+def _pixel_size(tiff: Any, page: Any) -> PixelSize:
+    """The size that OME-XML, ImageScope's description, ImageJ's or the resolution tags state, the first in this order.
+
+    In doubt only where no other states one.
+    """
+    stated = [_ome_pixel_size(tiff.ome_metadata) if tiff.is_ome else UNKNOWN_PIXEL_SIZE]
+    scanned = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or "")
+    stated.append(square_pixel(positive(scanned.group(1) if scanned else None), None))
+    if tiff.is_imagej:
+        unit = str((tiff.imagej_metadata or {}).get("unit", "")).replace("\\u00B5", "µ")
+        unit_um = MICROMETRES.get(unit)
+    else:
+        unit_um = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}.get(int(page.resolutionunit))
+    if unit_um:
+        stated.append(square_pixel(*(unit_um / per_unit if per_unit > 0 else None for per_unit in page.resolution)))
+    known = [size for size in stated if size.um is not None]
+    doubted = [size for size in stated if size.doubt]
+    return next(iter(known + doubted), UNKNOWN_PIXEL_SIZE)
 
 
-def _ome_pixel_size(xml: str | None) -> float | None:
+def _ome_pixel_size(xml: str | None) -> PixelSize:
     try:
         root = ElementTree.fromstring(xml or "")
     except ElementTree.ParseError:
-        return None
+        return UNKNOWN_PIXEL_SIZE
     pixels = next((element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"), None)
-    size = _positive(pixels.get("PhysicalSizeX", "")) if pixels is not None else None
-    if pixels is None or size is None:
-        return None
-    return size * MICROMETRES.get(pixels.get("PhysicalSizeXUnit", "µm"), 0.0)
-
-
-def _positive(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if 0 < number < float("inf") else None
+    if pixels is None:
+        return UNKNOWN_PIXEL_SIZE
+    sizes = [positive(pixels.get(f"PhysicalSize{axis}")) for axis in "XY"]
+    units = [pixels.get(f"PhysicalSize{axis}Unit") for axis in "XY"]
+    lengths_um: list[float | None] = []
+    for size, unit in zip(sizes, (units[0] or units[1], units[1] or units[0]), strict=True):
+        if size is not None and unit not in (None, *MICROMETRES):
+            return PixelSize(doubt=f"it states {size:g} {unit}, which is no length")
+        if size == 1 and unit is None:
+            # Micrometres by the schema; in practice the default of converters that do not know the size.
+            return PixelSize(doubt="it states 1 without a unit")
+        lengths_um.append(None if size is None else size * MICROMETRES[unit or "µm"])
+    return square_pixel(*lengths_um)

@@ -1,21 +1,22 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, and the same lines in train.log."""
+"""What a run prints: a bar on a terminal, plain lines elsewhere, and the same lines in train.log."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from orion_unet.distributed import is_main_process
+from orion_unet.distributed import is_main_process, note_progress
 from orion_unet.run_log import LOG_FILE
 
 
 class Console:
-    """Speaks on rank 0 only. Lines go to standard output, and to train.log once the run folder is there."""
+    """Prints on rank 0 only, to standard output, and to train.log once the run folder exists."""
 
     def __init__(self) -> None:
         self.speaks = is_main_process()
@@ -31,10 +32,12 @@ class Console:
         """One or more lines, above the bar if there is one."""
         if not self.speaks:
             return
-        if self._bar is not None:
-            tqdm.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        # A terminal that has gone must not end the run, which has its log.
+        with suppress(OSError):
+            if self._bar is not None:
+                tqdm.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
         if self._log is not None:
             stamp = datetime.now().astimezone().isoformat(timespec="seconds")
             with open(self._log, "a", encoding="utf-8") as file:
@@ -43,10 +46,11 @@ class Console:
     def progress(self, total: int, text: str) -> Callable[[], None]:
         """A bar for something slow at the start; returns what to call after each of ``total`` parts."""
         if not self.on_terminal or total == 0:
-            return lambda: None
+            return note_progress
         bar = tqdm(total=total, desc=text, leave=False, dynamic_ncols=True)
 
         def step() -> None:
+            note_progress()
             bar.update()
             if bar.n >= total:
                 bar.close()
@@ -63,14 +67,16 @@ class Console:
     def advance(self, patches: int, **shown: str) -> None:
         """Move the bar."""
         if self._bar is not None:
-            if shown:
-                self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(patches)
+            with suppress(OSError):
+                if shown:
+                    self._bar.set_postfix(shown, refresh=False)
+                self._bar.update(patches)
 
     def end_bar(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
             self._bar = None
 
     def epoch_line(self, record: dict[str, Any], epochs: int) -> None:
@@ -78,7 +84,7 @@ class Console:
         width = len(str(epochs))
         pearson = record["val"]["metrics"]["pearson"]
         took = record["duration_s"]
-        # Fits 80 columns, where a line that breaks would hide its mark.
+        # Fits 80 columns: a wrapped line would hide its last word, "best".
         parts = [
             f"epoch {record['epoch']:>{width}}/{epochs}",
             f"train {_number(record['train']['loss'])}",

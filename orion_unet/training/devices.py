@@ -1,4 +1,4 @@
-"""Which device a rank trains on, and how its kernels behave."""
+"""The device a rank trains on, and how its kernels behave."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import ctypes
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from orion_unet.config import RuntimeOptions
 from orion_unet.distributed import local_rank, local_world_size, under_launcher
 from orion_unet.errors import InputError
+
+NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
 def choose_device(options: RuntimeOptions) -> torch.device:
@@ -30,16 +33,27 @@ def choose_device(options: RuntimeOptions) -> torch.device:
     needed = local_world_size() if under_launcher() else wanted or 1
     if needed > visible:
         raise InputError(
-            f"{needed} GPUs are wanted on this machine, {visible} can be seen: lower --gpus (0 = CPU) or the number "
-            "of ranks, or look at CUDA_VISIBLE_DEVICES"
+            f"{needed} GPUs are wanted on this machine, {visible} are visible: lower --gpus (0 = CPU) or the number "
+            "of ranks, or check CUDA_VISIBLE_DEVICES"
         )
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device
 
 
+def device_warning(device: torch.device, options: RuntimeOptions) -> list[str]:
+    """A sentence where training runs on the CPU although the machine has a GPU that this torch cannot use."""
+    wanted = device.type == "cpu" and options.gpus is None
+    if not wanted or torch.backends.cuda.is_built() or not NVIDIA_DEVICE.exists():
+        return []
+    return [
+        f"this machine has a GPU, but torch {torch.__version__} was built for CPUs only and trains on the CPU: install "
+        "a CUDA build of torch (https://pytorch.org/get-started)"
+    ]
+
+
 def set_determinism(deterministic: bool) -> None:
-    """Deterministic kernels, or the fastest ones for the shapes at hand."""
+    """Use deterministic kernels, or the fastest ones for the shapes at hand."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -62,7 +76,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def describe_devices(device: torch.device, ranks: int) -> str:
-    """The devices of a run in words."""
+    """The devices of a run, for a person."""
     if device.type == "cuda":
         return f"{ranks} x {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()

@@ -1,12 +1,12 @@
-"""One epoch of training, and one of validation: model, batches, loss and device in, numbers out."""
+"""Steps of training as an iterator, and validation: model, batches, loss and device in, numbers out."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,16 @@ from orion_unet.data.transforms import Batch
 from orion_unet.distributed import all_reduce_sum, world_size
 from orion_unet.losses import TERMS, CompositeLoss
 from orion_unet.metrics import MarkerSums
-from orion_unet.training.ema import ModelEma
-from orion_unet.training.statistics import RunningStatistics
-from orion_unet.training.steps import READ_LAG, StepNote, StepReport, StepWatch, TrainSums
+from orion_unet.training.averages import ModelEma, RunningStatistics
+
+# A GPU's numbers are read this many steps late: by then they are there, and the host need not wait for them. The lag
+# is fixed, because every rank must act on them at the same step.
+READ_LAG = 2
+DIVERGED_AFTER = 10
+
+
+class Diverged(Exception):
+    """Training cannot go on: too many steps in a row without a finite loss and gradient, or such a validation."""
 
 
 @dataclass(frozen=True)
@@ -34,133 +41,277 @@ class Precision:
 
 
 @dataclass
-class TrainEpoch:
-    """Outcome of ``train_one_epoch``: ``next_step`` is the number of steps when the epoch is complete."""
+class Learner:
+    """What a step trains, and how.
 
-    sums: TrainSums
-    next_step: int
-    interrupted: bool
-    duration_s: float
-    samples: int
+    ``model`` is called and may be compiled or wrapped in DistributedDataParallel; ``statistics`` and ``ema`` are of
+    the bare model inside. ``accumulate_steps`` batches make one optimiser step; ``grad_clip`` is the largest norm of
+    its gradient, 0 for no limit.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    statistics: RunningStatistics
+    ema: ModelEma | None = None
+    precision: Precision = field(default_factory=Precision)
+    accumulate_steps: int = 1
+    grad_clip: float = 0.0
 
 
-def train_one_epoch(
-    model: nn.Module,
+@dataclass
+class Requests:
+    """What this rank asks of all ranks; they act on it together, after the same optimiser step."""
+
+    stop: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step: the loss of its batch on this rank, and what became of it.
+
+    ``bad``: the optimiser step was skipped on all ranks, because a loss or gradient was not finite. ``overflow``: only
+    float16's scaled gradient was not, which is ordinary. ``culprits`` are the terms of the loss that were not finite
+    on this rank, ``cores`` the cores in its batch. ``stop`` and ``save``: a rank asked for it, and no later step has
+    begun, so that the weights are those after this step.
+    """
+
+    step: int
+    loss: float
+    bad: bool = False
+    overflow: bool = False
+    culprits: tuple[str, ...] = ()
+    cores: tuple[int, ...] = ()
+    stop: bool = False
+    save: bool = False
+
+
+@dataclass
+class TrainSums:
+    """Sums over an epoch, plain enough to be saved and continued.
+
+    ``values`` float64: loss, every term of the loss, number of batches with a finite loss, sum of gradient norms,
+    number of optimiser steps taken, number skipped.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+    bad_in_a_row: int = 0
+
+    @classmethod
+    def start(cls, loss: CompositeLoss, device: torch.device) -> TrainSums:
+        """Empty sums for the terms that the loss trains on."""
+        names = tuple(name for name in TERMS if loss.weights[name] > 0)
+        return cls(names, torch.zeros(len(names) + 5, dtype=torch.float64, device=device))
+
+    def reduced(self) -> dict[str, Any]:
+        """Means over steps and ranks, with a single reduction: loss, terms (None where not computed), grad_norm,
+        skipped_steps."""
+        values = all_reduce_sum(self.values.clone()).tolist()
+        count, norm_sum, taken, skipped = values[-4:]
+        means = [value / count if count else None for value in values[:-4]]
+        terms: dict[str, float | None] = dict.fromkeys(TERMS)
+        terms.update(zip(self.names, means[1:], strict=True))
+        return {
+            "loss": means[0],
+            "terms": terms,
+            "grad_norm": norm_sum / taken if taken else None,
+            "skipped_steps": round(skipped / world_size()),
+        }
+
+
+def train_steps(
+    learner: Learner,
     batches: Iterable[Batch],
     loss: CompositeLoss,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    sums: TrainSums,
+    rates: Sequence[float],
     *,
-    statistics: RunningStatistics,
-    steps: int,
+    seeds: Sequence[int] | None = None,
     start_step: int = 0,
-    sums: TrainSums | None = None,
-    begin_step: Callable[[int], None] = lambda step: None,
-    on_step: Callable[[StepReport], None] = lambda report: None,
-    stop_requested: Callable[[], bool] = lambda: False,
-    save_requested: Callable[[], bool] = lambda: False,
-    save: Callable[[int, TrainSums], None] = lambda next_step, sums: None,
-    accumulate_steps: int = 1,
-    grad_clip: float = 0.0,
-    precision: Precision = Precision(),
-    ema: ModelEma | None = None,
-) -> TrainEpoch:
-    """Train on ``batches``, which are the steps from ``start_step`` to ``steps`` of an epoch.
+    requests: Requests | None = None,
+) -> Iterator[Step]:
+    """Train on ``batches``, the steps from ``start_step`` on of an epoch of ``len(rates)`` steps; yields what is done.
 
-    ``model`` may be wrapped in DistributedDataParallel. ``begin_step`` is called before each optimiser step with
-    the index of its first batch (to set the learning rate), ``on_step`` with each finished step, late on a GPU.
-    ``stop_requested`` and ``save_requested`` may turn true on any rank: then all ranks stop, or call ``save`` with
-    the number of finished steps and their sums, after the same optimiser step.
+    On a GPU steps come READ_LAG late, so that nothing waits for the device. An optimiser step takes the learning
+    rate, and the seed of dropout where there are ``seeds``, of its first batch. ``requests`` may change while the
+    iterator runs; once a rank has asked, all ranks see ``stop`` or ``save`` on the same step, and a ``stop`` is the
+    last step. ``sums`` is added to in place, on the device that trains.
 
     A step whose loss or gradient is not finite on any rank changes neither weights nor running statistics nor
-    averages on all ranks; DIVERGED_AFTER of them in a row raise Diverged.
+    averages on all ranks; after DIVERGED_AFTER of them in a row Diverged is raised.
     """
-    model.train()
-    sums = sums or TrainSums.start(loss, device)
-    watch = StepWatch(sums, READ_LAG if device.type == "cuda" else 0, on_step)
-    boundary_wanted = loss.weights["boundary"] > 0
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    started = time.perf_counter()
-    samples = 0
-    next_step = start_step
+    device = sums.values.device
+    requests = requests or Requests()
+    journal = _Journal(sums, READ_LAG if device.type == "cuda" else 0)
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
     bad_norm = torch.zeros((), device=device)
+    learner.model.train()
 
     for step, batch in enumerate(batches, start_step):
-        window_start = step - step % accumulate_steps
-        window = min(accumulate_steps, steps - window_start)
-        last_of_window = step == window_start + window - 1
+        window_start = step - step % learner.accumulate_steps
+        window = min(learner.accumulate_steps, len(rates) - window_start)
+        ends_window = step == window_start + window - 1
         if step == window_start:
-            begin_step(step)
-            optimizer.zero_grad(set_to_none=True)
-            statistics.keep()
+            for group in learner.optimizer.param_groups:
+                group["lr"] = rates[step]
+            if seeds is not None:
+                torch.manual_seed(seeds[step])
+            learner.optimizer.zero_grad(set_to_none=True)
+            learner.statistics.keep()
 
-        control = _shared_control(batch.boundary, boundary_wanted, stop_requested(), save_requested(), device)
-        accumulating = isinstance(model, DistributedDataParallel) and not last_of_window
-        with _without_reduction(model) if accumulating else nullcontext():
-            with precision.autocast(device):
-                prediction = model(batch.he)
-            value, terms = loss(prediction, batch.target, batch.boundary, control[0])
+        shared = _shared(batch.boundary if loss.weights["boundary"] > 0 else None, requests, device)
+        with nullcontext() if ends_window else _without_reduction(learner.model):
+            with learner.precision.autocast(device):
+                prediction = learner.model(batch.he)
+            value, terms = loss(prediction, batch.target, batch.boundary, shared[0])
             finite = torch.isfinite(value)
             # A loss that is not finite makes the whole gradient NaN: the sum over ranks carries it to every rank.
             marked = value * torch.where(finite, 1.0, torch.nan) / window
-            (precision.scaler.scale(marked) if precision.scaler else marked).backward()
+            scaler = learner.precision.scaler
+            (scaler.scale(marked) if scaler else marked).backward()
 
         numbers = torch.stack([value.detach(), *terms.values()]).double()
-        counted = torch.where(finite, numbers, 0.0)
-        sums.values[: len(numbers)] += counted
+        sums.values[: len(numbers)] += torch.where(finite, numbers, 0.0)
         sums.values[len(numbers)] += finite
-        if last_of_window:
-            bad_norm, norm = _optimizer_step(optimizer, parameters, grad_clip, precision)
+        if ends_window:
+            bad_norm, norm = _optimizer_step(learner, parameters)
             # The gradient is that of all ranks and batches of the step, and so is the verdict on it.
-            statistics.restore_where(bad_norm > 0)
-            if ema is not None:
-                ema.update(_bare(model), skip=bad_norm)
+            learner.statistics.restore_where(bad_norm > 0)
+            if learner.ema is not None:
+                learner.ema.update(skip=bad_norm)
             sums.values[-3:] += torch.stack([torch.where(bad_norm > 0, 0.0, norm), 1 - bad_norm, bad_norm]).double()
-        samples += len(batch.he)
-        bad_here = bad_norm if last_of_window else torch.zeros_like(bad_norm)
-        packed = torch.cat([numbers, bad_here.double()[None], control[1:]])
-        next_step = step + 1
-        watch.push(packed, StepNote(step, tuple(batch.core.tolist()), last_of_window))
-        if watch.wishes.stop and last_of_window:
-            break
-        if watch.wishes.save and last_of_window:
-            watch.flush()
-            save(next_step, sums)
-            watch.wishes.save = False
-    watch.flush()
-    return TrainEpoch(sums, next_step, watch.wishes.stop, time.perf_counter() - started, samples)
+        bad_here = bad_norm if ends_window else torch.zeros_like(bad_norm)
+        bad_losses = (~finite).double()
+        if scaler:
+            # Only float16 has to tell a loss that is not finite on some rank from a gradient that overflowed.
+            all_reduce_sum(bad_losses)
+        journal.add(torch.cat([numbers, torch.stack([bad_here.double(), bad_losses]), shared[1:]]),
+                    _Note(step, tuple(batch.core.tolist()), ends_window, scaler is not None))  # fmt: skip
+        for done in journal.due(drain_if_asked=ends_window):
+            yield done
+            if sums.bad_in_a_row >= DIVERGED_AFTER:
+                raise Diverged(f"{DIVERGED_AFTER} steps in a row without a finite loss and gradient")
+            if done.stop:
+                return
+    yield from journal.rest()
+    if sums.bad_in_a_row >= DIVERGED_AFTER:
+        raise Diverged(f"{DIVERGED_AFTER} steps in a row without a finite loss and gradient")
 
 
-def _shared_control(boundary: Tensor, wanted: bool, stop: bool, save: bool, device: torch.device) -> Tensor:
+@dataclass(frozen=True)
+class _Note:
+    """What the host knew of a step when it was launched."""
+
+    step: int
+    cores: tuple[int, ...]
+    ends_window: bool
+    scaled: bool
+
+
+class _Journal:
+    """Numbers of launched steps, read on the host when they are due.
+
+    The numbers of a step are its loss and terms; 1 where the optimiser step was skipped; the number of losses that
+    were not finite; the number of ranks that ask for a stop, and for a save. Every rank reads the same of the last
+    two, and of the skipped step, at the same step.
+    """
+
+    def __init__(self, sums: TrainSums, lag: int) -> None:
+        self.sums = sums
+        self.lag = lag
+        self._waiting: deque[tuple[Tensor, Any, _Note]] = deque()
+        self._asked = Requests()
+        self._culprits: set[str] = set()
+        self._cores: list[int] = []
+        self._bad_losses = 0.0
+
+    def add(self, numbers: Tensor, note: _Note) -> None:
+        """Note a launched step, without waiting for it."""
+        event = None
+        if numbers.device.type == "cuda":
+            numbers = numbers.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((numbers, event, note))
+
+    def due(self, drain_if_asked: bool) -> list[Step]:
+        """The steps whose numbers are due; with ``drain_if_asked`` all of them where a stop or a save was asked for."""
+        found = self._read(self.lag)
+        if drain_if_asked and (self._asked.stop or self._asked.save):
+            found += self._read(0)
+            found[-1] = replace(found[-1], stop=self._asked.stop, save=self._asked.save)
+            self._asked = Requests()
+        return found
+
+    def rest(self) -> list[Step]:
+        """All steps that have not been read; waits for the device."""
+        return self._read(0)
+
+    def _read(self, left: int) -> list[Step]:
+        found = []
+        while len(self._waiting) > left:
+            numbers, event, note = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            found.append(self._step(numbers.tolist(), note))
+        return found
+
+    def _step(self, values: list[float], note: _Note) -> Step:
+        *numbers, bad, bad_losses, stop, save = values
+        self._asked.stop |= stop > 0
+        self._asked.save |= save > 0
+        finite = [abs(number) < float("inf") for number in numbers]
+        # A step's gradient may come from several batches: name what was wrong with any of them.
+        self._culprits.update(name for name, ok in zip(self.sums.names, finite[1:], strict=True) if not ok)
+        self._bad_losses += bad_losses
+        if not all(finite):
+            self._cores += note.cores
+        step = Step(
+            note.step,
+            numbers[0],
+            bad > 0,
+            note.scaled and bad > 0 and self._bad_losses == 0,
+            tuple(sorted(self._culprits)),
+            tuple(self._cores) or note.cores,
+        )
+        if note.ends_window:
+            self.sums.bad_in_a_row = self.sums.bad_in_a_row + 1 if bad > 0 else 0
+            self._culprits.clear()
+            self._cores.clear()
+            self._bad_losses = 0.0
+        return step
+
+
+def _shared(boundary: Tensor | None, requests: Requests, device: torch.device) -> Tensor:
     """Mean number of boundary pixels over ranks, and on how many ranks a stop and a save were asked for: (3,) on the
     device."""
-    control = torch.zeros(3, dtype=torch.float64, device=device)
-    if wanted:
-        control[0] = boundary.sum()
-    if stop:
-        control[1] = 1.0
-    if save:
-        control[2] = 1.0
+    shared = torch.zeros(3, dtype=torch.float64, device=device)
+    if boundary is not None:
+        shared[0] = boundary.sum()
+    if requests.stop:
+        shared[1] = 1.0
+    if requests.save:
+        shared[2] = 1.0
     if world_size() > 1:
-        all_reduce_sum(control)
-        control[0] /= world_size()
-    return control
+        all_reduce_sum(shared)
+        shared[0] /= world_size()
+    return shared
 
 
-def _optimizer_step(
-    optimizer: torch.optim.Optimizer, parameters: list[Tensor], grad_clip: float, precision: Precision
-) -> tuple[Tensor, Tensor]:
+def _optimizer_step(learner: Learner, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Clip and step; a step whose gradient is not finite is skipped on the device. Returns (skipped 0/1, norm)."""
-    if precision.scaler:
-        precision.scaler.unscale_(optimizer)
+    optimizer, scaler = learner.optimizer, learner.precision.scaler
+    if scaler:
+        scaler.unscale_(optimizer)
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     bad = (~torch.isfinite(norm)).float()
-    if grad_clip > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    if precision.scaler:
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
+    if learner.grad_clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, learner.grad_clip, norm)
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
     else:
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         optimizer.step()
@@ -168,56 +319,80 @@ def _optimizer_step(
 
 
 def _without_reduction(model: nn.Module) -> AbstractContextManager[None]:
-    return cast(DistributedDataParallel, model).no_sync()
+    """Within a window, gradients add up on each rank by itself."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-    original = getattr(inner, "_orig_mod", inner)
-    return original if isinstance(original, nn.Module) else inner
+def settle_buckets(learner: Learner, he: Tensor) -> None:
+    """Let DistributedDataParallel settle its gradient buckets before the first step, with a batch (B, 3, H, W) of any
+    content. Changes neither weights nor running statistics.
+
+    It arranges the buckets anew after its first backward pass. From three ranks on, the order in which a sum is
+    formed depends on where a gradient lies in its bucket: a run that is continued would, in its first step, round
+    differently from one that went on.
+    """
+    if not isinstance(learner.model, DistributedDataParallel):
+        return
+    counts = [(buffer, buffer.clone()) for buffer in learner.model.buffers() if not buffer.is_floating_point()]
+    learner.statistics.keep()
+    learner.model.train()
+    # The arrangement is made at the beginning of the second pass.
+    for _ in range(2):
+        with learner.precision.autocast(he.device):
+            prediction = learner.model(he)
+        (prediction.float().sum() * 0.0).backward()
+    learner.optimizer.zero_grad(set_to_none=True)
+    learner.statistics.restore_where(torch.ones((), dtype=torch.bool, device=he.device))
+    for buffer, before in counts:
+        buffer.copy_(before)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Outcome of ``evaluate``, equal on every rank: the loss and its unweighted terms, metrics over all markers and
-    per marker, number of patches, and the time of this rank's own share."""
+    """The outcome of a validation, equal on every rank: the loss and its unweighted terms, metrics over all markers
+    and per marker, and the number of patches."""
 
     loss: float
     terms: dict[str, float | None]
     metrics: dict[str, float | int | None]
     per_channel: dict[str, dict[str, float | None]]
     patches: int
-    duration_s: float
+
+
+class ValidationSums:
+    """Sums over validation patches, from which the loss, its terms and the metrics follow."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self.names = names
+        self.markers = MarkerSums(len(names), device)
+        self.terms = torch.zeros(2, len(TERMS), dtype=torch.float64, device=device)
+        self.patches = 0
+
+    def add(self, prediction: Tensor, batch: Batch, loss: CompositeLoss) -> None:
+        """Add the prediction of a batch. Does not wait for the device."""
+        self.terms += torch.stack(loss.sums(prediction, batch.target, batch.boundary))
+        self.markers.update(prediction, batch.target)
+        self.patches += len(batch.he)
+
+    def reduced(self, loss: CompositeLoss) -> Validation:
+        """The outcome over all ranks, with a single reduction."""
+        device = self.terms.device
+        parts = [self.terms, self.markers.state, torch.tensor([self.patches], dtype=torch.float64, device=device)]
+        together = all_reduce_sum(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+        terms, self.markers.state, count = (whole.view_as(part) for whole, part in zip(together, parts, strict=True))
+        value, means = loss.combine(terms[0], terms[1], self.markers.state[:6])
+        metrics, per_channel = self.markers.compute(self.names)
+        return Validation(value, means, metrics, per_channel, int(count))
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    loss: CompositeLoss,
-    device: torch.device,
-    *,
-    names: tuple[str, ...],
-    precision: Precision = Precision(),
-    on_batch: Callable[[int], None] = lambda patches: None,
-) -> Validation:
-    """Validate on this rank's share of the patches; sums and counts are reduced over ranks once, at the end."""
+def validate(
+    model: nn.Module, batches: Iterable[Batch], loss: CompositeLoss, sums: ValidationSums, precision: Precision
+) -> Iterator[int]:
+    """Add this rank's share of the validation patches to ``sums``; yields the number of patches of each batch."""
     model.eval()
-    started = time.perf_counter()
-    markers = MarkerSums(len(names), device)
-    sums = torch.zeros(2, len(TERMS), dtype=torch.float64, device=device)
-    patches = 0
     for batch in batches:
-        with precision.autocast(device):
+        with precision.autocast(sums.terms.device):
             prediction = model(batch.he)
-        sums += torch.stack(loss.sums(prediction, batch.target, batch.boundary))
-        markers.update(prediction, batch.target)
-        patches += len(batch.he)
-        on_batch(len(batch.he))
-    count = torch.tensor([patches], dtype=torch.float64, device=device)
-    parts = [sums, markers.state, count]
-    together = all_reduce_sum(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
-    sums, markers.state, count = (whole.view_as(part) for whole, part in zip(together, parts, strict=True))
-    value, terms = loss.combine(sums[0], sums[1], markers.state[:6])
-    metrics, per_channel = markers.compute(names)
-    return Validation(value, terms, metrics, per_channel, int(count), time.perf_counter() - started)
+        sums.add(prediction, batch, loss)
+        yield len(batch.he)

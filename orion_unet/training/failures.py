@@ -1,8 +1,9 @@
-"""Failures whose cause is known: told in a sentence that says what to change, where a traceback would not help."""
+"""Failures with a known cause, in a sentence that says what to change. The original message is always kept."""
 
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -15,38 +16,50 @@ from orion_unet.errors import RunError
 
 NOTE_PATTERN = ".failure_rank_*"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "timed out")
+# What gloo and NCCL say of a peer that is gone, and of one that does not answer.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+SILENT_PEER = re.compile(r"Timed out waiting \d+ms for (recv|send) operation")
 
 
 def plain_failure(error: BaseException, config: TrainConfig) -> RunError | None:
-    """The plain form of a failure; None where only the traceback tells what went wrong."""
+    """The plain form of a failure; None where only the traceback shows what went wrong."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return RunError(
             f"out of GPU memory: lower --batch_size ({config.optimisation.batch_size} now; --accumulate_steps keeps "
-            "the global batch), --patch_size or --base_features, or add --use_amp"
+            f"the global batch), --patch_size or --base_features, or add --use_amp ({_first_line(text)})"
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
         return RunError(
             f"a loader process was lost ({text.splitlines()[0].split('. ')[0]}): a file of --pairs_dir "
             f"({config.data.pairs_dir}) was cut short or cannot be read any more, or the system ended the process for "
-            "lack of memory (lower --num_workers or --batch_size). The last checkpoint stands: go on with --resume auto"
+            "lack of memory (lower --num_workers or --batch_size). The last checkpoint is whole: continue with "
+            "--resume auto"
         )
-    if isinstance(error, RuntimeError) and "shared memory" in text:
+    if isinstance(error, RuntimeError) and re.search(r"shared memory ?\(shm\)", text):
         return RunError(
             "the shared memory of this machine (/dev/shm) is too small for the loader processes: lower --batch_size or "
-            "--num_workers (0 needs none), or enlarge it (docker run --shm-size 8g)"
+            f"--num_workers (0 needs none), or enlarge it (docker run --shm-size 8g) ({_first_line(text)})"
         )
     if isinstance(error, OSError) and error.errno in DISK:
         run_dir = config.output.output_dir
         return RunError(
             f"{error.filename or run_dir}: cannot be written ({error.strerror}); "
-            f"{shutil.disk_usage(run_dir).free} bytes are free. The last checkpoint stands: make room, then go on with "
-            "--resume auto"
+            f"{shutil.disk_usage(run_dir).free} bytes are free. The last checkpoint is whole: make room, then continue "
+            "with --resume auto"
         )
-    if world_size() > 1 and isinstance(error, RuntimeError) and any(sign in text for sign in LOST_PEER):
-        return RunError("lost another rank: it failed or was killed; its own message says why")
+    if world_size() > 1 and isinstance(error, RuntimeError):
+        if any(sign in text for sign in LOST_PEER):
+            return RunError(
+                f"lost another rank: it failed or was killed; its own message says why ({_first_line(text)})"
+            )
+        if SILENT_PEER.search(text):
+            return RunError(f"another rank does not answer: it is stuck or lost ({_first_line(text)})")
     return None
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else "without a word"
 
 
 def note_failure(run_dir: Path, error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted, and acted on by all ranks after the step under way."""
+"""Signals that ask a run to stop: noted, and acted on by all ranks between steps or validation batches."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-)  # SIGUSR1 is SLURM's early warning
+# SIGUSR1 is SLURM's early warning, SIGHUP a terminal that has gone (a dropped ssh).
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupts:
-    """Context in which SIGTERM, SIGINT and SIGUSR1 set ``requested`` instead of ending the process.
+    """Context in which SIGNALS set ``requested`` instead of ending the process; a signal that is ignored stays ignored.
 
-    A second SIGINT ends at once with KeyboardInterrupt: the person does not want to wait.
+    A second SIGINT raises KeyboardInterrupt at once: the person does not want to wait.
     """
 
     def __init__(self) -> None:
@@ -25,7 +24,9 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+                # nohup ignores SIGHUP: the run is to outlive its terminal.
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -40,7 +41,7 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after any other request (this rank's or, where it had none, another's)."""
+        """130 after Ctrl-C, 143 after any other request, of this rank or another."""
         return 130 if self.received == signal.SIGINT else 143
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -15,8 +15,8 @@ from orion_unet.config import OptimisationOptions
 # and a reduction smaller than this is not made.
 PLATEAU_THRESHOLD = 1e-4
 SMALLEST_REDUCTION = 1e-8
-# Of automatic_rate: rate times steps, and the rates between which it keeps. Of less than MUCH_LOWER of it, a person is
-# told, where rate times steps is under LITTLE_TRAVEL.
+# The automatic rate is TRAVEL / steps, within LOWEST_RATE and HIGHEST_RATE. A run warns at its start if its rate is
+# below MUCH_LOWER of the automatic one and rate times steps is below LITTLE_TRAVEL.
 TRAVEL, LITTLE_TRAVEL, MUCH_LOWER = 8.0, 1.0, 1 / 8
 LOWEST_RATE, HIGHEST_RATE = 1e-4, 1e-2
 
@@ -44,18 +44,18 @@ def automatic_rate(steps: int) -> float:
     """A peak learning rate for a run of so many optimiser steps.
 
     Adam moves a weight by about the learning rate in a step, whatever the size of its gradient (Kingma & Ba, ICLR
-    2015), so that rate times steps is about how far a weight can travel. TRAVEL lies among the best of three rates
-    that ``benchmarks/stability.py`` tries in runs of 100 to 2000 steps; HIGHEST_RATE and LOWEST_RATE keep shorter and
-    longer runs, of which less is known, to usual rates.
+    2015), so rate times steps is about how far a weight can travel. TRAVEL was among the best of three rates in runs of
+    100 to 2000 steps (``benchmarks/stability.py``). HIGHEST_RATE and LOWEST_RATE keep shorter and longer runs, about
+    which less is known, at usual rates.
     """
     return float(f"{min(HIGHEST_RATE, max(LOWEST_RATE, TRAVEL / steps)):.1e}")
 
 
 def align_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give the moments of a restored optimiser the order in memory of their parameters.
+    """Give the moments of a restored optimiser the memory layout of their parameters.
 
-    The fused forms go through both as they lie in memory: moments saved in another order would be taken for those
-    of other weights.
+    The fused optimisers walk through both in memory order: moments in another layout would be applied to other
+    weights.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -93,7 +93,7 @@ class LearningRateSchedule:
         return rate
 
     def end_epoch(self, val_loss: float | None) -> bool:
-        """Take note of an epoch's validation loss; True when the plateau form has lowered the rate.
+        """Update with an epoch's validation loss; True when the plateau schedule has lowered the rate.
 
         A loss that is None or NaN counts as no better.
         """
@@ -123,7 +123,7 @@ class LearningRateSchedule:
 
 
 class EarlyStopping:
-    """Remembers the best epoch, and says when ``patience`` epochs in a row have not beaten it (0: never)."""
+    """Remembers the best epoch; stops after ``patience`` epochs in a row that have not beaten it (0: never)."""
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -132,7 +132,7 @@ class EarlyStopping:
         self.bad_epochs = 0
 
     def update(self, val_loss: float | None, epoch: int) -> bool:
-        """Take note of an epoch; True when its loss is the lowest yet, which None, NaN and infinity never are."""
+        """Update with an epoch; True when its loss is the lowest yet, which None, NaN and infinity never are."""
         improved = val_loss is not None and math.isfinite(val_loss) and (self.best is None or val_loss < self.best)
         if improved:
             self.best, self.best_epoch, self.bad_epochs = val_loss, epoch, 0
@@ -142,7 +142,7 @@ class EarlyStopping:
 
     @property
     def should_stop(self) -> bool:
-        """Whether the patience is used up."""
+        """Whether the patience has run out."""
         return 0 < self.patience <= self.bad_epochs
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Everything that must be known and right before a run may begin: pairs, split, scales, normalisation, patches."""
+"""What must be known and right before a run may begin: pairs, split, scales, normalisation, validation patches."""
 
 from __future__ import annotations
 
@@ -7,33 +7,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from orion_unet.config import TrainConfig
 from orion_unet.data.channels import parse_channel_weights
-from orion_unet.data.device_batches import DeviceBatches
-from orion_unet.data.loaders import (
-    BatchLoader,
-    TrainingOrder,
-    TrainingSamples,
-    ValidationOrder,
-    ValidationSamples,
-    automatic_workers,
-)
+from orion_unet.data.colour_regression import known_colour_regression
+from orion_unet.data.digests import core_digests
 from orion_unet.data.normalization import Normalization, known_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.patches import PatchReader, validation_patches
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.data.split import Split, make_split
-from orion_unet.data.transforms import BatchTransform
-from orion_unet.distributed import local_world_size, rank, world_size
+from orion_unet.distributed import world_size
 from orion_unet.errors import InputError
-from orion_unet.models.unet import memory_format
 
 
 @dataclass
 class Prepared:
-    """What rank 0 finds out about the data and all ranks use."""
+    """What rank 0 finds out about the data, for all ranks.
+
+    ``digests`` of the training and validation cores by name, and ``colour_regression``, the document of the baselines
+    fitted to the training cores, go into every checkpoint.
+    """
 
     table: PairTable
     split: Split
@@ -41,13 +35,15 @@ class Prepared:
     normalization: Normalization
     validation: np.ndarray
     channel_weights: list[float] | None
+    digests: dict[str, str]
+    colour_regression: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
 
 
 def prepare_data(
     config: TrainConfig, ranks: int, earlier: dict[str, Any] | None = None, progress: Progress = no_progress
 ) -> Prepared:
-    """Check the data and fit the normalisation; cheap checks first, so that a mistake is told at once.
+    """Check the data and fit the normalisation; cheap checks first, so that a mistake shows at once.
 
     ``earlier`` is the checkpoint of a run that is continued: its split and normalisation are kept. Raises
     InputError.
@@ -73,7 +69,10 @@ def prepare_data(
         warnings.append(f"no signal in the training cores, trained as empty: {', '.join(normalization.empty)}")
     reader = PatchReader(table, scales, data.patch_size)
     places = validation_patches(reader, split.val, data, config.optimisation.seed)
-    return Prepared(table, split, scales, normalization, places, channel_weights, table.warnings + warnings)
+    digests = core_digests(table, [*split.train.tolist(), *split.val.tolist()])
+    regression = known_colour_regression(table, scales, normalization, split.train, data, progress)
+    warnings = table.warnings + warnings
+    return Prepared(table, split, scales, normalization, places, channel_weights, digests, regression, warnings)
 
 
 def _check_batches(config: TrainConfig, split: Split, ranks: int) -> None:
@@ -93,47 +92,3 @@ def planned_steps(config: TrainConfig, prepared: Prepared) -> int:
     options = config.optimisation
     batches = len(prepared.split.train) * config.data.patches_per_image // (options.batch_size * world_size())
     return math.ceil(batches / options.accumulate_steps) * options.epochs
-
-
-@dataclass
-class Feeds:
-    """The training and validation batches of this rank."""
-
-    order: TrainingOrder
-    train: DeviceBatches
-    val: DeviceBatches
-    transform: BatchTransform
-    reader: PatchReader
-    workers: int
-
-
-def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -> Feeds:
-    """Loaders and transforms of this rank."""
-    data, optimisation = config.data, config.optimisation
-    on_gpu = device.type == "cuda"
-    reader = PatchReader(prepared.table, prepared.scales, data.patch_size)
-    transform = BatchTransform(
-        prepared.table,
-        reader.formats,
-        prepared.normalization,
-        data.noise_removal,
-        device,
-        memory_format(config.model.norm, device),
-    )
-    workers = data.num_workers
-    if workers is None:
-        workers = automatic_workers(local_world_size(), on_gpu)
-    training = TrainingSamples(reader, prepared.split.train, data.patches_per_image, optimisation.seed, data.augment)
-    order = TrainingOrder(len(training), optimisation.batch_size, rank(), world_size(), optimisation.seed)
-    validation = ValidationSamples(reader, prepared.validation)
-    val_order = ValidationOrder(len(validation), optimisation.val_batch_size, rank(), world_size())
-    train_loader = BatchLoader(training, order, optimisation.batch_size, workers, pin=on_gpu)
-    val_loader = BatchLoader(validation, val_order, optimisation.val_batch_size, workers, pin=on_gpu)
-    return Feeds(
-        order,
-        DeviceBatches(train_loader, transform, augment=data.augment),
-        DeviceBatches(val_loader, transform, augment=False),
-        transform,
-        reader,
-        workers,
-    )

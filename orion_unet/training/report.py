@@ -1,25 +1,23 @@
-"""The words and records of a run: what is said at its start, its facts, and an epoch's line of metrics.jsonl."""
+"""What a run reports: its facts for config.json, the lines at its start, and an epoch's line of metrics.jsonl."""
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from orion_unet.distributed import world_size
 from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import utc_now
-from orion_unet.training.devices import describe_devices, memory_bytes
-from orion_unet.training.engine import TrainEpoch, Validation
+from orion_unet.training.build import Run
+from orion_unet.training.devices import describe_devices, device_warning, memory_bytes
+from orion_unet.training.engine import TrainSums, Validation
 from orion_unet.training.optim import LITTLE_TRAVEL, MUCH_LOWER, automatic_rate
 from orion_unet.training.prepare import planned_steps
 from orion_unet.training.state import global_batch
 
-if TYPE_CHECKING:
-    from orion_unet.training.run import Run
-
 
 def facts(run: Run) -> dict[str, Any]:
-    """What config.json tells beside the options."""
+    """What config.json holds beside the options."""
     steps = planned_steps(run.config, run.prepared)
     return {
         "device": describe_devices(run.device, world_size()),
@@ -32,10 +30,10 @@ def facts(run: Run) -> dict[str, Any]:
     }
 
 
-def greeting(run: Run) -> str:
-    """What a person wants to know before the first epoch."""
-    config, split, known = run.config, run.prepared.split, facts(run)
-    precision = run.state.precision.dtype
+def greeting(run: Run, known: dict[str, Any]) -> str:
+    """The lines before the first epoch, from the run and its ``facts``."""
+    config, split = run.config, run.prepared.split
+    precision = run.state.learner.precision.dtype
     rate, steps, suited = config.optimisation.rate, known["optimiser_steps"], known["automatic_learning_rate"]
     amp = f", AMP {str(precision).removeprefix('torch.')}" if precision else ""
     accumulated = config.optimisation.accumulate_steps
@@ -43,16 +41,19 @@ def greeting(run: Run) -> str:
         f"devices         {known['device']}{amp}",
         f"batch           {config.optimisation.batch_size} per rank, global batch {known['global_batch']}"
         + (f" ({accumulated} batches accumulated)" if accumulated > 1 else ""),
-        f"data            {len(split.train)} training and {len(split.val)} validation cores, {len(run.names)} markers, "
-        f"loader processes per rank: {run.feeds.workers}",
+        f"data            {len(split.train)} training and {len(split.val)} validation cores, "
+        f"{len(run.prepared.table.kept_names)} markers, loader processes per rank: {run.feeds.workers}",
         f"patches         {run.steps * global_batch(config)} training per epoch ({run.steps} steps), "
         f"{len(run.prepared.validation)} validation, {config.data.patch_size} x {config.data.patch_size} pixels",
+        f"recipe          {config.recipe}",
         f"steps           {steps} optimiser steps, learning rate up to {rate:.2g}",
         f"model           {known['parameters']:,} parameters",
-        f"run folder      {run.run_dir}",
-        f"monitor with    python monitor_training.py --output_dir {run.run_dir} --watch",
+        f"run folder      {run.dir}",
+        f"monitor with    python monitor_training.py --output_dir {run.dir} --watch",
     ]
-    lines += [f"warning: {warning}" for warning in run.prepared.warnings]
+    lines += [
+        f"warning: {warning}" for warning in [*run.prepared.warnings, *device_warning(run.device, config.runtime)]
+    ]
     if rate < suited * MUCH_LOWER and rate * steps < LITTLE_TRAVEL:
         lines.append(
             f"note: {steps} steps at a learning rate of {rate:.2g} move a weight by about {rate * steps:.2g}, "
@@ -60,40 +61,55 @@ def greeting(run: Run) -> str:
         )
     if config.runtime.use_amp and run.device.type == "cpu":
         lines.append("note: mixed precision needs a GPU; training in float32")
-    if run.earlier is not None:
-        lines += _resumed(run, run.earlier)
+    if run.resumed_from is not None:
+        lines += _resumed(run, run.resumed_from)
     return "\n".join(lines)
 
 
 def _resumed(run: Run, earlier: dict[str, Any]) -> list[str]:
     state, optimisation = run.state, run.config.optimisation
     best = state.early_stopping.best
+    # Where only the validation is left, the rate is that of the epoch's last step.
+    rate = run.rates(state.epoch + 1)[min(state.step, run.steps - 1)]
     lines = [
-        f"resumed         at epoch {state.epoch + 1} step {state.step}, learning rate "
-        f"{run.rate(state.epoch + 1, state.step):.2e}, best validation loss "
+        f"resumed         at epoch {state.epoch + 1} step {state.step}, learning rate {rate:.2e}, best validation loss "
         f"{'none yet' if best is None else f'{best:.5f}'}, attempt {state.attempt}"
     ]
-    before = earlier["options"].get("epochs")
-    if before != optimisation.epochs:
+    if earlier["epochs"] != optimisation.epochs:
         what = {
             "cosine": "the cosine now falls to 0 at the new last epoch, so the rate rises at once",
-            "plateau": "the plateau schedule goes on from the rate it had reached",
+            "plateau": "the plateau schedule continues from the rate it had reached",
             "constant": "the rate stays as it was",
         }[optimisation.scheduler]
-        lines.append(f"epochs          {before} before, {optimisation.epochs} now: {what}")
+        lines.append(f"epochs          {earlier['epochs']} before, {optimisation.epochs} now: {what}")
     return lines
 
 
+@dataclass
+class EpochTimes:
+    """Seconds spent in the training and the validation of an epoch, and in waiting for the loader; patches trained on
+    by this rank since it started, 0 where only the validation was left."""
+
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    val_s: float = 0.0
+    total_s: float = 0.0
+    patches: int = 0
+
+
 def epoch_record(
-    run: Run, epoch: int, rate: float, trained: TrainEpoch, validation: Validation, best: bool, started: float
+    run: Run, epoch: int, rate: float, trained: TrainSums, validation: Validation, best: bool, times: EpochTimes
 ) -> dict[str, Any]:
-    """The epoch's line of metrics.jsonl; reduces the training sums, so every rank must call it."""
-    sums = trained.sums.reduced()
+    """The epoch's line of metrics.jsonl; reduces the training sums, so every rank must call it.
+
+    ``rate`` is the learning rate of its last step, ``best`` whether its validation loss is the lowest so far.
+    """
+    sums = trained.reduced()
     return {
         "epoch": epoch,
         "attempt": run.state.attempt,
         "time": utc_now(),
-        "duration_s": time.perf_counter() - started,
+        "duration_s": times.total_s,
         "lr": rate,
         "train": {"loss": sums["loss"], "terms": sums["terms"]},
         "val": {
@@ -104,9 +120,9 @@ def epoch_record(
             "patches": validation.patches,
         },
         "grad_norm": sums["grad_norm"],
-        "samples_per_s": trained.samples * world_size() / trained.duration_s,
-        "val_samples_per_s": validation.patches / validation.duration_s,
-        "data_wait_fraction": min(1.0, run.feeds.train.wait_s / trained.duration_s),
+        "samples_per_s": times.patches * world_size() / times.train_s if times.patches else None,
+        "val_samples_per_s": validation.patches / times.val_s,
+        "data_wait_fraction": min(1.0, times.wait_s / times.train_s) if times.patches else None,
         "max_memory_bytes": memory_bytes(run.device),
         "skipped_steps": sums["skipped_steps"],
         "best": best,

@@ -6,12 +6,14 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from orion_unet.data.patches import PatchPlace, PatchReader
 from orion_unet.data.transforms import BatchTransform
 from orion_unet.run_log import SANITY_DIR, write_atomic
+from orion_unet.text import for_figure
 
 PATCHES, MARKERS = 3, 5
 # A marker is shown from 0 to this quantile of its measured values, the same in every epoch.
@@ -23,8 +25,8 @@ INCHES, TITLES = 1.7, 0.5
 class SanityPanel:
     """Draws ``sanity/epoch_0002.png``: one block of rows per patch, H&E, then measured above predicted per marker.
 
-    Patches and display ranges are chosen once, from measured values only, so that panels of different epochs can
-    be compared by eye.
+    Patches and display ranges are chosen once, from measured values only, so that a person can compare the panels of
+    different epochs.
     """
 
     def __init__(
@@ -33,19 +35,16 @@ class SanityPanel:
         self.names = names
         rows = places[torch.linspace(0, len(places) - 1, 4 * PATCHES).round().long().unique()].tolist()
         rows.sort(key=lambda row: -reader.tissue_fraction(*row))
-        self.labels = [f"{reader.table.names[core]}\n({y}, {x})" for core, y, x in rows[:PATCHES]]
+        self.labels = [f"{for_figure(reader.table.names[core])}\n({y}, {x})" for core, y, x in rows[:PATCHES]]
         batch = transform(reader.read([PatchPlace(*row) for row in rows[:PATCHES]]), augment=False)
         self.he, self.target = batch.he, batch.target
         self.markers = _various_markers(self.target.transpose(0, 1).flatten(1).cpu())
-        self.ranges = [
-            max(SMALLEST_RANGE, float(torch.quantile(self.target[:, marker].float().cpu(), DISPLAY_QUANTILE)))
-            for marker in self.markers
-        ]
+        self.ranges = [display_range(self.target[:, marker]) for marker in self.markers]
 
     @torch.inference_mode()
     def draw(self, model: nn.Module, run_dir: Path, epoch: int) -> Path:
         """Predict, draw and save the panel of an epoch; returns its path. The model is left in evaluation mode."""
-        # Not before the first panel is due: a run should not wait for it to begin.
+        # Imported when the first panel is due, so that no run waits for it at its start.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -59,7 +58,7 @@ class SanityPanel:
         FigureCanvasAgg(figure)
         figure.text(0.01, 1 - 0.08 / height, f"Epoch {epoch}, measured above predicted", fontsize=10, va="top")
         top, bottom = 1 - TITLES / height, 0.05 / height
-        # The H&E stands apart, so that the row labels of the markers fit between.
+        # The H&E has a grid of its own, so that the row labels of the markers fit between.
         stain = figure.add_gridspec(
             len(he), 1, left=0.38 / width, right=(0.38 + INCHES) / width, bottom=bottom, top=top, hspace=0.04
         )
@@ -73,7 +72,7 @@ class SanityPanel:
             for column, (marker, high) in enumerate(zip(self.markers, self.ranges, strict=True)):
                 for row, (name, images) in enumerate((("measured", target), ("predicted", prediction))):
                     axes = figure.add_subplot(grid[2 * patch + row, column])
-                    title = _plain(f"{self.names[marker]}  0–{high:.2f}") if patch == row == 0 else ""
+                    title = for_figure(f"{self.names[marker]}  0–{high:.2f}") if patch == row == 0 else ""
                     _show(
                         axes, images[patch, column], title, name if column == 0 else "",
                         cmap="inferno", vmin=0, vmax=high,
@@ -84,6 +83,12 @@ class SanityPanel:
         figure.savefig(drawn, format="png", dpi=110)
         write_atomic(path, drawn.getvalue(), durable=False)
         return path
+
+
+def display_range(values: torch.Tensor) -> float:
+    """The value that is shown at full brightness, for measured values in [0, 1] of any shape."""
+    # NumPy's quantile: torch's refuses more than 2**24 values, which three large patches have.
+    return max(SMALLEST_RANGE, float(np.quantile(values.float().cpu().numpy(), DISPLAY_QUANTILE)))
 
 
 def _various_markers(values: torch.Tensor) -> list[int]:
@@ -106,8 +111,3 @@ def _show(axes: Any, image: Any, title: str, label: str, **shown: Any) -> None:
     axes.set_ylabel(label, fontsize=7)
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def _plain(text: str) -> str:
-    """Marker names are text, not formulas."""
-    return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""TensorBoard events beside the JSON log, where asked for."""
+"""TensorBoard events beside the JSON log, if asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from orion_unet.errors import InputError
 
 
 class EventWriter:
-    """Writes an epoch's record as scalars; does nothing where it is not wanted."""
+    """Writes the record of an epoch as scalars; does nothing unless wanted."""
 
     def __init__(self, run_dir: Path, wanted: bool) -> None:
         self._writer: Any = None
@@ -21,12 +21,12 @@ class EventWriter:
 
     @staticmethod
     def check_available(wanted: bool) -> None:
-        """Raises InputError where events are wanted and the package is missing."""
+        """Raises InputError if events are wanted and the package is missing."""
         if wanted and importlib.util.find_spec("tensorboard") is None:
             raise InputError("--tensorboard: the tensorboard package is not installed (pip install tensorboard)")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Scalars of one metrics.jsonl record, what is undefined left out."""
+        """Write the scalars of one metrics.jsonl record, without those that are undefined."""
         if self._writer is None:
             return
         scalars = {"lr": record["lr"], "grad_norm": record["grad_norm"], "samples_per_s": record["samples_per_s"]}

@@ -9,7 +9,7 @@ import torch
 from tiny_runs import TINY, Command
 
 from orion_unet.config import TrainConfig
-from orion_unet.training.run import run
+from orion_unet.training.loop import train as train_run
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
+    # Setting it, even to what it is, imports the compiler: seconds.
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def train(pairs, tmp_path):
 
     def fit(name="run", **options):
         given = {**TINY, "pairs_dir": str(pairs), "output_dir": str(tmp_path / name), **options}
-        code = run(TrainConfig.from_options(given))
+        code = train_run(TrainConfig.from_options(given))
         return SimpleNamespace(code=code, dir=Path(given["output_dir"]))
 
     return fit

@@ -17,17 +17,17 @@ NAMES = ("Hoechst", "CD3e", "Blank")
 LOWER, UPPER, WHITE = np.array([0.01, 0.0, 0.2]), np.array([0.5, 0.25, 0.2]), 65535.0
 
 
-def write_checkpoint(path, transform="linear", **options):
+def write_checkpoint(path, transform="linear", names=NAMES, **options):
     """A network with random weights under a normalisation that can be inverted by hand; Blank is an empty channel."""
     config = TrainConfig.from_options({"base_features": 4, "depth": 2, "patch_size": 64, **options})
     torch.manual_seed(5)
-    network = SpatialUNet.from_options(config.model, len(NAMES))
-    normalization = Normalization(NAMES, LOWER, UPPER, np.zeros(3), WHITE, transform=transform)
+    network = SpatialUNet.from_options(config.model, len(names))
+    normalization = Normalization(names, LOWER, UPPER, np.zeros(3), WHITE, transform=transform)
     content = {
         "model": network.state_dict(),
         "options": config.options(),
         "normalization": normalization.document(),
-        "channel_names": list(NAMES),
+        "channel_names": list(names),
         "split": {},
         "epoch": 7,
     }

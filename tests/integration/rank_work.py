@@ -29,9 +29,9 @@ from orion_unet.distributed import (
 from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
 from orion_unet.models.unet import SpatialUNet
-from orion_unet.training.engine import evaluate, train_one_epoch
+from orion_unet.training.averages import RunningStatistics
+from orion_unet.training.engine import Learner, Precision, Requests, TrainSums, ValidationSums, train_steps, validate
 from orion_unet.training.optim import build_optimizer
-from orion_unet.training.statistics import RunningStatistics
 
 CPU = torch.device("cpu")
 MARKERS = ("Hoechst", "CD45", "Pan-CK")
@@ -66,24 +66,31 @@ def build(norm):
     statistics = RunningStatistics(model)
     optimizer = build_optimizer(model, OptimisationOptions(learning_rate=1e-3), CPU)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size() > 1 else model
-    return model, wrapped, statistics, optimizer
+    return model, Learner(wrapped, optimizer, statistics)
 
 
-def train(norm, batches, **options):
-    model, wrapped, statistics, optimizer = build(norm)
+def train(norm, batches, accumulate=1, stop_at=None):
+    """The model, the sums and the finished steps; a stop is asked for once so many batches have been taken."""
+    model, learner = build(norm)
+    learner.accumulate_steps = accumulate
     loss = CompositeLoss(WEIGHTS, mean_over_ranks=mean_over_ranks if world_size() > 1 else None)
-    reports = []
-    given = {"statistics": statistics, "steps": len(batches), "on_step": reports.append, **options}
-    done = train_one_epoch(wrapped, batches, loss, optimizer, CPU, **given)
-    return model, done, reports
+    sums, requests = TrainSums.start(loss, CPU), Requests()
+
+    def taken():
+        for index, batch in enumerate(batches):
+            requests.stop = stop_at is not None and index >= stop_at
+            yield batch
+
+    steps = list(train_steps(learner, taken(), loss, sums, [1e-3] * len(batches), requests=requests))
+    return model, sums, steps
 
 
 def gradients(accumulate):
     """Of one optimiser step over ``accumulate`` global batches, and the reported means."""
     batches = [own_share(patches(seed, GLOBAL_BATCH)) for seed in range(accumulate)]
-    model, done, _ = train("group", batches, accumulate_steps=accumulate)
+    model, sums, _ = train("group", batches, accumulate)
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return found, done.sums.reduced()
+    return found, sums.reduced()
 
 
 def validation(batch_size):
@@ -92,7 +99,9 @@ def validation(batch_size):
     every = patches(9, PATCHES)
     requests = ValidationOrder(PATCHES, batch_size, rank(), world_size())
     batches = [part(every, torch.from_numpy(request.indices)) for request in requests]
-    found = evaluate(model, batches, CompositeLoss(WEIGHTS), CPU, names=MARKERS)
+    loss, sums = CompositeLoss(WEIGHTS), ValidationSums(MARKERS, CPU)
+    list(validate(model, batches, loss, sums, Precision()))
+    found = sums.reduced(loss)
     numbers = {"loss": found.loss, "patches": found.patches, **found.terms, **found.metrics}
     for marker, values in found.per_channel.items():
         numbers |= {f"{marker} {name}": value for name, value in values.items()}
@@ -105,28 +114,28 @@ def nan_on_the_last_rank():
     if rank() == world_size() - 1:
         bad.target[0, 1, 5, 5] = torch.nan
     before, *_ = train("batch", [good])
-    after, done, reports = train("batch", [good, bad])
+    after, sums, steps = train("batch", [good, bad])
     return {
         "before": before.state_dict(),
         "after": after.state_dict(),
-        "skipped": done.sums.reduced()["skipped_steps"],
-        "bad": [report.bad for report in reports],
-        "culprits": reports[-1].culprits,
+        "skipped": sums.reduced()["skipped_steps"],
+        "bad": [step.bad for step in steps],
+        "culprits": steps[-1].culprits,
     }
 
 
 def stop_on_the_last_rank():
-    """Where this rank stops when only the last one is asked to, before its fourth batch."""
-    asked = iter(range(8))
+    """Where this rank stops when only the last one is asked to, with its third batch."""
     batches = [own_share(patches(seed, GLOBAL_BATCH)) for seed in range(8)]
     last = rank() == world_size() - 1
-    _, done, _ = train("batch", batches, accumulate_steps=2, stop_requested=lambda: last and next(asked) >= 2)
-    return done.interrupted, done.next_step
+    *_, steps = train("batch", batches, accumulate=2, stop_at=2 if last else None)
+    return steps[-1].stop, len(steps)
 
 
 def averaged_statistics():
     """Running means of the first norm on this rank alone, and after averaging over ranks."""
-    model, wrapped, statistics, _ = build("batch")
+    model, learner = build("batch")
+    wrapped, statistics = learner.model, learner.statistics
     wrapped.require_forward_param_sync = False
     wrapped.broadcast_buffers = False
     wrapped(own_share(patches(3, GLOBAL_BATCH)).he)

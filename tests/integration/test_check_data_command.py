@@ -110,6 +110,25 @@ def test_every_planted_fault_is_found(folder, capsys):
     assert "core_3 (0%)" in told["little_tissue"]
 
 
+def test_cores_too_small_to_register_are_a_note_and_no_mismatch(folder, capsys):
+    for core in range(6):
+        for kind in ("HE", "ORION"):
+            path = folder / f"core_{core}_{kind}.npy"
+            np.save(path, np.load(path)[: 48 if core < 2 else 160])
+    options = ("--patch_size", "32", "--exclude_channels", "Blank")
+    found = document(capsys, folder, *options)
+    assert codes(found) == []
+    assert [note for note in found["notes"] if "too small" in note] == [
+        "2 of 6 cores are less than 96 pixels high or wide, too small to check the registration of: core_0, core_1"
+    ]
+    small, large = found["per_core"][0], found["per_core"][5]
+    assert small["nuclear_correlation"] > 0.8
+    assert small["best_correlation"] is small["shift_down"] is small["shift_right"] is small["shift_peak"] is None
+    assert (large["shift_down"], large["shift_right"]) == (0, 0)
+    assert check(folder, *options) == 0
+    assert "too small to check" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_numbers_are_those_of_the_pixels(folder, capsys):
     found = document(capsys, folder)
     pixels = np.stack([np.load(folder / f"core_{core}_ORION.npy") for core in range(6)]) / 65535
@@ -151,6 +170,50 @@ def test_the_files_hold_every_channel_and_core(folder, tmp_path, capsys):
         "contact_sheet_01.png",
         "cores.csv",
     ]
+
+
+HOSTILE = "$\\frac$ [red]x \x1b]0;owned\x07\x9b31m\u202e"
+
+
+def printable(text):
+    return all(letter.isprintable() or letter == "\n" for letter in text)
+
+
+@pytest.fixture
+def hostile(folder):
+    """Names of a core, a group and two channels that would act on a terminal, or are no formula for matplotlib."""
+    for kind in ("HE", "ORION"):
+        (folder / f"core_0_{kind}.npy").rename(folder / f"{HOSTILE}_{kind}.npy")
+    (folder / "groups.csv").write_text(
+        f"core,group\n{HOSTILE},{HOSTILE}\n" + "".join(f"core_{core},p{core}\n" for core in range(1, 6))
+    )
+    (folder / "channel_names.txt").write_text(f"DAPI {HOSTILE}\nCD3\nBlank {HOSTILE}")
+    return folder
+
+
+def test_hostile_names_reach_neither_terminal_nor_figure(hostile, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert check(hostile, "--output_dir", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert printable(shown)
+    assert "[red]" in shown and "\\x1b]0;owned" in shown and "\\x9b31m" in shown and "\\u202e" in shown
+    with open(tmp_path / "out" / "cores.csv", newline="") as file:
+        assert HOSTILE in [row["core"] for row in csv.DictReader(file)]
+
+
+def test_hostile_names_are_escaped_in_json_and_mean_the_same(hostile, capsys):
+    assert check(hostile, "--json") == 0
+    shown = capsys.readouterr().out
+    assert printable(shown) and shown.isascii()
+    found = json.loads(shown)
+    assert HOSTILE in [core["core"] for core in found["per_core"]]
+    assert [row["channel"] for row in found["channels"]] == [f"DAPI {HOSTILE}", "CD3", f"Blank {HOSTILE}"]
+
+
+def test_hostile_names_in_an_error_are_escaped(hostile, capsys):
+    assert check(hostile, "--nuclear_marker", "DRAQ5") == 2
+    shown = capsys.readouterr().err
+    assert printable(shown) and "\\x1b]0;owned" in shown
 
 
 def test_many_cores_make_several_pages(folder, tmp_path, monkeypatch, capsys):

@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from tiny_runs import ROOT, TINY, command_line, free_port, read_metrics, read_status
+from tiny_runs import ROOT, TINY, command_line, command_of, free_port, read_metrics, read_status, wait_for
 
 from orion_unet.cli.arguments import parse_train_config
-from orion_unet.config import OutputOptions, TrainConfig
+from orion_unet.cli.launch import stop_timeout
+from orion_unet.config import GROUPS, OutputOptions, RuntimeOptions, TrainConfig
 from orion_unet.demo.make import make_demo
 
 LAUNCHER = ROOT / "train_stable_learning.sh"
@@ -150,13 +153,13 @@ def resolved(words):
 def test_the_recipe_is_the_stable_one_and_all_else_is_default(noted):
     (command,) = noted()
     assert command[0] == str(ROOT / "train_spatial_orion_unet.py")
-    assert resolved(command) == TrainConfig.from_options(RECIPE)
+    assert resolved(command) == TrainConfig.from_options(RECIPE, "stable")
 
 
 def test_options_behind_the_recipe_win(noted):
     (command,) = noted("--epochs", "5", "--no_use_amp", "--boundary_weight=0.4", "--channel_names", "A B,C")
     changed = {"epochs": 5, "use_amp": False, "boundary_weight": 0.4, "channel_names": "A B,C"}
-    assert resolved(command) == TrainConfig.from_options({**RECIPE, **changed})
+    assert resolved(command) == TrainConfig.from_options({**RECIPE, **changed}, "stable")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +206,38 @@ def test_a_machine_that_does_not_know_its_place_is_told_what_to_set(env, missing
     assert "set it to" in ended.err
 
 
+SLOW_TO_STOP = """
+import signal, sys, time
+
+def save(number, frame):
+    time.sleep(4)
+    open("saved", "w").close()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+open("ready", "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(1, False), (60, True)])
+def test_the_launcher_waits_for_its_ranks_as_long_as_asked(seconds, saved, start, tmp_path):
+    (tmp_path / "rank.py").write_text(SLOW_TO_STOP)
+    words = ["-m", "orion_unet.cli.launch", "--standalone", "--nproc_per_node", "1", "rank.py"]
+    command = start(sys.executable, *words, "--stop_timeout_s", seconds)
+    wait_for(lambda: (tmp_path / "ready").exists(), "the rank")
+    command.signal(signal.SIGTERM)
+    assert command.end().code == 143
+    assert (tmp_path / "saved").exists() == saved
+
+
+def test_the_time_to_wait_is_found_among_the_words_of_the_trainer():
+    assert stop_timeout(["--epochs", "3", "--stop_timeout_s", "7"]) == 7
+    assert stop_timeout(["train", "--stop_timeout_s=8.5"]) == 8.5
+    assert stop_timeout(["--epochs", "3"]) == RuntimeOptions.stop_timeout_s
+    assert stop_timeout(["--not", "our options"]) == RuntimeOptions.stop_timeout_s
+
+
 def test_the_demo_makes_its_data_and_trains_a_small_model_on_them(noted):
     make, train = noted("--demo", "--epochs", "3")
     assert make == ["-m", "orion_unet", "make-demo", "demo_pairs"]
@@ -217,6 +252,23 @@ def test_the_demo_makes_its_data_and_trains_a_small_model_on_them(noted):
 def test_the_demo_never_replaces_a_folder_that_was_named(words, noted):
     _, train = noted("--demo", *words)
     assert not resolved(train).output.overwrite
+
+
+def test_the_launcher_names_a_recipe_and_holds_no_value_of_an_option():
+    text = LAUNCHER.read_text()
+    declared = {f.name for group in GROUPS.values() for f in fields(group)}
+    assert not re.search(rf"--({'|'.join(declared)})[ =]+[\d.]", text)
+    assert "--recipe stable" in text
+    assert "--recipe demo" in text
+
+
+def test_the_config_of_an_earlier_run_wins_over_the_recipe_and_gives_way_to_the_command_line(noted, tmp_path):
+    stored = TrainConfig.from_options({"epochs": 7, "scheduler": "constant", "ema_decay": 0.5, "mse_weight": 2.0})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"options": stored.options()}))
+    (command,) = noted("--config", file, "--mse_weight", "3")
+    expected = {**stored.options(), "mse_weight": 3.0, "output_dir": RECIPE["output_dir"]}
+    assert resolved(command).options() == expected
 
 
 def test_nothing_but_the_demo_overwrites(noted):
@@ -255,35 +307,79 @@ def test_the_launcher_looks_at_its_own_options_and_not_at_those_of_the_environme
     assert not (copied / ".venv").exists()
 
 
-LACKING = """#!/usr/bin/env bash
-# Stands for a Python without the requirements, and for the one in the .venv it makes.
+# A Python without any package, and the one in the .venv it makes. What pip is asked for is noted, and from then on
+# installed as far as check_requirements.py can see; that script itself is run for real.
+WITHOUT_PACKAGES = """#!/usr/bin/env bash
 case "$*" in
-  scripts/check_requirements.py*) exit 1 ;;
+  scripts/check_requirements.py*) PYTHONPATH=$(dirname "$0")/../site exec "$REAL" -S "$@" ;;
   "-c import sys, venv"*) exit "${TOO_OLD:-0}" ;;
-  "-m venv "*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
-  "-m pip"*) echo "pip $PIP_CONSTRAINT $*" >>"$NOTES"; exit "${PIP_FAILS:-0}" ;;
+  "-m venv "*)
+    if [ -n "${VENV_FAILS:-}" ]; then exit 1; fi
+    mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m pip"*)
+    echo "pip $PIP_CONSTRAINT $*" >>"$NOTES"
+    if [ -n "${PIP_FAILS:-}" ]; then exit 1; fi
+    while [ -n "${GATE:-}" ] && [ ! -e "$GATE" ]; do sleep 0.05; done
+    exec "$REAL" "$PIP" .venv/site "${@: -1}" ;;
 esac
 """
+PIP = r"""
+import pathlib, re, sys, tomllib
+site, wanted = pathlib.Path(sys.argv[1]), re.fullmatch(r"\.\[(.*)\]", sys.argv[2])[1]
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
+pins = dict(re.findall(r"^([^#\s]+)==(\S+)$", pathlib.Path("constraints.txt").read_text(), re.MULTILINE))
+wanted = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in wanted.split(","))]
+for requirement in sum(wanted, []):
+    name = requirement.partition(">=")[0]
+    version = {re.sub("[-_]", "-", key): pin for key, pin in pins.items()}[name]
+    folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+"""
 NAMES = ("python3", "python", "python3.11", "python3.12", "python3.13", "python3.14")
+OF_THE_TESTS = "test,inference,tensorboard"
 
 
 @pytest.fixture
-def bare(call, copied, tmp_path):
-    """Source environment.sh where no Python holds the requirements; the notes say what pip was asked for."""
+def python_without_packages(tmp_path):
+    """Environment variables with which every Python on PATH is WITHOUT_PACKAGES; NOTES is the file pip writes to."""
     folder = tmp_path / "bare"
     folder.mkdir()
     for name in NAMES:
-        (folder / name).write_text(LACKING)
+        (folder / name).write_text(WITHOUT_PACKAGES)
         (folder / name).chmod(0o755)
-    notes = tmp_path / "notes"
-    notes.touch()
+    (tmp_path / "pip.py").write_text(PIP)
+    (tmp_path / "notes").touch()
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    files = {"NOTES": tmp_path / "notes", "PIP": tmp_path / "pip.py"}
+    return {**files, "REAL": sys.executable, "PATH": path, "PYTHON": ""}
 
-    def source(extra="", **env):
-        path = os.pathsep.join([str(folder), os.environ["PATH"]])
-        ended = call("bash", "-c", SOURCE, "bash", extra, **{"cwd": copied, "PATH": path, "NOTES": notes, **env})
-        return ended, notes.read_text().splitlines()
+
+@pytest.fixture
+def bare(call, python_without_packages, copied):
+    """Source environment.sh where no Python has the requirements; also returns what pip was asked for so far."""
+
+    def source(extras="", **env):
+        ended = call("bash", "-c", SOURCE, "bash", extras, **{"cwd": copied, **python_without_packages, **env})
+        return ended, python_without_packages["NOTES"].read_text().splitlines()
 
     return source
+
+
+def edit(path, *replacements):
+    """Replace texts of a file, each of which must be there."""
+    text = path.read_text()
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def assert_quiet(found, folder):
+    """The environment was ready: pip was not asked again, and nothing was said."""
+    ended, asked = found
+    assert (ended.code, ended.err, len(asked)) == (0, "", 1)
+    assert ended.out.strip() == str(folder / ".venv" / "bin" / "python")
 
 
 def test_an_environment_is_made_once_from_the_pinned_versions(bare, copied):
@@ -294,17 +390,67 @@ def test_an_environment_is_made_once_from_the_pinned_versions(bare, copied):
     assert len(asked) == 1
     assert asked[0].startswith(f"pip {copied / 'constraints.txt'} ")
     assert asked[0].endswith("--editable .[inference,test]")
-    again, asked = bare("test")
-    assert (again.code, again.err, len(asked)) == (0, "", 1)
-    assert again.out == ended.out
+    assert_quiet(bare("test"), copied)
 
 
-def test_a_changed_requirement_makes_the_environment_anew(bare, copied):
-    bare()
+def test_the_environment_of_the_tests_serves_the_launcher_without_pip(bare, copied):
+    bare(OF_THE_TESTS)
+    assert_quiet(bare(""), copied)
+    assert_quiet(bare(OF_THE_TESTS), copied)
+
+
+def test_the_environment_of_the_launcher_is_given_what_the_tests_lack(bare, copied):
+    bare("")
+    ended, asked = bare(OF_THE_TESTS)
+    assert ended.code == 0
+    said = ended.err.splitlines()
+    assert said[0].startswith("updating the Python environment .venv (missing: pytest>=")
+    assert "torch" not in said[0] and "scipy" not in said[0]
+    assert len(asked) == 2
+    ended, asked = bare("")
+    assert (ended.err, len(asked)) == ("", 2)
+
+
+def test_edits_that_change_no_requirement_run_no_pip(bare, copied):
+    bare("")
+    edit(
+        copied / "pyproject.toml",
+        ("line-length = 120", "line-length = 100"),
+        ('description = "', 'description = "New: '),
+        ('addopts = "', 'addopts = "-v '),
+    )
     with open(copied / "constraints.txt", "a") as file:
-        file.write("# changed\n")
-    ended, asked = bare()
+        file.write("\n# a remark\n")
+    assert_quiet(bare(""), copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "reason"),
+    [
+        ("pyproject.toml", '"torch>=2.6"', '"torch>=2.7"', "the requirements have changed"),
+        ("pyproject.toml", 'bench = ["monai>=1.4"', 'bench = ["monai>=1.5"', "the requirements have changed"),
+        ("pyproject.toml", '">=3.11"', '">=3.11.1"', "the requirements have changed"),
+        ("constraints.txt", "\ntqdm==", "\ntqdm==9", "the requirements have changed"),
+        ("pyproject.toml", '"tqdm>=4.66"', '"zarr>=99"', "missing: zarr>=99"),
+    ],
+)
+def test_a_changed_requirement_runs_pip_again(name, old, new, reason, bare, copied):
+    bare("")
+    edit(copied / name, (old, new))
+    ended, asked = bare("")
+    assert len(asked) == 2
+    assert f"updating the Python environment .venv ({reason})" in ended.err
+
+
+def test_a_change_that_cannot_be_installed_leaves_a_sufficient_environment_in_use(bare, copied):
+    bare("")
+    edit(copied / "constraints.txt", ("\ntqdm==", "\ntqdm==9"))
+    ended, asked = bare("", PIP_FAILS=1)
     assert (ended.code, len(asked)) == (0, 2)
+    assert ended.out.strip() == str(copied / ".venv" / "bin" / "python")
+    assert "warning: .venv could not be updated" in ended.err
+    ended, asked = bare("")
+    assert (ended.code, len(asked)) == (0, 3)
 
 
 def test_an_environment_that_could_not_be_made_is_tried_again(bare):
@@ -313,6 +459,63 @@ def test_an_environment_that_could_not_be_made_is_tried_again(bare):
     assert "error: the environment could not be made" in ended.err
     ended, asked = bare()
     assert (ended.code, len(asked)) == (0, 2)
+    assert "making the Python environment" in ended.err
+
+
+def test_a_making_that_was_cut_short_is_begun_anew(bare, copied):
+    ended, asked = bare(VENV_FAILS=1)
+    assert (ended.code, asked) == (1, [])
+    assert (copied / ".venv").exists() and not (copied / ".venv" / "bin" / "python").exists()
+    (copied / ".venv" / "half").touch()
+    ended, asked = bare()
+    assert (ended.code, len(asked)) == (0, 1)
+    assert not (copied / ".venv" / "half").exists()
+
+
+@pytest.mark.parametrize("broken", ["of others", "of the launcher", "a dangling link"])
+def test_a_broken_environment_is_reported_and_never_deleted(broken, bare, copied):
+    python = copied / ".venv" / "bin" / "python"
+    if broken == "a dangling link":
+        (copied / ".venv").symlink_to(copied / "gone")
+    else:
+        if broken == "of the launcher":
+            bare("")
+            python.unlink()
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.symlink_to("/no/such/python3.11")
+        (copied / ".venv" / "kept").touch()
+    ended, asked = bare("")
+    assert (ended.code, ended.out) == (2, "")
+    assert len(asked) == (1 if broken == "of the launcher" else 0)
+    (line,) = ended.err.splitlines()
+    assert line.startswith("error: .venv has no working Python 3.11 or newer")
+    assert "rm -r .venv" in line
+    assert (copied / ".venv").is_symlink() or (copied / ".venv" / "kept").exists()
+
+
+def test_an_environment_made_by_hand_is_used_as_it_is(bare, copied):
+    bare("")
+    (copied / ".venv" / "orion.stamp").unlink()
+    edit(copied / "constraints.txt", ("\ntqdm==", "\ntqdm==9"))
+    assert_quiet(bare(""), copied)
+    assert not (copied / ".venv" / "orion.stamp").exists()
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="flock is not installed")
+def test_launchers_that_start_together_fill_one_environment_once(start, python_without_packages, copied, tmp_path):
+    env = {**python_without_packages, "GATE": tmp_path / "gate"}
+    begun = [start("bash", "-c", SOURCE, "bash", "", cwd=copied, **env) for _ in range(2)]
+
+    def one_fills_and_one_waits():
+        asked = env["NOTES"].read_text()
+        return asked and "flock 9 " in [command_of(pid) for command in begun for pid in command.others()]
+
+    wait_for(one_fills_and_one_waits, "a launcher at pip and one at the lock")
+    (tmp_path / "gate").touch()
+    first, second = (command.end() for command in begun)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert sorted((first.err, second.err))[0] == ""
+    assert len(env["NOTES"].read_text().splitlines()) == 1
 
 
 def test_a_machine_without_a_fit_python_is_told_so(bare, copied):

@@ -78,6 +78,24 @@ def test_an_unknown_pixel_size_is_a_warning_and_that_of_the_input_is_kept(predic
         assert 'PhysicalSizeX="0.5"' in tiff.ome_metadata
 
 
+@pytest.mark.parametrize("form", ["npy", "ome-tiff"])
+def test_a_pixel_size_that_is_no_length_is_unknown_and_said_once(form, predict, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    metadata = {"axes": "YXS", "PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "pixel"}
+    tifffile.imwrite(tmp_path / "slide.ome.tif", image(), photometric="rgb", metadata=metadata)
+    done = predict(tmp_path / "slide.ome.tif", format=form)
+    assert done.code == 0
+    assert [line for line in done.out.splitlines() if "warning" in line] == [
+        "warning: slide: the pixel size of the file is not used (it states 1 pixel, which is no length); "
+        "give --pixel_size_um"
+    ]
+    if form == "ome-tiff":
+        with tifffile.TiffFile(done.dir / "slide.ome.tiff") as tiff:
+            assert "PhysicalSizeX" not in tiff.ome_metadata
+    given = predict(tmp_path / "slide.ome.tif", format=form, out="given", pixel_size_um=0.5)
+    assert "warning" not in given.out
+
+
 def test_the_same_pixels_give_the_same_prediction_from_every_kind_of_file(predict, core, tmp_path):
     tifffile = pytest.importorskip("tifffile")
     pillow = pytest.importorskip("PIL.Image")
@@ -88,6 +106,17 @@ def test_the_same_pixels_give_the_same_prediction_from_every_kind_of_file(predic
     assert done.code == 0
     for name in ("picture", "slide"):
         np.testing.assert_array_equal(np.load(done.dir / f"{name}.npy"), expected)
+
+
+def test_a_slide_that_openslide_reads_is_predicted_like_the_array(predict, core, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("openslide", reason="the extra openslide is not installed", exc_type=ImportError)
+    (tmp_path / "slides").mkdir()
+    options = {"tile": (64, 64), "compression": "deflate", "photometric": "rgb", "metadata": None}
+    tifffile.imwrite(tmp_path / "slides" / "slide.ndpi", image(), **options)
+    done = predict(tmp_path / "slides", out="slides")
+    assert done.code == 0
+    np.testing.assert_array_equal(np.load(done.dir / "slide.npy"), np.load(predict(core).dir / "core.npy"))
 
 
 def test_the_python_interface_gives_what_the_command_writes(predict, core, model):
@@ -190,6 +219,32 @@ def test_a_slide_found_damaged_halfway_leaves_nothing_behind(predict, tmp_path):
     assert sorted(contents(done.dir)) == ["channel_names.txt"]
 
 
+WRITING = [("tifffile", "tifffile"), ("imagecodecs", "imagecodecs"), ("skimage.color", "scikit-image")]
+READING = [("slide.tif", *WRITING[0]), ("slide.svs", *WRITING[1]), ("picture.png", "PIL.Image", "pillow")]
+
+
+@pytest.mark.parametrize(("module", "package"), WRITING)
+def test_a_package_that_an_ome_tiff_needs_is_missed_before_any_work(module, package, predict, core, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    done = predict(core, format="ome-tiff")
+    assert done.code == 2
+    assert f'the package {package} is needed for this: pip install "orion-unet[inference]"' in done.err
+    assert not done.dir.exists()
+    assert predict(core, overview=False).code == 0
+
+
+@pytest.mark.parametrize(("name", "module", "package"), READING)
+def test_a_package_that_an_input_needs_is_missed_before_any_work(
+    name, module, package, predict, core, tmp_path, monkeypatch
+):
+    (tmp_path / name).write_bytes(b"not looked at")
+    monkeypatch.setitem(sys.modules, module, None)
+    done = predict(core, tmp_path / name)
+    assert done.code == 2
+    assert f'the package {package} is needed for this: pip install "orion-unet[inference]"' in done.err
+    assert not done.dir.exists()
+
+
 def test_two_inputs_with_one_name_are_refused(predict, core, tmp_path):
     (tmp_path / "b").mkdir()
     shutil.copy(core, tmp_path / "b" / "core.npy")
@@ -219,6 +274,23 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others_and_is_tried_agai
     assert predict(*inputs).code == 2
 
 
+def test_escapes_in_names_are_shown_as_such_and_stay_in_the_files(tmp_path, capsys):
+    hostile = ("Hoe\x1b[31mchst", "CD\u202e3\x07", "Blank")
+    checkpoint = write_checkpoint(tmp_path / "best.pt", names=hostile)
+    np.save(tmp_path / "co\x1b[2Jre_HE.npy", image(40, 40))
+    np.save(tmp_path / "b\x1b[2Jad_HE.npy", image(40, 40).astype(np.int32))
+    predict = predictor(checkpoint, tmp_path, capsys)
+    done = predict(tmp_path / "co\x1b[2Jre_HE.npy", tmp_path / "b\x1b[2Jad_HE.npy")
+    wrong = predict(tmp_path / "co\x1b[2Jre_HE.npy", markers="CD\x1b[0m99", out="wrong")
+    assert (done.code, wrong.code) == (2, 2)
+    said = done.out + done.err + wrong.out + wrong.err
+    assert not {letter for letter in said if not letter.isprintable()} - {"\n"}
+    assert "co\\x1b[2Jre.npy: 40 x 40 pixels" in done.out
+    assert "b\\x1b[2Jad_HE.npy: has dtype int32" in done.err
+    assert "no marker CD\\x1b[0m99; the model predicts Hoe\\x1b[31mchst, CD\\u202e3\\x07, Blank" in wrong.err
+    assert (done.dir / "channel_names.txt").read_text(encoding="utf-8").split("\n") == [*hostile, ""]
+
+
 BAD_OPTIONS = [
     ({"markers": "CD3e,CD99"}, "--markers CD3e,CD99: no marker CD99; the model predicts Hoechst, CD3e, Blank"),
     ({"markers": ","}, "--markers ,:"),
@@ -226,7 +298,7 @@ BAD_OPTIONS = [
     ({"tile": 30}, "--tile 30: must be a multiple of 4"),
     ({"overlap": 6}, "--overlap 6: must be a multiple of 4"),
     ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
-    ({"pixel_size_um": -1}, "--pixel_size_um -1: must be a number above 0"),
+    ({"pixel_size_um": -1}, "--pixel_size_um -1.0: must be above 0"),
     ({"device": "tpu"}, "--device tpu"),
     ({"format": "jpg"}, "--format"),
     ({"dtype": "float32"}, "--dtype float32: is for --format ome-tiff"),
@@ -245,7 +317,7 @@ def test_a_bad_checkpoint_or_input_is_one_sentence(predict, core, tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "empty").mkdir()
     cases = [
-        (predict(core, checkpoint=tmp_path / "junk.pt"), "junk.pt: is no checkpoint"),
+        (predict(core, checkpoint=tmp_path / "junk.pt"), "junk.pt: is damaged or not a checkpoint"),
         (predict(core, checkpoint=tmp_path / "none.pt"), "none.pt: cannot be read"),
         (predict(tmp_path / "none.npy"), "none.npy: does not exist"),
         (predict(tmp_path / "empty"), "empty: holds no image"),

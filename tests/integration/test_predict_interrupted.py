@@ -13,6 +13,7 @@ import pytest
 import tiny_runs
 from predictions import contents, image, predictor, write_checkpoint
 
+from orion_unet.inference import working_file
 from orion_unet.inference.tiling import TiledPrediction
 
 
@@ -60,7 +61,7 @@ def test_an_interrupted_prediction_goes_on_at_its_tile_row_and_ends_the_same(for
         StopAfter(patched, 2)
         stopped = predict(core, **options)
     assert stopped.code == 130
-    assert "the same command goes on from there" in stopped.out
+    assert "the same command continues from there" in stopped.out
     assert result not in contents(stopped.dir)
     with monkeypatch.context() as patched:
         rest = StopAfter(patched, 99)
@@ -157,3 +158,19 @@ def test_a_second_process_on_the_same_output_is_refused(predict, core, monkeypat
     assert predict(core).code == 0
     assert codes[1].code == 2
     assert "another predict is writing it" in codes[1].err
+
+
+def test_an_output_that_another_process_finishes_meanwhile_is_not_replaced(predict, core, monkeypatch):
+    claimed = working_file.WorkingFile._claimed
+
+    def after_another(self):
+        monkeypatch.setattr(working_file.WorkingFile, "_claimed", claimed)
+        assert predict(core, normalized=True).code == 0
+        return claimed(self)
+
+    monkeypatch.setattr(working_file.WorkingFile, "_claimed", after_another)
+    done = predict(core)
+    assert done.code == 2
+    assert "core.npy" in done.err and "--overwrite" in done.err
+    assert np.load(done.dir / "core.npy").max() <= 1
+    assert not [name for name in contents(done.dir) if name.startswith(".")]

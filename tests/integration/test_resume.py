@@ -1,20 +1,25 @@
 """Interrupted, killed and damaged runs go on as if nothing had happened, bit for bit."""
 
+import errno
+import gc
 import json
 import os
 import random
 import signal
 import sys
 import time
+import weakref
 
 import pytest
 import torch
 from tiny_runs import (
+    DEADLINE_S,
     ROOT,
     TINY,
     command_line,
     differing,
     environments,
+    free_port,
     losses,
     read_metrics,
     read_status,
@@ -27,9 +32,10 @@ from orion_unet import checkpoint
 from orion_unet.config import load_options
 from orion_unet.errors import InputError
 from orion_unet.run_log import MetricsWriter
-from orion_unet.training.folder import last_attempt
+from orion_unet.training import loop
+from orion_unet.training.loop import Loop
 from orion_unet.training.optim import automatic_rate
-from orion_unet.training.run import Run
+from orion_unet.training.run_folder import last_attempt
 
 # Everything whose state a restart could lose: dropout, averages, accumulation, warm-up, plateau, early stopping.
 STATEFUL = {
@@ -83,15 +89,15 @@ def interrupt(monkeypatch):
     """Send this process a signal after a step of an epoch; returns what undoes it."""
 
     def arrange(number, epoch, step):
-        original = Run._on_step
+        original = Loop._progress
 
-        def on_step(self, at, report):
-            original(self, at, report)
-            if (at, report.step) == (epoch, step):
+        def progress(self, **fields):
+            original(self, **fields)
+            if (self.state.epoch + 1, fields.get("step")) == (epoch, step + 1):
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(Run, "_on_step", on_step)
-        return lambda: monkeypatch.setattr(Run, "_on_step", original)
+        monkeypatch.setattr(Loop, "_progress", progress)
+        return lambda: monkeypatch.setattr(Loop, "_progress", original)
 
     return arrange
 
@@ -108,7 +114,8 @@ def test_the_straight_run_exercises_the_plateau(straight):
         (signal.SIGTERM, 143, 2, 2, 4),
         (signal.SIGINT, 130, 1, 0, 2),
         (signal.SIGUSR1, 143, 3, 1, 4),
-        (signal.SIGTERM, 143, 2, 4, 0),
+        (signal.SIGTERM, 143, 2, 4, 6),
+        (signal.SIGTERM, 143, 3, 5, 6),
     ],
 )
 def test_a_signal_saves_the_step_and_the_resumed_run_equals_the_straight_one(
@@ -119,8 +126,8 @@ def test_a_signal_saves_the_step_and_the_resumed_run_equals_the_straight_one(
     assert made.code == code
     assert read_status(made.dir)["state"] == "interrupted"
     stored = checkpoint.load(made.dir / "checkpoints" / "last.pt", to_resume=True)
-    # With the last step of an epoch, the whole epoch is done, validation included.
-    assert (stored["epoch"], stored["step"]) == ((epoch, 0) if stops_at == 0 else (epoch - 1, stops_at))
+    # After the last step of an epoch, its validation is left for later.
+    assert (stored["epoch"], stored["step"]) == (epoch - 1, stops_at)
     assert "--resume auto" in capsys.readouterr().out
     calm()
     resumed = train(**STATEFUL, resume="auto")
@@ -145,10 +152,71 @@ def test_a_run_interrupted_at_every_epoch_equals_the_straight_one(train, interru
     assert [record["attempt"] for record in read_metrics(resumed.dir)] == [2, 3, 4]
 
 
-def test_a_signal_after_the_last_step_of_the_run_leaves_it_finished(train, interrupt):
-    interrupt(signal.SIGTERM, 2, 5)
+def test_a_signal_after_the_last_validation_of_the_run_leaves_it_finished(train, monkeypatch):
+    append = MetricsWriter.append
+
+    def append_and_signal(self, record):
+        append(self, record)
+        if record["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "append", append_and_signal)
     made = train(epochs=2)
     assert (made.code, read_status(made.dir)["state"]) == (0, "finished")
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_signal_during_the_validation_stops_between_its_batches_and_keeps_the_epoch(
+    after, train, straight, monkeypatch
+):
+    original, seen = loop.validate, []
+
+    def validate(*given):
+        for patches in original(*given):
+            seen.append(patches)
+            if len(seen) == 2 + after + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield patches
+
+    # Three validation patches, two a batch: the second epoch's first or second batch is the third or fourth.
+    monkeypatch.setattr(loop, "validate", validate)
+    made = train(**STATEFUL)
+    if after == 0:
+        assert made.code == 143
+        assert len(seen) == 3
+        assert "before its validation" in read_status(made.dir)["message"]
+        stored = checkpoint.load(made.dir / "checkpoints" / "last.pt", to_resume=True)
+        assert (stored["epoch"], stored["step"]) == (1, 6)
+    else:
+        # After the last batch the epoch is finished first.
+        assert (made.code, len(read_metrics(made.dir))) == (143, 2)
+    monkeypatch.setattr(loop, "validate", original)
+    assert_equal_outcome(outcome(train(**STATEFUL, resume="auto").dir), straight())
+
+
+def test_a_kill_during_the_validation_loses_no_step(train, straight, monkeypatch):
+    original = loop.validate
+
+    def validate(*given):
+        yield next(original(*given))
+        raise Killed
+
+    monkeypatch.setattr(loop, "validate", validate)
+    with pytest.raises(Killed):
+        train(**STATEFUL)
+    monkeypatch.setattr(loop, "validate", original)
+    trained = []
+    monkeypatch.setattr(
+        Loop,
+        "_progress",
+        lambda self, before=Loop._progress, **fields: (before(self, **fields), trained.append(fields)),
+    )
+    resumed = train(**STATEFUL, resume="auto")
+    assert_equal_outcome(outcome(resumed.dir), straight())
+    assert [fields["step"] for fields in trained if "step" in fields] == [*range(1, 7)] * 2
+    # No step was trained in this attempt: nothing is known of its speed.
+    first = read_metrics(resumed.dir)[0]
+    assert (first["epoch"], first["samples_per_s"], first["data_wait_fraction"]) == (1, None, None)
 
 
 def test_handlers_of_the_caller_are_put_back(train, interrupt):
@@ -159,11 +227,11 @@ def test_handlers_of_the_caller_are_put_back(train, interrupt):
 
 
 def test_a_second_ctrl_c_ends_at_once(train, monkeypatch):
-    def on_step(self, epoch, report):
+    def progress(self, **fields):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Run, "_on_step", on_step)
+    monkeypatch.setattr(Loop, "_progress", progress)
     with pytest.raises(KeyboardInterrupt):
         train()
 
@@ -208,22 +276,35 @@ def test_a_kill_between_the_writes_of_an_epoch_loses_and_doubles_nothing(moment,
     assert not list(resumed.dir.rglob("*.tmp"))
 
 
-def test_a_process_killed_at_any_moment_resumes_to_the_same_end(start, pairs, tmp_path, straight):
-    words = trainer(**STATEFUL, pairs_dir=pairs, output_dir=tmp_path / "run", resume="auto", num_workers=1)
-    draw = random.Random(7)
-    expected = straight()
-    command = start(*words)
-    wait_for(lambda: (tmp_path / "run" / "status.json").exists() or command.process.poll() is not None, "the run")
-    time.sleep(draw.uniform(0.1, 1.5))
-    command.signal(signal.SIGKILL)
-    command.process.wait(timeout=30)
+def test_a_process_killed_in_the_middle_of_its_work_resumes_to_the_same_end(start, pairs, tmp_path, straight):
+    expected, draw = straight(), random.Random(7)
+    for trial in range(4):
+        run_dir = tmp_path / f"run_{trial}"
+        words = trainer(**STATEFUL, pairs_dir=pairs, output_dir=run_dir, resume="auto", num_workers=1)
+        if kill_within_training(start(*words), run_dir, draw.uniform(0, 0.3)):
+            break
+    else:
+        pytest.fail("every run ended before its kill")
     again = start(*words).end()
     assert again.code == 0, again.err
-    assert_equal_outcome(outcome(tmp_path / "run"), expected)
-    assert not list((tmp_path / "run").rglob("*.tmp"))
-    assert not (tmp_path / "run" / "run.lock").exists()
-    # The loader's process of the killed one notices, in its own time, that it has lost its rank.
-    wait_for(lambda: not command.others(), "the end of the loader's process", 30)
+    assert_equal_outcome(outcome(run_dir), expected)
+    assert not list(run_dir.rglob("*.tmp"))
+    assert not (run_dir / "run.lock").exists()
+
+
+def kill_within_training(command, run_dir, after_s):
+    """Kill a trainer some time after its first step; returns whether it had not ended before."""
+
+    def trains():
+        return (run_dir / "status.json").exists() and read_status(run_dir)["state"] in ("training", "validating")
+
+    wait_for(lambda: trains() or command.process.poll() is not None, "the first step")
+    time.sleep(after_s)
+    command.signal(signal.SIGKILL)
+    command.process.wait(timeout=DEADLINE_S)
+    # The loader's process notices, in its own time, that it has lost its rank.
+    wait_for(lambda: not command.others(), "the end of the loader's process")
+    return command.process.returncode == -signal.SIGKILL and trains()
 
 
 def test_a_command_ends_with_143_on_sigterm_and_leaves_no_process(start, pairs, tmp_path, straight):
@@ -241,6 +322,37 @@ def test_a_command_ends_with_143_on_sigterm_and_leaves_no_process(start, pairs, 
     done = losses(tmp_path / "run")
     shared = done.keys() & straight()[0].keys()
     assert {epoch: done[epoch] for epoch in shared} == {epoch: straight()[0][epoch] for epoch in shared}
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hang_up_saves_and_ends_unless_it_is_ignored_as_under_nohup(ignored, start, pairs, tmp_path):
+    many = {**STATEFUL, "epochs": 6 if ignored else 500, "early_stopping_patience": 0}
+    words = trainer(**many, pairs_dir=pairs, output_dir=tmp_path / "run")
+    trap = "trap '' HUP; " if ignored else ""
+    command = start("bash", "-c", trap + 'exec "$@"', "bash", *words)
+    log = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size, "the first epoch")
+    command.signal(signal.SIGHUP)
+    ended = command.end()
+    state = "finished" if ignored else "interrupted"
+    assert (ended.code, read_status(tmp_path / "run")["state"]) == (0 if ignored else 143, state)
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(train, monkeypatch, tmp_path):
+    class Gone:
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+        def flush(self):
+            pass
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert train(epochs=1).code == 0
+    assert "epoch 1/1" in (tmp_path / "run" / "train.log").read_text()
 
 
 # One epoch of some seconds, so that the signal finds the ranks within it.
@@ -269,6 +381,45 @@ def test_two_ranks_interrupted_within_an_epoch_resume_to_the_same_end(start, pai
     two_ranks("--output_dir", tmp_path / "straight")
     assert_equal_outcome(outcome(run_dir), outcome(tmp_path / "straight"))
     assert [record["attempt"] for record in read_metrics(run_dir)] == [2]
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks_interrupted_within_an_epoch_resume_to_the_same_end(ranks, start, pairs, tmp_path):
+    # From three ranks on, a sum over ranks depends on the order in which the gradients are laid out.
+    options = {**RANKS, "pairs_dir": str(pairs), "accumulate_steps": 1, "base_features": 8}
+    runs = [
+        {"port": free_port(), "stop_at": stop_at, "options": {**options, "output_dir": str(tmp_path / name), **resume}}
+        for name, stop_at, resume in (("run", 2, {}), ("run", None, {"resume": "auto"}), ("straight", None, {}))
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    script = ROOT / "tests" / "integration" / "rank_runs.py"
+    begun = [start(sys.executable, script, tmp_path / "runs.json", **env) for env in environments(ranks)]
+    for ended in [rank.end() for rank in begun]:
+        assert ended.code == 0, ended.err
+        assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
+    assert_equal_outcome(outcome(tmp_path / "run"), outcome(tmp_path / "straight"))
+
+
+def test_a_resumed_run_keeps_no_second_copy_of_its_state(train, monkeypatch):
+    made = train(**{**STATEFUL, "epochs": 2})
+    stored, alive = [], []
+    find = loop.find_earlier
+
+    def find_and_note(*given):
+        earlier = find(*given)
+        moments = earlier["optimizer"]["state"][0]["exp_avg"]
+        stored.extend(weakref.ref(tensor) for tensor in (earlier["model"]["head.weight"], moments))
+        return earlier
+
+    def epoch(self, number, before=Loop._epoch):
+        gc.collect()
+        alive.extend(reference() is not None for reference in stored)
+        before(self, number)
+
+    monkeypatch.setattr(loop, "find_earlier", find_and_note)
+    monkeypatch.setattr(Loop, "_epoch", epoch)
+    assert train(**STATEFUL, resume="auto").dir == made.dir
+    assert alive == [False, False]
 
 
 def test_changed_options_are_refused_with_their_list(train):
@@ -305,7 +456,7 @@ def test_an_automatic_learning_rate_stays_what_it_was_when_a_run_is_given_more_e
     assert json.loads((made.dir / "config.json").read_text())["options"]["learning_rate"] == first
     assert {record["lr"] for record in read_metrics(made.dir)} == {first}
     # An earlier run's config.json gives the number, not the word.
-    assert load_options(made.dir / "config.json")["learning_rate"] == first
+    assert load_options(made.dir / "config.json")[0]["learning_rate"] == first
 
 
 def test_a_finished_run_resumed_trains_nothing(train):
@@ -370,6 +521,37 @@ def test_a_run_can_be_continued_from_a_named_checkpoint(train, tmp_path):
     assert losses(made.dir) == losses(whole.dir)
 
 
+def test_a_run_continued_in_another_folder_takes_its_best_model_along(train, tmp_path, capsys):
+    # The first epoch stays the best: a rate of nearly nothing, and no norm whose statistics move.
+    still = {"norm": "group", "learning_rate": 1e-30}
+    made = train("made", epochs=1, **still)
+    named = str(made.dir / "checkpoints" / "last.pt")
+    other = train("other", epochs=2, resume=named, **still)
+    assert [record["best"] for record in read_metrics(other.dir)] == [False]
+    assert checkpoint.load(other.dir / "checkpoints" / "best.pt")["epoch"] == 1
+    assert differing(weights(other.dir, "best.pt"), weights(made.dir, "best.pt")) == []
+    (made.dir / "checkpoints" / "best.pt").unlink()
+    capsys.readouterr()
+    third = train("third", epochs=2, resume=named, **still)
+    said = capsys.readouterr().out
+    assert "warning: the best model so far, of epoch 1, cannot be carried over" in said
+    assert "best epoch 1" in said
+    assert f"its model is not in {third.dir / 'checkpoints'}" in said
+
+
+def test_an_epoch_continued_on_another_number_of_ranks_logs_the_mean_over_all_its_steps(train, interrupt, straight):
+    # As two ranks leave it after four steps: the same sums on both, since here both trained on the same batches.
+    calm = interrupt(signal.SIGTERM, 1, 2)
+    made = train(**STATEFUL)
+    calm()
+    last = made.dir / "checkpoints" / "last.pt"
+    content = checkpoint.load(last, to_resume=True)
+    assert content["step"] == 4
+    checkpoint.save(last, {**content, "ranks": content["ranks"] * 2})
+    resumed = train(**STATEFUL, resume="auto")
+    assert_equal_outcome(outcome(resumed.dir), straight())
+
+
 @pytest.mark.parametrize("name", ["best.pt", "absent.pt"])
 def test_a_checkpoint_that_cannot_be_continued_is_bad_input(name, train):
     made = train()
@@ -387,17 +569,17 @@ def test_a_named_checkpoint_does_not_write_into_another_run(train):
 
 def test_a_folder_in_which_a_run_is_under_way_is_refused(train, monkeypatch):
     refused = []
-    on_step = Run._on_step
+    progress = Loop._progress
 
-    def start_another(self, epoch, report):
-        on_step(self, epoch, report)
-        monkeypatch.setattr(Run, "_on_step", on_step)
+    def start_another(self, **fields):
+        progress(self, **fields)
+        monkeypatch.setattr(Loop, "_progress", progress)
         for again in ({"resume": "auto"}, {"overwrite": True}):
             with pytest.raises(InputError, match="another run is writing there") as error:
                 train(**again)
             refused.append(str(error.value))
 
-    monkeypatch.setattr(Run, "_on_step", start_another)
+    monkeypatch.setattr(Loop, "_progress", start_another)
     made = train()
     assert made.code == 0
     assert len(refused) == 2
@@ -408,17 +590,17 @@ def test_a_folder_in_which_a_run_is_under_way_is_refused(train, monkeypatch):
 
 def test_saving_within_an_epoch_loses_at_most_the_steps_since(train, straight, monkeypatch):
     # A save is due after every step; the process dies within the second epoch.
-    saved = Run._save_within_epoch
+    saved = Loop._save_within_epoch
 
     def save_and_die(self, step, sums):
         saved(self, step, sums)
         if (self.state.epoch, step) == (1, 4):
             raise Killed
 
-    monkeypatch.setattr(Run, "_save_within_epoch", save_and_die)
+    monkeypatch.setattr(Loop, "_save_within_epoch", save_and_die)
     with pytest.raises(Killed):
         train(**STATEFUL, save_every_minutes=1e-9)
-    monkeypatch.setattr(Run, "_save_within_epoch", saved)
+    monkeypatch.setattr(Loop, "_save_within_epoch", saved)
     resumed = train(**STATEFUL, resume="auto")
     assert_equal_outcome(outcome(resumed.dir), straight())
 

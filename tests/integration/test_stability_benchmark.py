@@ -1,4 +1,4 @@
-"""The stability benchmark: its quick form end to end, its measures by hand, and the handling of data it re-creates."""
+"""The stability benchmark: its quick form end to end, its measures against hand calculations, its code changes."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ DEADLINE_S = 200
 
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
-    """The rooms of the benchmark import each other by name."""
+    """The modules of the benchmark import each other by name."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
@@ -34,11 +34,11 @@ def quick(output, *words):
     )
 
 
-def test_the_quick_form_goes_all_the_way_and_repeats_nothing(tmp_path):
-    words = ("--only", "former", "stable", "best, loss in the centre", "--seeds", "1")
+def test_the_quick_form_runs_end_to_end_and_repeats_nothing(tmp_path):
+    words = ("--only", "former", "stable", "stable, loss in the centre", "--seeds", "1")
     done = quick(tmp_path, *words)
     assert done.returncode == 0, done.stderr
-    for recipe in ("former", "stable", "best, loss in the centre", "*regression from colours*"):
+    for recipe in ("former", "stable", "stable, loss in the centre", "*regression from colours*"):
         assert f"| {recipe} |" in done.stdout
     assert done.stdout.strip() == (tmp_path / "stability.md").read_text(encoding="utf-8").strip()
     for name in ("curves", "ablation", "markers"):
@@ -48,7 +48,7 @@ def test_the_quick_form_goes_all_the_way_and_repeats_nothing(tmp_path):
     epochs = [len(json.loads(content)["epochs"]) for content in results.values()]
     assert epochs == [2, 2, 2]
 
-    # One that was lost is done again, and only that; the rest of the report stays as it was.
+    # Only the training whose result was deleted runs again; the other results stay as they were.
     lost = next(iter(results))
     lost.unlink()
     again = quick(tmp_path, *words)
@@ -58,7 +58,7 @@ def test_the_quick_form_goes_all_the_way_and_repeats_nothing(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("monai") is not None, reason="MONAI is installed, so nothing fails")
-def test_a_recipe_that_fails_is_named_and_the_others_go_on(tmp_path):
+def test_a_recipe_that_fails_is_reported_and_the_others_go_on(tmp_path):
     done = quick(tmp_path, "--only", "stable", "BasicUNet, MSE, Adam", "--seeds", "1")
     assert done.returncode == 1
     assert "- BasicUNet, MSE, Adam (demo): ModuleNotFoundError: No module named 'monai'" in done.stdout
@@ -68,32 +68,32 @@ def test_a_recipe_that_fails_is_named_and_the_others_go_on(tmp_path):
 def test_an_unknown_recipe_is_refused(tmp_path):
     done = quick(tmp_path, "--only", "stabel")
     assert done.returncode == 2
-    assert "--only stabel: is no recipe; there are former, stable" in done.stderr
+    assert "--only stabel: no such recipe; the recipes are former, published" in done.stderr
 
 
-def test_the_best_recipe_is_the_launcher_s():
-    from stability_recipes import BEST, STABLE
-
-    script = (ROOT / "train_stable_learning.sh").read_text(encoding="utf-8")
-    words = re.search(r"^recipe=\(\n(.*?)^\)", script, re.S | re.M).group(1).split()
-    told = {}
-    for place, word in enumerate(words):
-        if word.startswith("--"):
-            following = words[place + 1] if place + 1 < len(words) else "--"
-            told[word[2:]] = True if following.startswith("--") else following
-    assert told.pop("output_dir").startswith("runs_sep6v1/")
-    assert told.pop("learning_rate") == "auto"
-    recipe = {name: value for name, value in {**STABLE, **BEST}.items() if name not in ("lr_factor", "lr_patience")}
-    assert recipe.pop("learning_rate") is None
-    assert {name: value if value is True else type(recipe[name])(value) for name, value in told.items()} == recipe
+@pytest.mark.parametrize("name", ["demo", "a,b", "a/b"])
+def test_a_name_of_the_real_pairs_that_would_be_ambiguous_is_refused(tmp_path, name):
+    done = quick(tmp_path, "--real_pairs", str(tmp_path), "--real_name", name)
+    assert done.returncode == 2
+    assert f"--real_name {name}: use letters" in done.stderr
 
 
-def test_former_differs_from_stable_by_every_single_change_and_each_ablation_lacks_one():
-    from stability_recipes import FORMER_CHANGES, STABLE, recipes
+def test_the_benchmark_trains_the_recipes_of_the_toolkit():
+    from stability_recipes import PUBLISHED, recipes
+
+    from orion_unet.recipes import RECIPES
+
+    known = {recipe.name: recipe for recipe in recipes()}
+    for name in ("former", "published", "stable"):
+        assert {**PUBLISHED, **known[name].options} == RECIPES[name].values
+
+
+def test_former_differs_from_published_by_every_single_change_and_each_ablation_lacks_one():
+    from stability_recipes import FORMER_CHANGES, PUBLISHED, recipes
 
     known = {recipe.name: recipe for recipe in recipes()}
     former = known["former"]
-    assert all(STABLE.get(name) != value for name, value in former.options.items())
+    assert all(PUBLISHED.get(name) != value for name, value in former.options.items())
     for name, change in FORMER_CHANGES.items():
         ablation = known[f"former, {name}"]
         lacking = former.options.keys() - ablation.options.keys()
@@ -101,7 +101,7 @@ def test_former_differs_from_stable_by_every_single_change_and_each_ablation_lac
         assert all(former.options[key] == value for key, value in ablation.options.items())
 
 
-def made(train, val, error):
+def result_of(train, val, error):
     epochs = [
         {"epoch": place + 1, "train": a, "val": b, "val_mse": c}
         for place, (a, b, c) in enumerate(zip(train, val, error, strict=True))
@@ -109,13 +109,13 @@ def made(train, val, error):
     return {"epochs": epochs, "scores": {"mse": [0.1, 0.3], "pearson": [0.5, None], "pearson_boxes": [0.6, None]}}
 
 
-def test_measures_are_those_a_hand_calculates():
+def test_measures_agree_with_a_hand_calculation():
     from stability_report import measures
 
-    # Validation falls by 0.01 an epoch and zigzags by 0.002 about that.
+    # Validation falls by 0.01 per epoch and alternates by ±0.002 about that line.
     val = [0.5 - 0.01 * epoch + 0.002 * (-1) ** epoch for epoch in range(20)]
     train = [0.4 - 0.01 * epoch for epoch in range(20)]
-    found = measures(made(train, val, [0.3] * 4 + [0.1] * 16), level=0.2)
+    found = measures(result_of(train, val, [0.3] * 4 + [0.1] * 16), level=0.2)
     assert found["movement"] == pytest.approx(0.09 + 0.004)
     assert found["improvement"] == pytest.approx(0.19)
     assert found["relative improvement"] == pytest.approx(0.19 / 0.4)
@@ -128,7 +128,7 @@ def test_measures_are_those_a_hand_calculates():
     time = np.arange(10)
     residual = np.array(val[-10:]) - np.poly1d(np.polyfit(time, val[-10:], 1))(time)
     assert found["noise"] == pytest.approx(math.sqrt((residual**2).sum() / 8))
-    assert math.isinf(measures(made(train, val, [0.3] * 20), level=0.2)["epochs to level"])
+    assert math.isinf(measures(result_of(train, val, [0.3] * 20), level=0.2)["epochs to level"])
 
 
 def test_an_undefined_loss_leaves_its_measures_undefined():
@@ -139,7 +139,7 @@ def test_an_undefined_loss_leaves_its_measures_undefined():
     assert math.isnan(measures({"epochs": []}, level=0.2)["movement"])
 
 
-def test_of_slides_held_out_in_turn_the_mean_is_told_and_the_warned_are_counted():
+def test_slides_held_out_in_turn_are_averaged_and_their_warnings_counted():
     from stability_report import MEASURES, epochs, over_slides, spread
 
     first, second = ({**dict.fromkeys(MEASURES, value), "warnings": warnings}
@@ -176,7 +176,7 @@ def transformed(write_pairs, change, augment=True):
 
 @pytest.fixture
 def changed(monkeypatch):
-    """The changes, undone after the test."""
+    """The changes of code, undone after the test."""
     import stability_job
 
     from orion_unet.data.transforms import BatchTransform
@@ -187,14 +187,14 @@ def changed(monkeypatch):
     return stability_job.CHANGES
 
 
-def test_geometry_of_the_he_alone_leaves_the_markers_as_they_were(write_pairs, changed):
+def test_geometry_of_the_he_alone_does_not_move_the_markers(write_pairs, changed):
     plain, turned = transformed(write_pairs, changed["geometry of the H&E alone"])
     assert torch.equal(plain.target, turned.target)
     torch.testing.assert_close(turned.he, plain.he.flip(-2).transpose(-1, -2))
     assert not torch.equal(turned.he, plain.he)
 
 
-def test_patches_are_normalised_by_themselves_in_training_alone(write_pairs, changed):
+def test_training_patches_are_normalised_one_by_one(write_pairs, changed):
     trained, _ = transformed(write_pairs, changed["normalisation of each patch"])
     assert torch.equal(trained.target.amin((2, 3)), torch.zeros(1, trained.target.shape[1]))
     assert trained.target.amax((2, 3)).numpy() == pytest.approx(1.0)
@@ -219,7 +219,7 @@ def test_the_loss_in_the_centre_sees_144_pixels(changed):
 
 
 def tables(path):
-    """Every table of a Markdown file: the last heading above it, and its rows as dicts of cells."""
+    """Every table of a Markdown file: the heading above it, its columns, and its rows as dicts of cells."""
     heading, header, found = "", None, []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
@@ -235,17 +235,27 @@ def tables(path):
     return found
 
 
-def test_the_document_tells_what_the_benchmark_found():
-    """Tables of TRAINING_IMPROVEMENTS.md whose first column is headed by a kind of set repeat cells of the results."""
+def test_the_document_repeats_the_results_of_the_benchmark():
+    """A table of TRAINING_IMPROVEMENTS.md that is headed by a kind of set repeats cells of results/stability.md."""
     measured = {}
     for heading, header, rows in tables(ROOT / "benchmarks" / "results" / "stability.md"):
         kind = heading.rpartition("(")[2].partition(",")[0]
         measured |= {(kind, row[header[0]].strip("*")): row for row in rows}
     compared = 0
     for _, header, rows in tables(ROOT / "TRAINING_IMPROVEMENTS.md"):
-        if header[0] in ("demo", "real"):
+        if header[0] in ("demo", "Ki67 IHC"):
             for row in rows:
                 found = measured[header[0], row[header[0]].strip("*")]
                 assert {name: row[name] for name in header[1:]} == {name: found[name] for name in header[1:]}
                 compared += 1
-    assert compared >= 20
+    assert compared >= 28
+
+
+def test_the_results_name_the_recipes_and_groups_of_the_benchmark():
+    from stability_recipes import recipes
+    from stability_report import BASELINES, GROUPS
+
+    known = {recipe.name for recipe in recipes()} | set(BASELINES)
+    for heading, header, rows in tables(ROOT / "benchmarks" / "results" / "stability.md"):
+        assert heading.rpartition(" (")[0] in GROUPS.values()
+        assert {re.sub(r", \d seeds?$", "", row[header[0]].strip("*")) for row in rows} <= known

@@ -18,7 +18,9 @@ from orion_unet.cli.arguments import parse_train_config
 from orion_unet.config import GROUPS, ModelOptions
 from orion_unet.errors import InputError
 from orion_unet.models.unet import SpatialUNet
-from orion_unet.training.run import Run, run
+from orion_unet.training import engine
+from orion_unet.training.loop import Loop
+from orion_unet.training.loop import train as run
 
 TERMS = {"mse", "l1", "boundary", "focal", "variance", "correlation"}
 METRICS = {"pearson", "mae", "psnr_db", "ssim"}
@@ -211,6 +213,8 @@ SHOWN_BY = {
     "lr_patience": "test_a_plateau_lowers_the_learning_rate",
     "warmup_epochs": "test_warm_up_and_cosine_shape_the_learning_rate",
     "early_stopping_patience": "test_early_stopping_stops_and_says_so",
+    "stop_timeout_s": "tests/integration/test_launcher.py",
+    "pinned_memory_mb": "tests/unit/test_loaders.py",
     "compile": "test_a_compiled_model_trains_and_is_stored_under_its_own_names",
     "deterministic": "test_deterministic_kernels_are_asked_for",
     "sanity_check_freq": "test_panels_are_drawn_in_the_chosen_epochs_and_can_be_compared",
@@ -244,6 +248,18 @@ def test_an_option_changes_the_training(options, train, plain_losses):
     assert math.isfinite(record["val"]["loss"])
     assert losses(made.dir) != plain_losses
     assert strict_json(made.dir / "config.json")["options"].items() >= options.items()
+
+
+def test_every_checkpoint_knows_its_cores_by_their_content_and_the_baselines_they_give(train):
+    made = train(epochs=1)
+    config = strict_json(made.dir / "config.json")
+    found = [load(made.dir / "checkpoints" / name) for name in ("best.pt", "last.pt")]
+    for content in found:
+        assert content["cores"]["digests"].keys() == {"core_00", "core_01", "core_02", "core_03"}
+        assert len(set(content["cores"]["digests"].values())) == 4
+        assert content["colour_regression"]["names"] == config["channel_names"]
+        assert content["colour_regression"]["cores"] == 3
+    assert found[0]["cores"] == found[1]["cores"]
 
 
 def test_the_same_training_twice_is_the_same_bit_for_bit(train):
@@ -340,13 +356,13 @@ def test_a_compiled_model_trains_and_is_stored_under_its_own_names(train, monkey
 
 def test_warm_up_and_cosine_shape_the_learning_rate(train, monkeypatch):
     rates = []
-    begin = Run._begin_step
+    step = engine._optimizer_step
 
-    def note(self, epoch, step):
-        begin(self, epoch, step)
-        rates.append(self.state.optimizer.param_groups[0]["lr"])
+    def note(learner, parameters):
+        rates.append(learner.optimizer.param_groups[0]["lr"])
+        return step(learner, parameters)
 
-    monkeypatch.setattr(Run, "_begin_step", note)
+    monkeypatch.setattr(engine, "_optimizer_step", note)
     # 3 training cores x 4 patches in batches of 2, two a step: 3 steps an epoch, 9 in all, the first 3 to warm up.
     train(epochs=3, warmup_epochs=1, scheduler="cosine", learning_rate=0.01, accumulate_steps=2)
     decay = [0.005 * (1 + math.cos(math.pi * step / 5)) for step in range(6)]
@@ -398,7 +414,7 @@ def test_overwrite_replaces_the_run_and_nothing_else(train):
     assert [path.name for path in (made.dir / "sanity").iterdir()] == ["epoch_0001.png"]
     assert not list((made.dir / "tensorboard").glob("events*"))
     assert load(made.dir / "checkpoints" / "best.pt")["options"]["seed"] == 1
-    assert not (made.dir / "checkpoints" / "last_previous.pt").exists()
+    assert load(made.dir / "checkpoints" / "last_previous.pt")["options"]["seed"] == 1
     assert note.read_text() == "mine"
 
 
@@ -499,14 +515,14 @@ def test_the_package_trains_like_the_script_and_leaves_no_process_behind(start, 
 
 
 def test_a_file_that_vanishes_under_the_run_ends_it_with_one_message(train, pairs, monkeypatch, tmp_path):
-    on_step = Run._on_step
+    progress = Loop._progress
 
-    def remove(self, epoch, report):
-        on_step(self, epoch, report)
+    def remove(self, **fields):
+        progress(self, **fields)
         for path in pairs.glob("*.npy"):
             path.unlink()
 
-    monkeypatch.setattr(Run, "_on_step", remove)
+    monkeypatch.setattr(Loop, "_progress", remove)
     with pytest.raises(InputError) as ended:
         train(num_workers=1)
     assert "cannot be read any more" in str(ended.value)
@@ -534,7 +550,7 @@ def test_the_documented_command_line_is_accepted_as_written():
     config = parse_train_config(words.split())
     assert (config.optimisation.epochs, config.optimisation.batch_size) == (25, 12)
     assert config.loss.weights == {
-        "mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1, "correlation": 0.0,
+        "mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.0, "variance": 0.1, "correlation": 0.1,
     }  # fmt: skip
 
 

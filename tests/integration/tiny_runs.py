@@ -161,8 +161,9 @@ class Command:
 
 
 def trainer(*launcher, **options):
-    """Words of a training command, alone or under a launcher."""
-    return [sys.executable, *launcher, str(ROOT / "train_spatial_orion_unet.py"), *command_line({**TINY, **options})]
+    """Words of a training command, alone or under a launcher; without a recipe, as TINY runs in this process."""
+    script = str(ROOT / "train_spatial_orion_unet.py")
+    return [sys.executable, *launcher, script, "--recipe", "none", *command_line({**TINY, **options})]
 
 
 LAUNCH = ("-m", "orion_unet.cli.launch", "--standalone", "--nproc_per_node")

@@ -1,4 +1,4 @@
-"""Channel names, excluded channels and channel weights: where they come from, and every mistake told."""
+"""Channel names, excluded channels and channel weights: where they come from, and a message for every mistake."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_names_come_from_the_option_then_the_folder_then_the_index(tmp_path):
     assert channel_names("x, y,z", tmp_path, 3) == ("x", "y", "z")
 
 
-def test_names_may_stand_in_a_file(tmp_path):
+def test_names_may_come_from_a_file(tmp_path):
     file = tmp_path / "panel.txt"
     file.write_bytes("\N{BYTE ORDER MARK}Hoechst\r\nCD3ε, clone 2\r\n".encode())
     assert channel_names(str(file), tmp_path, 2) == ("Hoechst", "CD3ε, clone 2")
@@ -29,25 +29,25 @@ def test_a_list_longer_than_a_file_name_may_be_is_a_list(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
-        ("a,b", "gives 2 names, but the ORION files have 3 channels"),
-        ("a,b,c,d", "gives 4 names"),
-        ("panel.txt", "file of that name does not exist"),
+        ("a,b", "has 2 names, but the ORION files have 3 channels"),
+        ("a,b,c,d", "has 4 names"),
+        ("panel.txt", "or no such file exists"),
         ("a,b,a", "a"),
         ("a,,c", "empty"),
         ("a,b,", "empty"),
     ],
 )
-def test_names_that_do_not_fit_are_refused(tmp_path, given, told):
+def test_names_that_do_not_fit_are_refused(tmp_path, given, message):
     with pytest.raises(InputError, match="--channel_names") as caught:
         channel_names(given, tmp_path, 3)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_names_file_at_fault_is_named(tmp_path):
     (tmp_path / "channel_names.txt").write_text("A\nB\n")
-    with pytest.raises(InputError, match=r"channel_names\.txt: gives 2 names"):
+    with pytest.raises(InputError, match=r"channel_names\.txt: has 2 names"):
         channel_names(None, tmp_path, 3)
     (tmp_path / "channel_names.txt").write_bytes(b"\xff\xfe\x00A")
     with pytest.raises(InputError, match=r"channel_names\.txt: cannot be read"):
@@ -62,13 +62,13 @@ def test_channels_are_left_out_by_name_or_index_and_a_name_comes_first():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [("CD4,cd3e", "CD4, cd3e"), ("4", "no channel 4"), ("-1", "no channel -1"), ("0,1,2,3", "leaves no channel")],
 )
-def test_unknown_or_all_channels_cannot_be_left_out(given, told):
+def test_unknown_or_all_channels_cannot_be_excluded(given, message):
     with pytest.raises(InputError, match="--exclude_channels") as caught:
         excluded_channels(given, NAMES)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_table_keeps_the_other_channels_in_order(write_pairs):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there at all, never executed, and told by name where they cannot be used."""
+"""Checkpoints: written completely or not at all, never executed, and named when they cannot be used."""
 
 import io
 import json
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_lacks_a_part_is_damaged(path, key):
     lacking = {name: value for name, value in content().items() if name != key}
     for broken in (lacking, {**content(), key: "text"}):
         save(path, broken)
-        with pytest.raises(InputError, match=f"{path}: is damaged, it lacks {key}"):
+        with pytest.raises(InputError, match=f"{path}: is damaged: {key} is missing"):
             load(path)
 
 
@@ -195,7 +195,7 @@ def test_a_model_to_predict_with_is_no_run_to_continue(path, key):
 
 
 @pytest.mark.parametrize("foreign", [{"state_dict": {}}, [1, 2], torch.ones(3), {"kind": "another toolkit"}])
-def test_a_torch_file_of_another_program_is_told(tmp_path, foreign):
+def test_a_torch_file_of_another_program_is_refused(tmp_path, foreign):
     path = tmp_path / "foreign.pt"
     torch.save(foreign, path)
     with pytest.raises(InputError, match=f"{path}: is not a checkpoint of this toolkit"):
@@ -209,14 +209,14 @@ def test_a_whole_pickled_model_is_refused(tmp_path):
         load(path)
 
 
-def test_another_schema_is_told_with_both_numbers(path):
+def test_another_schema_is_refused_with_both_numbers(path):
     save(path, content(schema=7))
-    with pytest.raises(InputError, match=f"{path}: is of schema 7, this version reads 1"):
+    with pytest.raises(InputError, match=f"{path}: has schema 7, but this version reads schema 1"):
         load(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
-def test_what_cannot_be_read_is_told(tmp_path, kind):
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, kind):
     path = tmp_path / "x.pt"
     if kind == "folder":
         path.mkdir()

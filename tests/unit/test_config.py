@@ -9,6 +9,7 @@ import pytest
 from orion_unet.cli.arguments import parse_train_config, run_command
 from orion_unet.config import TrainConfig, load_options
 from orion_unet.errors import InputError, RunError
+from orion_unet.recipes import RECIPES, find_recipe
 
 # The contract, by hand: option -> default. None where nothing is given or it is found out at the start.
 DEFAULTS = {
@@ -66,7 +67,15 @@ DEFAULTS = {
         "ema_decay": 0.0,
         "seed": 42,
     },
-    "runtime": {"use_amp": False, "gpus": None, "compile": False, "deterministic": False, "resume": None},
+    "runtime": {
+        "use_amp": False,
+        "gpus": None,
+        "compile": False,
+        "deterministic": False,
+        "pinned_memory_mb": 4096.0,
+        "stop_timeout_s": 120.0,
+        "resume": None,
+    },
     "output": {
         "output_dir": "runs/orion_spatial",
         "sanity_check_freq": 2,
@@ -90,7 +99,8 @@ CHOICES = {
 
 
 def options(*argv):
-    return parse_train_config(list(argv)).options()
+    """What a command line without a recipe comes to."""
+    return parse_train_config(["--recipe", "none", *argv]).options()
 
 
 def refusal(capsys, *argv):
@@ -106,7 +116,7 @@ def refusal(capsys, *argv):
 
 def test_every_option_exists_with_its_default_and_no_other():
     assert options() == FLAT
-    config = parse_train_config([])
+    config = parse_train_config(["--recipe", "none"])
     for group, values in DEFAULTS.items():
         assert set(vars(getattr(config, group))) == set(values)
 
@@ -121,7 +131,14 @@ def test_an_on_off_option_has_a_no_form_and_the_last_one_wins(name):
 
 @pytest.mark.parametrize("name", sorted(set(FLAT) - set(ON_OFF) - set(CHOICES)))
 def test_an_option_takes_a_value_and_the_last_one_wins(name):
-    words = {"weight_decay": "0.25", "learning_rate": "0.25", "lr_factor": "0.25", "val_split": "0.25"}
+    words = {
+        "stop_timeout_s": "2.5",
+        "pinned_memory_mb": "2.5",
+        "weight_decay": "0.25",
+        "learning_rate": "0.25",
+        "lr_factor": "0.25",
+        "val_split": "0.25",
+    }
     text = isinstance(FLAT[name], str) or name in (
         "split_file", "groups_csv", "channel_names", "exclude_channels", "channel_weights", "resume"
     )  # fmt: skip
@@ -145,7 +162,7 @@ def test_auto_is_found_out_at_the_start(name):
 
 def test_help_shows_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit) as ended:
-        parse_train_config(["--help"])
+        parse_train_config(["--recipe", "none", "--help"])
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for group in DEFAULTS:
@@ -153,7 +170,8 @@ def test_help_shows_every_option_with_its_default(capsys):
     for name, value in FLAT.items():
         entry = re.search(rf" --{name}[ ,](?:(?! --(?!no_{name})).)*?default: (\S+)", shown)
         assert entry, name
-        usual = "none" if value is None else {"True": "on", "False": "off"}.get(str(value), str(value))
+        written = f"{value:g}" if isinstance(value, float) else str(value)
+        usual = "none" if value is None else {"True": "on", "False": "off"}.get(written, written)
         usual = {"gpus": "auto", "num_workers": "auto", "grid_stride": "patch_size"}.get(name, usual)
         assert entry[1] == usual, name
         assert (f"--no_{name}" in entry[0]) == isinstance(value, bool)
@@ -224,7 +242,7 @@ def test_a_value_out_of_range_ends_with_2_and_names_its_option(capsys, name, val
         (["--epochs"], ["--epochs"]),
         (["--overwrite", "--resume", "auto"], ["--overwrite", "--resume"]),
         (
-            [f"--{name}_weight=0" for name in ("mse", "l1", "boundary", "focal", "variance")],
+            [f"--{name}_weight=0" for name in ("mse", "l1", "boundary", "focal", "variance", "correlation")],
             ["all loss weights are 0", "--mse_weight", "--variance_weight"],
         ),
         (["--warmup_epochs", "5", "--epochs", "5"], ["--warmup_epochs", "--epochs"]),
@@ -278,7 +296,7 @@ def test_what_concerns_one_start_only_is_not_inherited(tmp_path):
     one_start = ("output_dir", "overwrite", "resume")
     stored = {**FLAT, "epochs": 3}
     file = write_config(tmp_path / "config.json", {**stored, "overwrite": True, "output_dir": "runs/earlier"})
-    assert load_options(file) == {name: value for name, value in stored.items() if name not in one_start}
+    assert load_options(file) == ({name: value for name, value in stored.items() if name not in one_start}, "none")
     assert options("--config", file) == stored
 
 
@@ -347,21 +365,102 @@ def test_a_config_that_cannot_be_read_is_told(capsys, tmp_path, kind):
 
 def test_changes_that_would_alter_a_resumed_run_are_told_and_others_are_not():
     earlier = options()
-    now = parse_train_config(["--epochs", "50", "--learning_rate", "2e-4", "--output_dir", "x", "--depth", "3"])
+    now = parse_train_config(
+        ["--recipe", "none", "--epochs", "50", "--learning_rate", "2e-4", "--output_dir", "x", "--depth", "3"]
+    )
     assert now.changes_from(earlier) == [
         "--depth: 4 in the run, 3 now",
         "--learning_rate: 0.0001 in the run, 0.0002 now",
     ]
-    assert parse_train_config([]).changes_from(earlier) == []
+    assert parse_train_config(["--recipe", "none"]).changes_from(earlier) == []
 
 
 def test_options_survive_strict_json():
     config = parse_train_config(["--channel_weights", "ε=2"])
-    back = TrainConfig.from_options(json.loads(json.dumps(config.options(), allow_nan=False)))
+    back = TrainConfig.from_options(json.loads(json.dumps(config.options(), allow_nan=False)), config.recipe)
     assert back == config
     assert all(math.isfinite(v) for v in config.options().values() if isinstance(v, float))
     with pytest.raises(InputError, match="--epochs -1"):
         TrainConfig.from_options({**config.options(), "epochs": -1})
+
+
+# The contract, by hand: what the launcher has always trained with, and the two recipes before it.
+PUBLISHED = {
+    "epochs": 30, "batch_size": 12, "val_split": 0.2, "learning_rate": 1e-4, "scheduler": "plateau", "lr_factor": 0.5,
+    "lr_patience": 5, "mse_weight": 0.8, "l1_weight": 0.3, "boundary_weight": 0.1, "focal_weight": 0.0,
+    "variance_weight": 0.1, "correlation_weight": 0.0, "early_stopping_patience": 10, "use_amp": True,
+    "use_boundary_guidance": True, "noise_removal": True,
+}  # fmt: skip
+STABLE = {
+    **PUBLISHED, "learning_rate": None, "scheduler": "cosine", "warmup_epochs": 0.5, "ema_decay": 0.95,
+    "correlation_weight": 0.1,
+}  # fmt: skip
+DEMO = {
+    **STABLE, "pairs_dir": "demo_pairs", "output_dir": "runs/demo", "patch_size": 128, "patches_per_image": 16,
+    "base_features": 12, "depth": 3, "epochs": 12, "batch_size": 8, "warmup_epochs": 1.0, "l1_weight": 0.0,
+}  # fmt: skip
+FORMER = {
+    **PUBLISHED, "epochs": 20, "batch_size": 8, "val_split": 0.15, "learning_rate": 5e-4, "lr_factor": 0.7,
+    "lr_patience": 3, "focal_weight": 0.1, "variance_weight": 0.5, "variance_form": "exponential",
+    "output_start": "half",
+}  # fmt: skip
+RECIPE_VALUES = {"stable": STABLE, "published": PUBLISHED, "former": FORMER, "demo": DEMO, "none": {}}
+
+
+@pytest.mark.parametrize(("name", "values"), RECIPE_VALUES.items(), ids=RECIPE_VALUES)
+def test_a_recipe_sets_its_options_and_leaves_the_others_at_their_defaults(name, values):
+    assert options("--recipe", name) == {**FLAT, **values}
+    assert parse_train_config(["--recipe", name]).recipe == name
+
+
+def test_every_recipe_is_known_here_and_gives_a_reason_for_every_value():
+    assert RECIPES.keys() == RECIPE_VALUES.keys()
+    for recipe in RECIPES.values():
+        assert recipe.about
+        assert all(found.reason for found in recipe.reasons.values())
+    assert find_recipe("stable") is RECIPES["stable"]
+
+
+def test_the_stable_recipe_is_the_default():
+    assert parse_train_config([]) == parse_train_config(["--recipe", "stable"])
+
+
+def test_a_recipe_that_does_not_exist_ends_with_2_and_names_those_that_do(capsys):
+    message = refusal(capsys, "--recipe", "best")
+    assert "--recipe best" in message
+    assert all(name in message for name in RECIPES)
+
+
+def test_precedence_is_default_recipe_config_command_line(tmp_path):
+    stored = options("--epochs", "7", "--ema_decay", "0.5", "--recipe", "former")
+    file = write_config(tmp_path / "config.json", stored, recipe="former")
+    # The run's config decides every option, whatever recipe is named beside it; the command line wins over both.
+    for named in ([], ["--recipe", "stable"], ["--recipe", "published"]):
+        config = parse_train_config([*named, "--config", file, "--seed", "9"])
+        assert config.options() == {**stored, "seed": 9}
+        assert config.recipe == "former"
+    # What is not inherited comes from the recipe.
+    assert parse_train_config(["--recipe", "demo", "--config", file]).output.output_dir == "runs/demo"
+
+
+def test_options_unknown_to_an_older_run_have_their_defaults_not_the_recipes_values(tmp_path):
+    stored = {name: value for name, value in FLAT.items() if name != "correlation_weight"}
+    file = write_config(tmp_path / "config.json", stored)
+    assert parse_train_config(["--recipe", "stable", "--config", file]).loss.correlation_weight == 0.0
+
+
+def test_help_shows_the_values_of_the_recipe_as_defaults(capsys):
+    for named, rate, batch in (([], "auto", "12"), (["--recipe=former"], "0.0005", "8")):
+        with pytest.raises(SystemExit):
+            parse_train_config([*named, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"auto = from the number of optimiser steps; default: {rate} " in shown
+        assert f"training patches per GPU and step; default: {batch} " in shown
+
+
+def test_options_that_do_not_exist_are_refused_by_name():
+    with pytest.raises(InputError, match="no such option in this version: epoch, learning_rat"):
+        TrainConfig.from_options({**FLAT, "epoch": 3, "learning_rat": 0.1})
 
 
 def test_a_known_failure_is_one_message_and_ends_with_1(capsys):

@@ -93,7 +93,7 @@ def test_the_corners_are_bright_colourless_glass_without_markers(cores):
         assert np.percentile(orion[corner], 99, axis=(0, 1)).max() < 0.012 * 65535
 
 
-def test_markers_lie_in_their_compartments(cores):
+def test_markers_are_in_their_compartments(cores):
     def where(marker, threshold=0.03):
         return np.concatenate([channel(orion, marker) > threshold for _, orion in cores])
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,20 @@ from orion_unet.config import OptimisationOptions
 from orion_unet.data.transforms import Batch
 from orion_unet.losses import CompositeLoss
 from orion_unet.models.unet import SpatialUNet
-from orion_unet.training.ema import ModelEma
-from orion_unet.training.engine import evaluate, train_one_epoch
+from orion_unet.training import engine
+from orion_unet.training.averages import ModelEma, RunningStatistics
+from orion_unet.training.engine import (
+    DIVERGED_AFTER,
+    Diverged,
+    Learner,
+    Precision,
+    Requests,
+    TrainSums,
+    ValidationSums,
+    train_steps,
+    validate,
+)
 from orion_unet.training.optim import build_optimizer
-from orion_unet.training.statistics import RunningStatistics
-from orion_unet.training.steps import DIVERGED_AFTER, Diverged
 
 CPU = torch.device("cpu")
 MARKERS = ("Hoechst", "CD45")
@@ -42,15 +52,36 @@ class Trained:
     def __init__(self, norm="batch", weights=ALL_TERMS, ema=0.0, seed=0, **options):
         torch.manual_seed(seed)
         self.model = SpatialUNet(len(MARKERS), base_features=4, depth=1, norm=norm)
-        self.statistics = RunningStatistics(self.model)
         self.loss = CompositeLoss(dict(weights))
-        self.optimizer = build_optimizer(self.model, OptimisationOptions(**{"learning_rate": 1e-2, **options}), CPU)
-        self.ema = ModelEma(self.model, ema) if ema else None
+        options = OptimisationOptions(**{"learning_rate": 1e-2, **options})
+        self.rate = options.rate
+        self.optimizer = build_optimizer(self.model, options, CPU)
+        statistics = RunningStatistics(self.model)
+        self.ema = ModelEma(self.model, statistics, ema) if ema else None
+        self.learner = Learner(self.model, self.optimizer, statistics, self.ema)
         self.reports = []
 
-    def epoch(self, batches, **options):
-        given = {"steps": len(batches), "on_step": self.reports.append, "ema": self.ema, **options}
-        return train_one_epoch(self.model, batches, self.loss, self.optimizer, CPU, statistics=self.statistics, **given)
+    def epoch(self, batches, accumulate_steps=1, grad_clip=0.0, ask=None, sums=None, steps=None, start_step=0, **given):
+        """Train; ``ask`` gives (stop, save) before each batch. Returns the sums and the finished steps."""
+        self.learner.accumulate_steps, self.learner.grad_clip = accumulate_steps, grad_clip
+        sums, requests, done = sums or TrainSums.start(self.loss, CPU), Requests(), []
+
+        def taken():
+            for one in batches:
+                requests.stop, requests.save = ask() if ask else (False, False)
+                yield one
+
+        given = {"start_step": start_step, "requests": requests, **given}
+        rates = given.pop("rates", [self.rate] * (steps or len(batches)))
+        for step in train_steps(self.learner, taken(), self.loss, sums, rates, **given):
+            done.append(step)
+            self.reports.append(step)
+        return SimpleNamespace(sums=sums, steps=done)
+
+    def validation(self, batches):
+        sums, sizes = ValidationSums(MARKERS, CPU), []
+        sizes += validate(self.model, batches, self.loss, sums, Precision())
+        return sums.reduced(self.loss), sizes
 
     def state(self):
         """Everything that a skipped step must leave alone, by name; the count of forward passes is no such thing."""
@@ -176,6 +207,20 @@ def test_a_gradient_that_is_not_finite_skips_the_step_although_the_loss_is():
     assert found.sums.reduced()["skipped_steps"] == 1
 
 
+def test_an_overflow_of_the_scaled_gradient_is_told_from_a_loss_that_is_not_finite():
+    trained = Trained()
+    trained.learner.precision = Precision(None, torch.amp.GradScaler("cpu", init_scale=2.0**13))
+    handle = trained.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    trained.epoch([batch(0)])
+    handle.remove()
+    trained.epoch([batch(1), spoiled(2)])
+    overflow, fine, not_finite = trained.reports
+    assert (overflow.bad, overflow.overflow) == (True, True)
+    assert (fine.bad, fine.overflow) == (False, False)
+    assert (not_finite.bad, not_finite.overflow, set(not_finite.culprits) >= {"mse"}) == (True, False, True)
+    assert trained.learner.precision.scaler.get_scale() == 2.0**11
+
+
 def test_ten_bad_steps_in_a_row_are_divergence():
     trained = Trained()
     trained.epoch([spoiled(seed) for seed in range(DIVERGED_AFTER - 1)] + [batch(0)])
@@ -230,38 +275,23 @@ def test_the_average_follows_the_weights_after_every_step():
 
 @pytest.mark.parametrize(("asked_at", "accumulate", "stops_after"), [(0, 1, 1), (3, 1, 4), (2, 2, 4), (4, 3, 6)])
 def test_a_request_to_stop_is_met_after_the_optimiser_step(asked_at, accumulate, stops_after):
-    trained = Trained()
-    seen = []
-
-    def stop_requested():
-        seen.append(len(seen))
-        return seen[-1] >= asked_at
-
-    ended = trained.epoch(
-        [batch(seed) for seed in range(7)], stop_requested=stop_requested, accumulate_steps=accumulate
+    asked = iter(range(7))
+    ended = Trained().epoch(
+        [batch(seed) for seed in range(7)], accumulate, ask=lambda: (next(asked) >= asked_at, False)
     )
-    assert ended.interrupted
-    assert ended.next_step == stops_after == len(trained.reports)
+    assert [step.stop for step in ended.steps] == [False] * (stops_after - 1) + [True]
     assert ended.sums.values[-2] == math.ceil(stops_after / accumulate)
 
 
 def test_an_epoch_without_a_request_runs_to_its_end():
     ended = Trained().epoch([batch(seed) for seed in range(3)])
-    assert (ended.interrupted, ended.next_step, ended.samples) == (False, 3, 6)
+    assert [(step.step, step.stop, step.save) for step in ended.steps] == [(step, False, False) for step in range(3)]
 
 
 def test_a_request_to_save_is_met_once_after_the_optimiser_step():
-    trained = Trained()
-    wished = iter([False, True, False, False, False, False])
-    saved = []
-    ended = trained.epoch(
-        [batch(seed) for seed in range(6)],
-        accumulate_steps=3,
-        save_requested=lambda: next(wished),
-        save=lambda step, sums: saved.append((step, float(sums.values[-2]))),
-    )
-    assert saved == [(3, 1.0)]
-    assert (ended.interrupted, ended.next_step) == (False, 6)
+    asked = iter([False, True, False, False, False, False])
+    ended = Trained().epoch([batch(seed) for seed in range(6)], accumulate_steps=3, ask=lambda: (False, next(asked)))
+    assert [step.save for step in ended.steps] == [False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -271,37 +301,36 @@ def test_an_epoch_continued_midway_equals_the_uninterrupted_one(accumulate):
     straight, continued = Trained(ema=0.9), Trained(ema=0.9)
     whole = straight.epoch(batches, accumulate_steps=accumulate, grad_clip=0.1)
     calls = iter(range(6))
-    first = continued.epoch(
-        batches, accumulate_steps=accumulate, grad_clip=0.1, stop_requested=lambda: next(calls) >= 3
-    )
-    rest = continued.epoch(
-        batches[first.next_step :],
-        steps=6,
-        start_step=first.next_step,
-        sums=first.sums,
-        accumulate_steps=accumulate,
-        grad_clip=0.1,
-    )
-    assert 0 < first.next_step < 6 == rest.next_step
+    first = continued.epoch(batches, accumulate, 0.1, ask=lambda: (next(calls) >= 3, False))
+    done = len(first.steps)
+    rest = continued.epoch(batches[done:], accumulate, 0.1, steps=6, start_step=done, sums=first.sums)
+    assert 0 < done < 6 == done + len(rest.steps)
     assert_same(straight.state(), continued.state())
     assert torch.equal(whole.sums.values, rest.sums.values)
     assert [report.step for report in continued.reports] == list(range(6))
 
 
-def test_begin_step_is_told_the_first_batch_of_every_optimiser_step():
-    begun = []
-    Trained().epoch([batch(seed) for seed in range(7)], accumulate_steps=3, begin_step=begun.append)
-    assert begun == [0, 3, 6]
+def test_an_optimiser_step_takes_the_rate_and_the_seed_of_its_first_batch(monkeypatch):
+    taken = []
+    step = engine._optimizer_step
+
+    def note(learner, parameters):
+        taken.append((learner.optimizer.param_groups[0]["lr"], torch.initial_seed()))
+        return step(learner, parameters)
+
+    monkeypatch.setattr(engine, "_optimizer_step", note)
+    rates, seeds = [step / 100 for step in range(7)], list(range(50, 57))
+    Trained().epoch([batch(seed) for seed in range(7)], accumulate_steps=3, rates=rates, seeds=seeds)
+    assert taken == [(0.0, 50), (0.03, 53), (0.06, 56)]
 
 
 def test_validation_over_batches_of_any_size_equals_one_batch():
     trained = Trained()
     patches = [batch(seed, 1) for seed in range(7)]
     uneven = [joined(patches[:3]), patches[3], joined(patches[4:6]), patches[6]]
-    told = []
-    parts = evaluate(trained.model, uneven, trained.loss, CPU, names=MARKERS, on_batch=told.append)
-    whole = evaluate(trained.model, [joined(patches)], trained.loss, CPU, names=MARKERS)
-    assert told == [3, 1, 2, 1]
+    parts, sizes = trained.validation(uneven)
+    whole, _ = trained.validation([joined(patches)])
+    assert sizes == [3, 1, 2, 1]
     assert parts.patches == whole.patches == 7
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     assert parts.terms == pytest.approx(whole.terms, rel=1e-6)
@@ -315,7 +344,7 @@ def test_validation_agrees_with_numpy_and_scipy_and_changes_nothing():
     trained.epoch([batch(0)])
     before = trained.state()
     held_out = batch(5, 4)
-    found = evaluate(trained.model, [held_out], trained.loss, CPU, names=MARKERS)
+    found, _ = trained.validation([held_out])
     assert_same(before, trained.state())
     with torch.no_grad():
         p = trained.model.eval()(held_out.he).double().numpy()
@@ -332,11 +361,11 @@ def test_validation_agrees_with_numpy_and_scipy_and_changes_nothing():
 
 def test_validation_computes_terms_that_are_not_trained_on():
     trained = Trained(weights={"mse": 1.0})
-    found = evaluate(trained.model, [batch(0)], trained.loss, CPU, names=MARKERS)
+    found, _ = trained.validation([batch(0)])
     assert found.loss == pytest.approx(found.terms["mse"])
     assert all(value is not None and value > 0 for value in found.terms.values())
 
 
 def test_a_validation_that_is_not_finite_says_so():
     trained = Trained()
-    assert not math.isfinite(evaluate(trained.model, [spoiled(0)], trained.loss, CPU, names=MARKERS).loss)
+    assert not math.isfinite(trained.validation([spoiled(0)])[0].loss)

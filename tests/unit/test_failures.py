@@ -41,6 +41,36 @@ def test_a_lost_rank_is_told_as_such_only_where_there_are_ranks(monkeypatch):
     assert "lost another rank" in str(plain_failure(error, TrainConfig()))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NCCL error in: ProcessGroupNCCL.cpp:1, Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
+        "CUDA error: the launch timed out and was terminated",
+        "gloo: unsupported layout",
+        "out of resource: shared memory, Required: 107520, Hardware limit: 101376",
+    ],
+)
+def test_an_error_of_the_device_or_its_library_is_not_taken_for_a_lost_rank(text, monkeypatch):
+    monkeypatch.setattr(failures, "world_size", lambda: 2)
+    assert plain_failure(RuntimeError(text), TrainConfig()) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711",
+        "[gloo/transport/tcp/pair.cc:547] Read error [10.0.0.2]:4711: Connection reset by peer",
+        "ncclRemoteError: remote process exited or there was a network error",
+        "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation to complete",
+    ],
+)
+def test_a_lost_rank_keeps_the_original_message(text, monkeypatch):
+    monkeypatch.setattr(failures, "world_size", lambda: 2)
+    plain = str(plain_failure(RuntimeError(text), TrainConfig()))
+    assert "rank" in plain
+    assert text in plain
+
+
 def test_a_rank_s_cause_is_found_once_by_rank_0(tmp_path, monkeypatch):
     monkeypatch.setattr(failures, "rank", lambda: 3)
     note_failure(tmp_path, ValueError("bad core"))

@@ -1,12 +1,16 @@
 """Every kind of H&E file gives the same pixels by region as the array it was written from, or one plain sentence."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from orion_unet.errors import InputError
-from orion_unet.slides.images import ArrayImage, open_he
+from orion_unet.slides.images import ArrayImage
+from orion_unet.slides.open import open_he
+from orion_unet.slides.whole_slide import WholeSlide
 
 tifffile = pytest.importorskip("tifffile")
 pillow = pytest.importorskip("PIL.Image")
@@ -78,6 +82,33 @@ def test_of_a_pyramid_the_full_resolution_is_read(tmp_path):
         assert_same_pixels(image)
 
 
+FOREIGN = {
+    "ImageJ": "ImageJ=1.53\nimages=3\nslices=3\n",
+    "tifffile": '{"shape": [3, 150, 131, 3]}',
+    "ImageScope": "Aperio Image Library v11.2.1 \r\n150x131 (64x64) JPEG/RGB Q=30|AppMag = 20|MPP = 0.4990|Left = 25",
+}
+
+
+def write_pages(path, levels, description):
+    """A pyramid as libvips writes it: a page a level, with the description of its input in each."""
+    with tifffile.TiffWriter(path) as tiff:
+        for level in levels:
+            tiff.write(level, tile=(64, 64), compression="deflate", description=description, metadata=None, **RGB)
+
+
+@pytest.mark.parametrize("description", FOREIGN.values(), ids=FOREIGN)
+def test_of_a_pyramid_that_carries_the_description_of_another_file_the_first_page_is_read(description, tmp_path):
+    write_pages(tmp_path / "slide.tif", (LEVELS, LEVELS[::2, ::2], LEVELS[::4, ::4]), description)
+    with open_he(tmp_path / "slide.tif") as image:
+        assert_same_pixels(image)
+
+
+def test_where_the_description_fits_no_page_and_a_later_page_is_larger_the_file_is_refused(tmp_path):
+    write_pages(tmp_path / "slide.tif", (LEVELS[::2, ::2], LEVELS, LEVELS[::4, ::4]), FOREIGN["ImageJ"])
+    with pytest.raises(InputError, match=r"slide\.tif: .*the first page is not the largest"):
+        open_he(tmp_path / "slide.tif")
+
+
 def test_jpeg_tiles_and_strips_are_decoded_to_rgb(tmp_path):
     smooth = np.stack(np.meshgrid(np.arange(128), np.arange(128)), -1).astype(np.uint8)
     smooth = np.dstack([smooth, 255 - smooth[..., :1]])
@@ -141,6 +172,46 @@ def test_the_pixel_size_comes_from_ome_xml_in_its_own_unit(tmp_path):
     metadata = {"axes": "YXS", "PhysicalSizeX": 325.0, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 325.0}
     write_tiff(tmp_path / "slide.ome.tif", LEVELS, {**RGB, "ome": True, "metadata": metadata})
     assert open_he(tmp_path / "slide.ome.tif").pixel_size_um == pytest.approx(0.325)
+
+
+OME_SIZES = {
+    "micrometres by default": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}, 0.5, ""),
+    "one axis": ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm"}, 0.5, ""),
+    "1 micrometre": ({"PhysicalSizeX": 1.0, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 1.0}, 1.0, ""),
+    "less than 1 % apart": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.504}, 0.5, ""),
+    "more than 1 % apart": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.51}, None, "0.5 µm across and 0.51 µm down"),
+    "in pixels": ({"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "pixel"}, None, "0.5 pixel, which is no length"),
+    "in reference frames": ({"PhysicalSizeX": 2.0, "PhysicalSizeXUnit": "reference frame"}, None, "no length"),
+    "1 without a unit": ({"PhysicalSizeX": 1.0, "PhysicalSizeY": 1.0}, None, "1 without a unit"),
+    "one axis is 1 without a unit": ({"PhysicalSizeX": 0.5, "PhysicalSizeY": 1.0}, None, "1 without a unit"),
+    "in millimetres": ({"PhysicalSizeX": 0.0005, "PhysicalSizeXUnit": "mm"}, 0.5, ""),
+}
+
+
+@pytest.mark.parametrize(("stated", "expected", "doubt"), OME_SIZES.values(), ids=OME_SIZES)
+def test_a_pixel_size_in_ome_xml_is_believed_only_as_a_length_equal_on_both_axes(stated, expected, doubt, tmp_path):
+    metadata = {"axes": "YXS", **stated}
+    image = open_he(write_tiff(tmp_path / "slide.ome.tif", LEVELS, {**RGB, "ome": True, "metadata": metadata}))
+    assert image.pixel_size_um == (None if expected is None else pytest.approx(expected))
+    assert doubt in image.pixel_size_doubt
+    assert bool(doubt) == bool(image.pixel_size_doubt)
+
+
+def test_what_ome_xml_leaves_in_doubt_other_tags_may_state(tmp_path):
+    options = {"ome": True, "metadata": {"axes": "YXS", "PhysicalSizeX": 1.0}}
+    options |= {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", **RGB}
+    image = open_he(write_tiff(tmp_path / "slide.ome.tif", LEVELS, options))
+    assert image.pixel_size_um == pytest.approx(0.5)
+    assert not image.pixel_size_doubt
+
+
+def test_resolutions_that_differ_between_the_axes_are_no_pixel_size(tmp_path):
+    options = {**RGB, "resolution": (20000, 25000), "resolutionunit": "CENTIMETER", "metadata": None}
+    pillow.fromarray(LEVELS).save(tmp_path / "slide.png", dpi=(50800, 40000))
+    for path in (write_tiff(tmp_path / "slide.tif", LEVELS, options), tmp_path / "slide.png"):
+        image = open_he(path)
+        assert image.pixel_size_um is None
+        assert "across" in image.pixel_size_doubt
 
 
 def test_the_pixel_size_comes_from_the_description_of_imagescope(tmp_path):
@@ -254,6 +325,91 @@ def test_damage_inside_a_tiff_names_the_file_and_the_place(tmp_path):
             image.read(60, 0, 10, 131)
 
 
+def write_tiles(path, tiles, shape):
+    """A tiled TIFF that OpenSlide reads as a slide; a tile that is None is left out."""
+    with tifffile.TiffWriter(path) as tiff:
+        options = {**RGB, "tile": (64, 64), "compression": "deflate", "metadata": None}
+        tiff.write(iter(tiles), shape=(*shape, 3), dtype=np.uint8, **options)
+
+
+@pytest.fixture
+def openslide():
+    return pytest.importorskip("openslide", reason="the extra openslide is not installed", exc_type=ImportError)
+
+
+@pytest.mark.usefixtures("openslide")
+@pytest.mark.parametrize("suffix", [".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".SCN"])
+def test_openslide_reads_the_formats_of_scanners_by_region(suffix, tmp_path, monkeypatch):
+    # Pieces narrower than the image.
+    monkeypatch.setattr("orion_unet.slides.whole_slide.LARGEST_WIDTH", 50)
+    options = {**RGB, "tile": (64, 64), "compression": "deflate", "description": FOREIGN["ImageScope"]}
+    write_tiff(tmp_path / f"slide{suffix}", LEVELS, {**options, "metadata": None})
+    with open_he(tmp_path / f"slide{suffix}") as image:
+        assert image.is_slide
+        assert image.pixel_size_um == pytest.approx(0.499)
+        assert_same_pixels(image)
+        assert image.read(-20, 0, 10, 10).shape == (0, 10, 3)
+
+
+@pytest.mark.usefixtures("openslide")
+def test_openslide_states_the_pixel_size_where_both_axes_agree(tmp_path):
+    for across, expected in ((20000, 0.5), (25000, None)):
+        options = {**RGB, "tile": (64, 64), "resolution": (across, 20000), "resolutionunit": "CENTIMETER"}
+        with open_he(write_tiff(tmp_path / "slide.scn", LEVELS, {**options, "metadata": None})) as image:
+            assert image.pixel_size_um == (None if expected is None else pytest.approx(expected))
+            assert ("0.4 µm across and 0.5 µm down" in image.pixel_size_doubt) == (expected is None)
+
+
+@pytest.mark.usefixtures("openslide")
+def test_what_a_scanner_left_out_is_white_inside_the_slide_and_cropped_around_it(tmp_path):
+    tile = LEVELS[:64, :64]
+    write_tiles(tmp_path / "slide.scn", [tile, None, tile, None, None, None, None, None], (128, 256))
+    with open_he(tmp_path / "slide.scn") as image:
+        region = image.read(0, 0, 64, 192)
+        assert image.shape == (64, 192)
+    expected = np.concatenate([tile / 255, np.ones((64, 64, 3)), tile / 255], axis=1)
+    np.testing.assert_allclose(region, expected, atol=1e-6)
+
+
+def test_half_transparent_pixels_are_seen_through_onto_white():
+    def read_region(corner, level, size):
+        assert (corner, level, size) == ((5, 7), 0, (2, 1))
+        return pillow.fromarray(np.array([[[100, 50, 0, 51], [10, 20, 30, 255]]], np.uint8))
+
+    bounds = {"openslide.bounds-x": "5", "openslide.bounds-y": "7"}
+    slide = SimpleNamespace(properties=bounds, dimensions=(2, 1), read_region=read_region)
+    image = WholeSlide(Path("slide.mrxs"), slide)
+    # 100 at a fifth of opacity: 100 / 5 + 255 * 4 / 5.
+    assert image.stored(0, 0, 1, 2).tolist() == [[[224, 214, 204], [10, 20, 30]]]
+
+
+@pytest.mark.usefixtures("openslide")
+def test_a_slide_that_openslide_finds_damaged_is_refused_by_name(tmp_path):
+    path = tmp_path / "slide.ndpi"
+    write_tiff(path, LEVELS, {**RGB, "tile": (64, 64), "compression": "deflate", "metadata": None})
+    content = bytearray(path.read_bytes())
+    # By its name, tifffile would look for the long offsets of NDPI.
+    with tifffile.TiffFile(path, is_ndpi=False) as tiff:
+        start, count = tiff.pages[0].dataoffsets[4], tiff.pages[0].databytecounts[4]
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"slide\.ndpi: cannot be read by OpenSlide"):
+        open_he(path)
+    content[start : start + count] = bytes(count)
+    path.write_bytes(content)
+    with open_he(path) as image, pytest.raises(InputError, match=r"slide\.ndpi: is damaged at rows 60 to 70"):
+        image.read(60, 0, 10, 131)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match=r"slide\.ndpi: cannot be read by OpenSlide"):
+        open_he(path)
+
+
+def test_without_openslide_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    (tmp_path / "slide.mrxs").write_bytes(b"not looked at")
+    with pytest.raises(InputError, match=r'openslide-python is needed for this: pip install "orion-unet\[openslide\]"'):
+        open_he(tmp_path / "slide.mrxs")
+
+
 def test_a_missing_file_a_folder_and_an_unknown_kind_are_refused(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "notes.txt").write_text("no image")
@@ -263,7 +419,7 @@ def test_a_missing_file_a_folder_and_an_unknown_kind_are_refused(tmp_path):
 
 
 def test_a_picture_too_large_to_decode_whole_is_refused_with_advice(tmp_path, monkeypatch):
-    monkeypatch.setattr("orion_unet.slides.images.LARGEST_PICTURE", 150 * 131 - 1)
+    monkeypatch.setattr("orion_unet.slides.open.LARGEST_PICTURE", 150 * 131 - 1)
     pillow.fromarray(LEVELS).save(tmp_path / "core.png")
     with pytest.raises(InputError, match="tiled TIFF"):
         open_he(tmp_path / "core.png")
@@ -277,16 +433,16 @@ def test_a_slide_compressed_in_one_huge_piece_is_refused_with_advice(tmp_path, m
         open_he(tmp_path / "slide.tif")
 
 
-def test_decoded_tiles_are_kept_within_the_cache_and_reused(tmp_path, monkeypatch):
+def test_of_the_last_region_the_lowest_tiles_are_kept_within_the_cache_and_read_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr("orion_unet.slides.tiff.CACHE_BYTES", 5 * 64 * 32 * 3)
     path = write_tiff(tmp_path / "slide.tif", *TIFFS["tiles"])
     with open_he(path) as image:
-        image.read(0, 0, 64, 131)
+        image.read(0, 0, 110, 131)
         path.write_bytes(b"")
-        # What is not read again comes from the cache; the rest is gone with the file.
-        np.testing.assert_allclose(image.read(10, 0, 50, 131), LEVELS[10:60] / 255, atol=1e-6)
+        # Five tiles a row: those of the second row come from the cache, those of the first are gone with the file.
+        np.testing.assert_allclose(image.read(70, 0, 50, 131), LEVELS[70:120] / 255, atol=1e-6)
         with pytest.raises(InputError, match="slide"):
-            image.read(100, 0, 10, 10)
+            image.read(10, 0, 10, 10)
 
 
 def test_an_array_in_memory_reads_like_a_file():

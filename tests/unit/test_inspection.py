@@ -8,7 +8,7 @@ import pytest
 from orion_unet.inspection.channels import describe_channel, most_varied
 from orion_unet.inspection.cores import CoreView, block_means, he_thumbnail, marker_thumbnail, sample_pixels, view_core
 from orion_unet.inspection.duplicates import find_twins
-from orion_unet.inspection.findings import find_all, mismatched, named, shifted
+from orion_unet.inspection.findings import find_all, mismatched, named, shifted, too_small
 from orion_unet.registration.shift import Registration, overlap, pearson, register
 from orion_unet.registration.stains import haematoxylin
 
@@ -75,6 +75,36 @@ def test_the_outline_of_the_tissue_alone_is_no_match():
     disc = ((y - 128) ** 2 + (x - 128) ** 2 < 100**2).astype(np.float32)
     he = stain(disc * draw_nuclei(1, count=400))
     assert mismatched(a_core(registration=register(haematoxylin(he), disc * draw_nuclei(2, count=400))))
+
+
+SIDES = (16, 32, 48, 51, 52, 64, 80, 95, 96, 112, 128)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sound_core_of_any_size_has_no_finding(side, seed):
+    nuclei = draw_nuclei(seed, side, 12 + side * side // 400)
+    marker = (nuclei + 0.3 * np.random.default_rng(seed).random(nuclei.shape)).astype(np.float32)
+    core = a_core(height=side, width=side, registration=register(haematoxylin(stain(nuclei)), marker))
+    assert codes(cores=[core]) == []
+    expected = np.corrcoef(nuclei.ravel(), marker.ravel())[0, 1]
+    assert core.registration.correlation == pytest.approx(expected, abs=0.01)
+    assert (core.registration.shift is None) == (side < 96)
+    assert bool(too_small([core])) == (side < 96)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_wrong_pair_is_found_where_it_is_large_enough_to_judge(side):
+    nuclei, other = (draw_nuclei(seed, side, 12 + side * side // 400) for seed in (0, 100))
+    core = a_core(height=side, width=side, registration=register(haematoxylin(stain(nuclei)), other))
+    assert codes(cores=[core]) == (["mismatched"] if side >= 96 else [])
+
+
+def test_cores_too_small_to_judge_are_named_in_one_note():
+    small = a_core("tiny", registration=Registration(0.4, np.nan, None, np.nan))
+    note = too_small([a_core(), small, dataclasses.replace(small, name="narrow"), a_core("b", registration=None)])
+    assert note.startswith("2 of 4 cores are less than 96 pixels high or wide") and note.endswith("tiny, narrow")
+    assert too_small([a_core()]) == ""
 
 
 def test_a_marker_without_signal_has_no_correlation():
@@ -268,7 +298,7 @@ def test_a_channel_that_is_empty_everywhere_is_told_once():
     channels = [describe_channel("Blank", np.zeros(100, np.float32), 0.0)]
     found = find_all(channels, [a_core(constant=("Blank",))], [], None)
     assert [finding.code for finding in found] == ["empty_channel"]
-    assert '--exclude_channels "Blank"' in found[0].advice
+    assert '--exclude_channels "Blank"' in found[0].advice[0]
 
 
 def test_saturation_is_told_with_its_share():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from orion_unet.data.loaders import (
     ValidationOrder,
     ValidationSamples,
     automatic_workers,
+    slots_bytes,
 )
 from orion_unet.data.normalization import fit_normalization
 from orion_unet.data.patches import validation_patches
@@ -194,7 +196,7 @@ def test_memory_for_batches_is_made_once(opened):
 
 
 class Runtime:
-    """Stands in for the CUDA runtime: refuses to lock memory after so many ranges."""
+    """A fake CUDA runtime that refuses to lock memory after a number of ranges."""
 
     def __init__(self, room):
         self.room = room
@@ -226,13 +228,33 @@ def test_memory_that_cannot_be_locked_is_asked_for_once_and_no_kernel_is_blamed(
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch, "ones", kernel)
     dataset = TrainingSamples(opened.reader, CORES, patches_per_image=8, seed=11, augment=True)
-    loader = BatchLoader(dataset, TrainingOrder(len(dataset), 4, 0, 1, 11), 4, 0, pin=True)
+    loader = BatchLoader(dataset, TrainingOrder(len(dataset), 4, 0, 1, 11), 4, 0, pin_bytes=1 << 30)
     assert len(list(loader)) == 6
     assert (len(runtime.locked), runtime.asked) == (locked, asked)
     # A refusal stays with the runtime until a kernel is started, which then fails for it.
     assert blamed == (["cuda"] if room < 4 else [])
     loader.close()
     assert runtime.locked == []
+
+
+def test_no_more_memory_is_locked_than_allowed(opened, monkeypatch):
+    runtime = Runtime(100)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    dataset = TrainingSamples(opened.reader, CORES, patches_per_image=8, seed=11, augment=True)
+
+    def locked(pin_bytes):
+        loader = BatchLoader(dataset, TrainingOrder(len(dataset), 4, 0, 1, 11), 4, 0, pin_bytes)
+        assert len(list(loader)) == 6
+        count = len(runtime.locked)
+        loader.close()
+        return count, loader.nbytes
+
+    every, nbytes = locked(1 << 30)
+    # Two slots of an H&E and a target each; the memory of a loader process has four.
+    assert (every, nbytes) == (4, slots_bytes(opened.reader, 4) // 2)
+    assert locked(nbytes)[0] == 4
+    assert locked(nbytes - 1)[0] == 3
+    assert locked(0)[0] == 0
 
 
 def test_workers_share_the_cores_of_the_machine(monkeypatch):
@@ -254,30 +276,68 @@ def test_workers_leave_the_signals_of_the_terminal_and_the_cluster_to_their_rank
         # With the second batch both workers have begun their work.
         if len(found) == 1:
             for worker in loader.worker_ids():
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                     os.kill(worker, number)
         found.append([tensor.clone() for tensor in batch])
     assert_same(found, expected)
 
 
-def test_a_process_that_fails_in_an_epoch_ends_though_its_workers_hear_no_signal(write_pairs):
-    script = f"""
-        import numpy as np
-        from orion_unet.config import DataOptions
-        from orion_unet.data.loaders import BatchLoader, TrainingOrder, TrainingSamples
-        from orion_unet.data.pairs import find_pairs
-        from orion_unet.data.patches import PatchReader
-        from orion_unet.data.scale import measure_scales
+LOADING = """
+import numpy as np
+from orion_unet.config import DataOptions
+from orion_unet.data import loaders
+from orion_unet.data.loaders import BatchLoader, TrainingOrder, TrainingSamples
+from orion_unet.data.pairs import find_pairs
+from orion_unet.data.patches import PatchReader
+from orion_unet.data.scale import measure_scales
 
-        table = find_pairs(DataOptions(pairs_dir={str(write_pairs())!r}, patch_size=16))
-        reader = PatchReader(table, measure_scales(table, False), 16)
-        dataset = TrainingSamples(reader, np.arange(4), 8, seed=0, augment=True)
-        loader = BatchLoader(dataset, TrainingOrder(32, 4, 0, 1, seed=0), 4, 2)
+table = find_pairs(DataOptions(pairs_dir={folder!r}, patch_size=16))
+reader = PatchReader(table, measure_scales(table, False), 16)
+dataset = TrainingSamples(reader, np.arange(4), 8, seed=0, augment=True)
+loader = BatchLoader(dataset, TrainingOrder(32, 4, 0, 1, seed=0), 4, 2)
+"""
+
+
+def run_loading(folder, script):
+    """Exit code, output and errors of a process with the loader above, once nothing it has started holds them open."""
+    words = [sys.executable, "-c", LOADING.format(folder=str(folder)) + textwrap.dedent(script)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(words, text=True, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def test_a_process_that_fails_in_an_epoch_ends_though_its_workers_hear_no_signal(write_pairs):
+    code, _, err = run_loading(
+        write_pairs(),
+        """
         for kept in loader:
             raise RuntimeError("the network failed")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+        """,
     )
-    assert done.returncode == 1
-    assert "the network failed" in done.stderr
+    assert code == 1
+    assert "the network failed" in err
+
+
+def test_workers_end_although_their_process_was_killed_before_they_had_begun(write_pairs):
+    # A worker begins by leaving signals to its rank; here it waits with that until the rank is gone.
+    code, out, _ = run_loading(
+        write_pairs(),
+        """
+        import os, signal, time
+        rank, leave = os.getpid(), signal.signal
+        def leave_late(*given):
+            while os.getppid() == rank:
+                time.sleep(0.01)
+            return leave(*given)
+        loaders.signal.signal = leave_late
+        print("before", flush=True)
+        iterator = iter(loader._loader)
+        os.kill(rank, signal.SIGKILL)
+        """,
+    )
+    assert (code, out) == (-signal.SIGKILL, "before\n")

@@ -91,7 +91,7 @@ def test_focal_keeps_its_digits_for_tiny_errors():
 
 def test_variance_target_form_by_hand():
     prediction = torch.tensor([[[[0.4, 0.6], [0.4, 0.6]], [[0.0, 1.0], [1.0, 0.0]]]])
-    # spatial variances 0.01 and 0.25; only the first lies under 0.03
+    # spatial variances 0.01 and 0.25; only the first is below 0.03
     loss, _ = alone("variance", target_variance=0.03)(prediction, torch.zeros_like(prediction))
     assert loss.item() == pytest.approx(0.02**2 / 2, rel=1e-5)
 
@@ -113,7 +113,7 @@ def test_variance_pushes_a_nearly_flat_prediction_apart(form):
 
 
 def test_correlation_is_one_minus_pearson_over_the_whole_batch():
-    # Within each patch the prediction is noise, but it tells bright patches from dark ones.
+    # Within each patch the prediction is noise, but it distinguishes bright patches from dark ones.
     rng = np.random.default_rng(0)
     target = torch.tensor(rng.random((6, 1, 16, 16)) * 0.2 + np.linspace(0, 0.8, 6)[:, None, None, None])
     prediction = torch.tensor(rng.random((6, 1, 16, 16)) * 0.2 + np.linspace(0, 0.8, 6)[:, None, None, None])

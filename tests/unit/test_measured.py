@@ -85,12 +85,47 @@ def test_other_content_of_the_same_size_and_time_is_measured_anew(write_pairs, o
     assert len(scans) - before == (dtype == "float32")
 
 
-def test_another_version_measures_for_itself(write_pairs, open_pairs, fits, monkeypatch):
+def test_other_code_measures_for_itself(write_pairs, open_pairs, fits, monkeypatch):
     opened = open_pairs(write_pairs())
     known(opened)
-    monkeypatch.setattr(measured, "__version__", "0.0.0")
+    monkeypatch.setattr(measured, "measuring_code", lambda: "changed")
     known(opened)
     assert len(fits) == 2
+
+
+def test_the_code_that_measures_is_known_by_its_content_not_by_its_version_alone(tmp_path, monkeypatch):
+    package = tmp_path / "orion_unet" / "data"
+    package.mkdir(parents=True)
+    (package / "normalization.py").write_text("LOWER = 1.0\n")
+    monkeypatch.setattr(measured, "__file__", str(package / "measured.py"))
+    digest = measured.measuring_code.__wrapped__
+    before = digest()
+    assert digest() == before
+    (package / "normalization.py").write_text("LOWER = 2.0\n")
+    assert digest() != before
+
+
+def test_the_ranges_of_files_measured_before_a_kill_are_kept(write_pairs, scans, monkeypatch):
+    folder = write_pairs(he_dtype="float32", orion_dtype="float32")
+    monkeypatch.setattr(scale, "KEEP_EVERY_S", 0.0)
+    original, seen = scale.value_range, []
+
+    def scan(array):
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(array.shape)
+        return original(array)
+
+    monkeypatch.setattr(scale, "value_range", scan)
+    monkeypatch.setattr(scale, "usable_cores", lambda: 1)
+    table = find_pairs(DataOptions(pairs_dir=str(folder), patch_size=16))
+    with pytest.raises(KeyboardInterrupt):
+        measure_scales(table, False)
+    monkeypatch.setattr(scale, "value_range", original)
+    rest = []
+    monkeypatch.setattr(scale, "value_range", lambda array: rest.append(array.shape) or original(array))
+    measure_scales(table, False)
+    assert len(rest) == 8 - 5
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])

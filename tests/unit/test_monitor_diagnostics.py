@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from monitor_runs import former_losses, healthy_losses
 
-from orion_unet.monitor import configuration
-from orion_unet.monitor.configuration import judge_config
-from orion_unet.monitor.diagnostics import Thresholds, diagnose, judge_state
+from orion_unet.monitor import advice
+from orion_unet.monitor.advice import judge_config
+from orion_unet.monitor.diagnostics import Thresholds, diagnose
 from orion_unet.monitor.noise import validation_noise
 from orion_unet.training import optim
 
@@ -165,6 +165,14 @@ def test_advice_leaves_out_what_the_run_does_already():
     assert found["overfitting"].advice == ("--weight_decay 0.001",)
 
 
+def test_advice_for_divergence_leaves_out_what_the_run_does_already():
+    losses = (np.arange(1, 4), np.full(3, math.inf), np.ones(3))
+    (found,) = diagnose(*losses, options={"learning_rate": 1e-5, "grad_clip": 0, "focal_weight": 0.1})
+    assert found.advice == ("--grad_clip 1", "--variance_weight 0", "--focal_weight 0")
+    (found,) = diagnose(*losses, options={"learning_rate": 1e-5, "grad_clip": 0.5, "variance_weight": 0})
+    assert found.advice == ()
+
+
 @pytest.mark.parametrize(
     ("options", "batch", "code"),
     [
@@ -215,7 +223,7 @@ def test_a_run_that_jumps_is_not_told_that_its_rate_is_low():
 
 
 def test_monitor_and_trainer_mean_the_same_by_a_low_rate():
-    assert (configuration.MUCH_LOWER, configuration.LITTLE_TRAVEL) == (optim.MUCH_LOWER, optim.LITTLE_TRAVEL)
+    assert (advice.MUCH_LOWER, advice.LITTLE_TRAVEL) == (optim.MUCH_LOWER, optim.LITTLE_TRAVEL)
 
 
 @pytest.mark.parametrize("rate", [1e-2, 5e-3, 2e-3, 5e-4])
@@ -296,12 +304,6 @@ def test_a_slow_run_is_advised_the_rate_that_suits_its_steps_where_that_is_known
     ):
         options = {"learning_rate": 1e-4, "automatic_learning_rate": known}
         assert diagnose(epochs, flat, flat, options=options)[0].advice[0] == first
-
-
-def test_stalled_and_crashed_are_warnings():
-    assert judge_state("stalled", "", 45.0, Thresholds())[0].value == 45
-    assert judge_state("crashed", "process 7 is gone", None, Thresholds())[0].message == "process 7 is gone"
-    assert judge_state("training", "", 45.0, Thresholds()) == []
 
 
 @pytest.mark.parametrize("name", ["isl_former_0", "isl_stable10_1", "real_former_0", "real_stable10_1"])

@@ -84,12 +84,16 @@ def mutated_lines(draw):
     return draw(st.binary(max_size=60)) if kind == "raw" else line
 
 
+STATUS_FIELDS = (
+    *("state", "epoch", "epochs", "step", "steps_per_epoch", "schema", "message", "pid", "host"),
+    *("since", "progressed", "step_s", "updated"),
+)
 documents = st.one_of(
     st.none(),
     st.binary(max_size=40),
     st.dictionaries(
-        st.sampled_from(["state", "epoch", "epochs", "pid", "host", "message", "step", "steps_per_epoch", "schema"]),
-        st.one_of(anything, st.sampled_from(["training", "finished", "failed", 1])),
+        st.sampled_from(STATUS_FIELDS),
+        st.one_of(anything, st.sampled_from(["training", "finished", "failed", 1, "2026-01-31T10:00:00Z"])),
     ).map(lambda document: json.dumps({"schema": 1} | document, default=str).encode()),
 )
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 
 import pytest
 from monitor_runs import healthy_losses, write_run
@@ -15,6 +16,7 @@ from orion_unet.monitor import liveness
 from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.liveness import Liveness, filesystem_now, process_lives
 from orion_unet.monitor.report import Run
+from orion_unet.run_log import Heartbeat, read_document
 
 HERE = socket.gethostname()
 
@@ -44,6 +46,174 @@ def test_an_old_heartbeat_of_a_living_process_is_stalled(tmp_path, monkeypatch):
     monkeypatch.setattr(liveness, "process_lives", lambda pid, age: True)
     life = Liveness(tmp_path, 30).judge(status(), filesystem_now(tmp_path) - 31)
     assert life.state == "stalled" and 31 <= life.age_s < 40
+    assert life.finding.value == life.age_s and "no heartbeat for 3" in life.finding.message
+
+
+def utc(seconds):
+    return datetime.fromtimestamp(1769853600 + seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def working(quiet, state="training", step_s=None, step=20, steps=100, **fields):
+    """A status written just now by a trainer whose clock is wrong by years; its last progress is ``quiet`` s old."""
+    times = {"since": utc(-5000), "progressed": utc(-quiet), "updated": utc(0), "step_s": step_s}
+    return {**status(state), "epoch": 2, "step": step, "steps_per_epoch": steps, **times, **fields}
+
+
+def judged(tmp_path, document, stalled_after=30, interval=10, epoch_s=None):
+    return Liveness(tmp_path, stalled_after, interval).judge(document, filesystem_now(tmp_path), epoch_s)
+
+
+# Seconds without progress that are allowed; each is tried a little below and a little above.
+LIMITS = {
+    "short steps: the least": (30, {"step_s": 0.1}, {}),
+    "a longer interval between polls": (120, {"step_s": 0.1}, {"interval": 60}),
+    "--stalled_after": (90, {"step_s": 0.1}, {"stalled_after": 90}),
+    "steps of half a minute": (300, {"step_s": 30}, {}),
+    "steps of four minutes": (2400, {"step_s": 240}, {}),
+    "before an epoch's first step": (900, {"step": 0}, {}),
+    "before an epoch's first step, which the run did before": (2400, {"step": 0}, {"epoch_s": 24_000}),
+    "no step was timed yet": (900, {"step": 2}, {}),
+    "after an epoch's last step": (900, {"step_s": 0.1, "step": 100}, {}),
+    "before the first validation batch": (900, {"state": "validating"}, {}),
+    "short validation batches": (120, {"state": "validating", "step_s": 0.1}, {}),
+    "validation batches of a minute": (600, {"state": "validating", "step_s": 60}, {}),
+    "before the first step of all": (900, {"state": "starting", "step": 0}, {}),
+}
+
+
+@pytest.mark.parametrize(("allowed", "document", "options"), LIMITS.values(), ids=LIMITS)
+def test_a_fresh_heartbeat_without_progress_is_a_stall(tmp_path, allowed, document, options):
+    state = document.get("state", "training")
+    life = judged(tmp_path, working(allowed - 3, **document), **options)
+    assert (life.state, life.finding) == (state, None)
+    life = judged(tmp_path, working(allowed + 3, **document), **options)
+    assert life.state == "stalled" and life.age_s < 5
+    assert life.finding.code == "stalled" and life.finding.severity == "warning"
+    assert life.finding.threshold == pytest.approx(allowed) and life.finding.value == pytest.approx(allowed + 3, abs=3)
+
+
+@pytest.fixture
+def simulate(tmp_path, monkeypatch):
+    """Factory: a trainer's heartbeat beside a monitor that polls every 10 s, both in simulated time."""
+    now = [1769853600.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(liveness, "filesystem_now", lambda folder: now[0])
+    monkeypatch.setattr(liveness, "process_lives", lambda pid, age: True)
+    heart, judge = Heartbeat(tmp_path), Liveness(tmp_path, 30, 10)
+    states = []
+
+    def work(seconds):
+        """Let time pass, with a beat and a poll every 10 s; returns after how long the run was first called stalled."""
+        began, stalled_after = now[0], None
+        while now[0] < began + seconds:
+            now[0] = min(now[0] + 10, began + seconds)
+            heart._write()
+            states.append(judge.judge(read_document(heart.path)[0], now[0]).state)
+            if states[-1] == "stalled" and stalled_after is None:
+                stalled_after = now[0] - began
+        return stalled_after
+
+    return heart, work, states
+
+
+@pytest.mark.parametrize(("step_s", "batch_s"), [(0.5, 0.2), (25, 8), (240, 100)])
+def test_a_healthy_run_of_any_speed_is_never_stalled_and_a_hang_is_found(simulate, step_s, batch_s):
+    heart, work, states = simulate
+    work(60)
+    for epoch in (1, 2):
+        heart.update(state="training", epoch=epoch, step=0, steps_per_epoch=12)
+        # The first step compiles, the validation starts its loader, and the checkpoint goes to slow storage.
+        work(400 if epoch == 1 else 90)
+        for step in range(12):
+            work(step_s)
+            heart.progress(step=step + 1)
+        heart.update(state="validating", epoch=epoch)
+        work(200)
+        for _ in range(8):
+            work(batch_s)
+            heart.progress()
+        work(100)
+    assert set(states) == {"starting", "training", "validating"}
+    heart.update(state="training", epoch=3, step=0)
+    for step in range(6):
+        work(step_s)
+        heart.progress(step=step + 1)
+    assert 0 <= work(10_000) - max(30, 10 * step_s) <= 20
+    heart.progress(step=7)
+    assert work(step_s) is None and states[-1] == "training"
+
+
+def test_before_the_first_step_the_start_counts(tmp_path):
+    for quiet, state in ((890, "starting"), (910, "stalled")):
+        assert judged(tmp_path, working(0, "starting", progressed=None, since=utc(-quiet))).state == state
+
+
+def test_a_new_epoch_or_validation_starts_the_patience_anew(tmp_path):
+    """The last batch of validation is long over, because the next epoch's loader takes its time."""
+    assert judged(tmp_path, working(1000, step=0, since=utc(-800))).state == "training"
+    assert judged(tmp_path, working(1000, step=0, since=utc(-910))).state == "stalled"
+
+
+def test_a_stall_names_likely_causes_and_what_to_do(tmp_path):
+    life = judged(tmp_path, working(95, step_s=0.42))
+    assert "no training step has finished for 9" in life.reason
+    for word in ("usually takes 0.42 s", "loader process", "storage", "lost rank"):
+        assert word in life.finding.message
+    assert any("--resume auto" in step for step in life.finding.advice)
+    assert any("ps: state T or D" in step for step in life.finding.advice)
+    life = judged(tmp_path, working(910, "validating"))
+    assert "no validation batch has finished for 15 min" in life.reason and "usually" not in life.finding.message
+
+
+def test_a_stalled_run_that_goes_on_is_training_again(tmp_path):
+    judge = Liveness(tmp_path, 30)
+    for quiet, state in ((1, "training"), (100, "stalled"), (200, "stalled"), (0, "training")):
+        assert judge.judge(working(quiet, step_s=0.5), filesystem_now(tmp_path)).state == state
+
+
+def test_a_run_of_version_0_1_is_judged_by_its_heartbeat_alone(tmp_path):
+    document = working(10_000, step_s=0.1)
+    for name in ("progressed", "since", "step_s"):
+        del document[name]
+    judge = Liveness(tmp_path, 30)
+    assert judge.judge(document, filesystem_now(tmp_path)).state == "training"
+    document["host"] = "elsewhere"
+    assert judge.judge(document, filesystem_now(tmp_path) - 60).state == "stalled"
+
+
+def test_a_writer_that_times_no_steps_is_judged_by_the_epochs_so_far(tmp_path):
+    document = working(45)
+    del document["step_s"], document["since"]
+    assert judged(tmp_path, document, epoch_s=40).state == "stalled"
+    assert judged(tmp_path, document, epoch_s=500).state == "training"
+    assert judged(tmp_path, document).state == "training"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"progressed": 3, "since": []},
+        {"updated": "yesterday"},
+        {"updated": None},
+        {"step_s": "fast", "since": "x"},
+        {"step_s": 1e300},
+        {"progressed": "9999-12-31T23:59:59Z"},
+        {"updated": "9999-12-31T23:59:59Z", "step": {}, "steps_per_epoch": -1},
+    ],
+)
+def test_hostile_times_are_no_failure(tmp_path, fields):
+    assert judged(tmp_path, working(0, **fields), epoch_s=40).state in ("training", "stalled")
+
+
+def test_the_report_of_a_stall_carries_its_warning_first(tmp_path):
+    document = {**working(900, step_s=0.5), "epoch": 12}
+    del document["state"]
+    run = write_run(tmp_path / "run", *healthy_losses(12), state="training", **document)
+    report = Run(run, Thresholds()).poll().document()
+    assert report["state"] == "stalled" and report["warnings"][0]["code"] == "stalled"
+    assert report["left_s"] is None
+    assert report["warnings"][0]["threshold"] == 30 and report["heartbeat_age_s"] < 10
 
 
 @pytest.mark.parametrize("hours", [-5, 5])
@@ -135,7 +305,7 @@ def test_time_left_counts_the_epochs_that_remain(tmp_path):
     ("files", "message"),
     [
         ({}, "is not a run folder"),
-        ({"metrics.jsonl": '{"iter": 1}\n'}, "holds no line"),
+        ({"metrics.jsonl": '{"iter": 1}\n'}, "contains no line"),
         ({"metrics.jsonl": '{"schema": 2, "epoch": 1}\n'}, "schema 2"),
         ({"status.json": '{"schema": 3}'}, "schema 3"),
         ({"config.json": '{"schema": "x"}', "metrics.jsonl": ""}, "schema 'x'"),

@@ -218,14 +218,14 @@ def test_a_damaged_document_is_refused(write_pairs, open_pairs, damage):
 
 
 def test_progress_counts_every_core_read(write_pairs, open_pairs):
-    told = []
+    calls = []
 
     def progress(total, text):
-        told.append(total)
-        return lambda: told.append("step")
+        calls.append(total)
+        return lambda: calls.append("step")
 
     fit(open_pairs(write_pairs()), method="core", progress=progress)
-    assert told == [3 + 4] + ["step"] * 7
+    assert calls == [3 + 4] + ["step"] * 7
 
 
 def test_the_same_cores_give_the_same_numbers(write_pairs, open_pairs, monkeypatch):

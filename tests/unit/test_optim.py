@@ -11,7 +11,7 @@ from torch import nn
 
 from orion_unet.config import OptimisationOptions
 from orion_unet.models.unet import SpatialUNet
-from orion_unet.training.ema import ModelEma
+from orion_unet.training.averages import ModelEma, RunningStatistics
 from orion_unet.training.optim import (
     EarlyStopping,
     LearningRateSchedule,
@@ -257,14 +257,18 @@ def test_early_stopping_restored_from_a_checkpoint_goes_on_alike():
     assert restored.best == 0.5 and restored.should_stop
 
 
+def average_of(model, decay):
+    return ModelEma(model, RunningStatistics(model), decay)
+
+
 def test_ema_follows_the_formula_with_its_warmup():
     model = nn.Linear(1, 1)
     nn.init.constant_(model.weight, 2.0)
-    ema = ModelEma(model, decay=0.3)
+    ema = average_of(model, decay=0.3)
     average = 2.0
     for updates, weight in enumerate([5.0, -1.0, 0.5, 8.0, 3.0]):
         nn.init.constant_(model.weight, weight)
-        ema.update(model)
+        ema.update()
         decay = min(0.3, (1 + updates) / (10 + updates))
         average = decay * average + (1 - decay) * weight
         assert ema.model.weight.item() == pytest.approx(average, rel=1e-6)
@@ -272,22 +276,22 @@ def test_ema_follows_the_formula_with_its_warmup():
 
 def test_ema_averages_running_statistics_and_copies_counters():
     norm = nn.BatchNorm2d(2)
-    ema = ModelEma(norm, decay=0.9)
+    ema = average_of(norm, decay=0.9)
     norm(torch.rand(4, 2, 3, 3))
-    ema.update(norm)
+    ema.update()
     torch.testing.assert_close(ema.model.running_mean, 0.9 * norm.running_mean)
     assert ema.model.num_batches_tracked.item() == 1
 
 
 def test_ema_of_a_skipped_step_stays_and_is_not_poisoned_by_nan_statistics():
     norm = nn.BatchNorm2d(2)
-    ema = ModelEma(norm, decay=0.9)
+    ema = average_of(norm, decay=0.9)
     norm(torch.rand(4, 2, 3, 3))
-    ema.update(norm, torch.zeros(()))
+    ema.update(torch.zeros(()))
     before = copy.deepcopy(ema.state_dict())
     nn.init.constant_(norm.weight, 9.0)
     norm(torch.full((4, 2, 3, 3), math.nan))
-    ema.update(norm, torch.ones(()))
+    ema.update(torch.ones(()))
     after = ema.state_dict()
     assert after["updates"] == before["updates"] == 1
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -296,7 +300,7 @@ def test_ema_of_a_skipped_step_stays_and_is_not_poisoned_by_nan_statistics():
 
 def test_ema_model_is_a_separate_copy_that_only_evaluates():
     model = tiny_model().train()
-    ema = ModelEma(model, decay=0.99)
+    ema = average_of(model, decay=0.99)
     assert not ema.model.training
     assert not any(p.requires_grad for p in ema.model.parameters())
     before = ema.model.head.weight.clone()
@@ -306,17 +310,17 @@ def test_ema_model_is_a_separate_copy_that_only_evaluates():
 
 def test_ema_restored_from_a_checkpoint_goes_on_alike():
     model = tiny_model()
-    straight = ModelEma(model, decay=0.99)
-    restored = ModelEma(tiny_model(), decay=0.99)
+    statistics = RunningStatistics(model)
+    straight, restored = (ModelEma(model, statistics, decay=0.99) for _ in range(2))
     optimizer = build_optimizer(model, OptimisationOptions(learning_rate=0.1), CPU)
     for step in range(6):
         if step == 3:
             restored.load_state_dict(through_a_checkpoint(straight.state_dict()))
         random_gradients(model)
         optimizer.step()
-        straight.update(model)
+        straight.update()
         if step >= 3:
-            restored.update(model)
+            restored.update()
     expected, actual = straight.state_dict(), restored.state_dict()
     assert actual["updates"] == expected["updates"] == 6
     assert all(torch.equal(actual["model"][name], value) for name, value in expected["model"].items())

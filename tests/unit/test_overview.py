@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from orion_unet.errors import RunError
@@ -68,10 +69,18 @@ def test_a_value_at_the_top_of_its_range_is_drawn_brightest(tmp_path):
     assert dark.max() < 0.02
 
 
-def test_more_markers_than_are_shown_are_left_out(tmp_path):
+def test_of_70_markers_the_first_60_are_drawn_and_the_others_left_out(tmp_path, monkeypatch):
     he, image = thumbnails(70, 8, 8)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     write_overview(tmp_path / "a.png", he, image, [f"m{index}" for index in range(70)])
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    (figure,) = figures
+    stain, *markers = figure.axes
+    np.testing.assert_array_equal(stain.images[0].get_array(), he)
+    assert len(markers) == 60
+    for index, axes in enumerate(markers):
+        assert axes.get_title(loc="left").split()[0] == f"m{index}"
+        np.testing.assert_array_equal(axes.images[0].get_array(), image[index])
 
 
 @pytest.mark.parametrize(("width_um", "expected"), [(100, 20), (79, 10), (200, 50), (4000, 1000), (0.9, 0.2)])

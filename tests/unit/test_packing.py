@@ -37,12 +37,12 @@ def arrays(folder):
 
 
 def identities(folder):
-    """Which file lies under each name: another one, once it has been written again."""
+    """The inode of the file of each name; it changes when the file is written again."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.npy")}
 
 
 def assert_packed(source, output):
-    """Every array of the source lies in the output as (H, W, C) C-order little-endian, with the very same bits."""
+    """Check that the output has every array of the source as (H, W, C), C order, little-endian, equal bit for bit."""
     before, after = arrays(source), arrays(output)
     assert before.keys() == after.keys()
     for name, stored in after.items():
@@ -226,7 +226,7 @@ def test_a_set_of_equal_names_from_another_folder_is_not_taken_for_done(write_pa
         # As a copying tool would leave them: even the times are equal.
         times = path.stat()
         os.utime(second / path.name, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert "not what packing the present pairs gives" in refusal(second, output)
+    assert "differ from what packing these pairs gives" in refusal(second, output)
 
 
 def test_cores_of_another_set_in_the_output_are_never_mixed_in_or_removed(write_pairs, tmp_path):
@@ -234,7 +234,7 @@ def test_cores_of_another_set_in_the_output_are_never_mixed_in_or_removed(write_
     for overwrite in (False, True):
         before = identities(output)
         message = refusal(source, output, overwrite=overwrite)
-        assert "core_01_HE.npy" in message and "name another folder" in message
+        assert "core_01_HE.npy" in message and "choose another folder" in message
         assert identities(output) == before
 
 
@@ -290,13 +290,13 @@ def test_two_packs_never_write_to_one_folder(write_pairs, tmp_path):
     packed(source, output)
 
 
-def test_too_small_a_disk_is_told_before_anything_is_written(write_pairs, tmp_path, monkeypatch):
+def test_too_small_a_disk_is_reported_before_anything_is_written(write_pairs, tmp_path, monkeypatch):
     source, output = write_pairs(cores=2, size=(48, 40), channels=3), tmp_path / "packed"
     needed = 2 * (48 * 40 * 3 + 48 * 40 * 3 * 2)
     usage = packing.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     message = refusal(source, output, kind=RunError)
-    assert "too little room" in message and "\n" not in message
+    assert "too little disk space" in message and "\n" not in message
     assert not output.exists()
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage._replace(free=needed))
     packed(source, output)
@@ -341,7 +341,7 @@ def test_a_source_that_changes_meanwhile_is_not_given_a_name(write_pairs, tmp_pa
         os.utime(job.source, ns=(0, 1))
 
     monkeypatch.setattr(packing, "_bands", changing)
-    assert "has changed while it was packed" in refusal(source, output)
+    assert "changed while it was being packed" in refusal(source, output)
     assert not list(output.iterdir())
 
 

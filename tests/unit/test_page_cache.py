@@ -35,7 +35,7 @@ def test_the_pieces_hold_every_byte_of_a_crop_and_little_else(shape, window, tra
     assert touched.sum() <= wanted.sum() + rows * page_cache.GAP_BYTES
 
 
-def test_what_is_asked_for_lies_in_the_map_and_holds_the_crop(tmp_path, monkeypatch):
+def test_the_requested_range_is_inside_the_map_and_covers_the_crop(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", np.zeros((300, 400, 7), np.uint16))
     stored = np.load(tmp_path / "a.npy", mmap_mode="r")
     asked = []

@@ -84,7 +84,7 @@ def test_a_folder_may_mix_layouts_dtypes_and_sizes(write_pairs, open_pairs):
             np.testing.assert_allclose(found, right, atol=2**-11, rtol=0)
 
 
-def test_cores_stand_in_alphabetical_order_and_hidden_files_are_no_cores(write_pairs):
+def test_cores_are_in_alphabetical_order_and_hidden_files_are_no_cores(write_pairs):
     folder = write_pairs(cores=3)
     (folder / "._core_00_HE.npy").write_bytes(b"finder")
     (folder / "notes.txt").write_text("not a core")
@@ -246,29 +246,29 @@ def test_one_message_names_every_bad_file_and_no_good_one(write_pairs):
     contents = [WHOLE[:-5], b"", b"text", npz(np.zeros(3)), npy(np.zeros((9, 9, 9), np.uint8)), WHOLE]
     for core, content in zip(bad, contents, strict=True):
         (folder / f"{core}_ORION.npy").write_bytes(content)
-    # The last one is a sound file with too few channels: it, too, is told in the same message.
+    # The last one is a valid file with too few channels; the same message names it too.
     (folder / f"{bad[-1]}_ORION.npy").write_bytes(npy(np.zeros((48, 40, 2), np.uint8)))
     message = refusal(folder)
     assert [f"core_{core:02d}" for core in range(12) if f"core_{core:02d}" in message] == bad
     assert all(message.count(core) == 1 for core in bad)
-    assert f"{bad[-1]}_ORION.npy: has 2 channels where the others have 3" in message
+    assert f"{bad[-1]}_ORION.npy: has 2 channels, but the others have 3" in message
 
 
-def test_an_image_smaller_than_a_patch_is_told_with_both_sizes(write_pairs):
+def test_an_image_smaller_than_a_patch_is_refused_with_both_sizes(write_pairs):
     message = refusal(write_pairs(size=(48, 40)), patch_size=41)
     assert "48 x 40" in message
     assert "--patch_size 41" in message
     assert message.count("core_0") == 4
 
 
-def test_a_forced_layout_that_does_not_fit_is_told(write_pairs):
+def test_a_forced_layout_that_does_not_fit_is_refused(write_pairs):
     message = refusal(write_pairs(orion_layout="chw", cores=1), orion_layout="hwc")
     assert "core_00_ORION.npy" in message
     assert "--orion_layout hwc" in message
 
 
 @pytest.mark.parametrize("kind", ["missing", "a file", "empty", "unpaired only"])
-def test_a_folder_without_pairs_is_told_with_what_to_do(tmp_path, kind):
+def test_a_folder_without_pairs_is_refused_with_advice(tmp_path, kind):
     folder = tmp_path / "cores"
     if kind == "a file":
         folder.write_text("")
@@ -282,7 +282,7 @@ def test_a_folder_without_pairs_is_told_with_what_to_do(tmp_path, kind):
     assert ("make-demo" in message) == (kind in ("empty", "unpaired only"))
 
 
-def test_a_file_that_shrank_after_the_check_is_told(write_pairs, open_pairs):
+def test_a_file_that_shrank_after_the_check_is_refused(write_pairs, open_pairs):
     folder = write_pairs()
     opened = open_pairs(folder)
     path = folder / "core_01_HE.npy"

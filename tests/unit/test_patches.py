@@ -1,4 +1,4 @@
-"""Where patches lie: the grid reaches every edge, crops prefer tissue, and memory maps stay few."""
+"""Positions of patches: the grid reaches every edge, crops prefer tissue, and few memory maps stay open."""
 
 import gc
 import pickle

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import stat
+import time
 
 import numpy as np
 import pytest
@@ -31,15 +32,16 @@ def read(log):
 
 def test_what_the_writer_appends_the_reader_finds(tmp_path):
     writer, reader = MetricsWriter(tmp_path), MetricsReader(tmp_path)
-    assert not reader.poll()
-    writer.append(epoch_record(1, 0.5, 0.6))
-    assert reader.poll()
-    assert not reader.poll()
-    writer.append(epoch_record(2, 0.4, 0.55))
-    assert reader.poll()
+    reader.poll()
+    assert len(reader) == 0
+    for record in (epoch_record(1, 0.5, 0.6), epoch_record(2, 0.4, 0.55)):
+        writer.append(record)
+        reader.poll()
+        reader.poll()
+        assert len(reader) == record["epoch"]
     np.testing.assert_array_equal(reader.column("epoch"), [1, 2])
     np.testing.assert_array_equal(reader.column("val_loss"), [0.6, 0.55])
-    np.testing.assert_array_equal(reader.column("train_focal"), [math.nan, math.nan])
+    np.testing.assert_array_equal(reader.column("val_boundary"), [math.nan, math.nan])
 
 
 def test_a_poll_reads_only_what_was_appended(log, monkeypatch):
@@ -61,7 +63,7 @@ def test_half_a_last_line_is_complete_at_the_next_poll(log):
     assert len(reader) == 1 and reader.damaged_lines == 0
     with open(log, "a") as file:
         file.write(whole[40:] + "\n")
-    assert reader.poll()
+    reader.poll()
     assert len(reader) == 2 and reader.damaged_lines == 0
 
 
@@ -120,7 +122,7 @@ def test_a_replaced_file_is_read_anew(log):
     other = log.with_name("new")
     other.write_text("".join(line(e, 0.1) + "\n" for e in range(1, 6)))
     os.replace(other, log)
-    assert reader.poll()
+    reader.poll()
     np.testing.assert_array_equal(reader.column("train_loss"), [0.1] * 5)
 
 
@@ -129,7 +131,7 @@ def test_a_file_rewritten_in_place_is_read_anew(log, epochs):
     log.write_text(line(1) + "\n" + line(2) + "\n")
     reader = read(log)
     log.write_text("".join(line(e, 0.25) + "\n" for e in range(1, epochs + 1)))
-    assert reader.poll()
+    reader.poll()
     np.testing.assert_array_equal(reader.column("train_loss"), [0.25] * epochs)
 
 
@@ -137,7 +139,8 @@ def test_a_removed_file_is_an_empty_log(log):
     log.write_text(line(1) + "\n")
     reader = read(log)
     log.unlink()
-    assert reader.poll() and len(reader) == 0
+    reader.poll()
+    assert len(reader) == 0
 
 
 def test_the_later_attempt_wins_whatever_the_order(log):
@@ -148,6 +151,25 @@ def test_the_later_attempt_wins_whatever_the_order(log):
     np.testing.assert_array_equal(reader.column("epoch"), [1, 2, 3])
     np.testing.assert_array_equal(reader.column("train_loss"), [0.5, 0.2, 0.3])
     np.testing.assert_array_equal(reader.column("attempt"), [1, 2, 2])
+
+
+def test_epochs_of_an_earlier_attempt_beyond_the_newest_do_not_count(log):
+    """The run went back to the checkpoint of epoch 3; its former epochs 5 and 6 are history that did not happen."""
+    log.write_text("".join(line(epoch, epoch / 10) + "\n" for epoch in range(1, 7)))
+    reader = read(log)
+    assert len(reader) == 6
+    with open(log, "a") as file:
+        file.write(line(4, 0.44, attempt=2) + "\n")
+    for poll in (lambda: reader.poll() or reader, lambda: read(log)):
+        found = poll()
+        np.testing.assert_array_equal(found.column("epoch"), [1, 2, 3, 4])
+        np.testing.assert_array_equal(found.column("train_loss"), [0.1, 0.2, 0.3, 0.44])
+        np.testing.assert_array_equal(found.channels.pearson()[0], [1, 2, 3, 4])
+    with open(log, "a") as file:
+        file.write(line(6, 0.9) + "\n" + line(5, 0.55, attempt=2) + "\n")
+    reader.poll()
+    np.testing.assert_array_equal(reader.column("train_loss"), [0.1, 0.2, 0.3, 0.44, 0.55])
+    np.testing.assert_array_equal(reader.column("attempt"), [1, 1, 1, 2, 2])
 
 
 def test_epochs_out_of_order_come_out_sorted(log):
@@ -247,6 +269,72 @@ def test_an_oversized_document_is_none(tmp_path):
     path.write_text(json.dumps({"a": "x" * 1000}))
     assert read_document(path, limit_bytes=100)[0] is None
     assert read_document(path, limit_bytes=2000)[0] is not None
+
+
+def test_a_file_name_that_is_not_utf8_is_written_and_read_back(tmp_path):
+    name = os.fsdecode(b"core\xff")
+    write_json(tmp_path / "split.json", {"train": [name]})
+    assert read_document(tmp_path / "split.json")[0] == {"train": [name]}
+    MetricsWriter(tmp_path).append(epoch_record(1, 0.5, 0.6, markers=(name,)))
+    assert read(tmp_path / "metrics.jsonl").channels.newest().keys() == {name}
+
+
+def read_status(folder):
+    return read_document(folder / "status.json")[0]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Both clocks, set by hand: seconds since 2026-01-31T10:00:00Z."""
+    now = [0.0]
+    monkeypatch.setattr(time, "time", lambda: 1769853600 + now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_status_says_when_the_run_last_progressed(tmp_path, clock):
+    heart = Heartbeat(tmp_path)
+    heart.update(state="training", epoch=1, step=0)
+    assert read_status(tmp_path)["progressed"] is None
+    clock[0] = 65
+    heart.progress(step=1)
+    clock[0] = 70
+    heart._write()
+    status = read_status(tmp_path)
+    assert (status["since"], status["progressed"], status["updated"]) == (
+        "2026-01-31T10:00:00Z",
+        "2026-01-31T10:01:05Z",
+        "2026-01-31T10:01:10Z",
+    )
+    assert status["step"] == 1 and status["step_s"] is None
+
+
+def test_a_step_is_timed_apart_in_each_state_and_not_across_states(tmp_path, clock):
+    heart = Heartbeat(tmp_path)
+
+    def steps(state, epoch, *seconds):
+        heart.update(state=state, epoch=epoch)
+        for each in seconds:
+            clock[0] += each
+            heart.progress()
+        heart._write()
+        return read_status(tmp_path)["step_s"]
+
+    # The first step after a change of state is not timed: it compiles, or waits for the loader.
+    assert steps("training", 1, 100, 2, 4) is None
+    assert steps("training", 1, 3) == 3
+    assert steps("validating", 1, 50, 1, 1, 1) == 1
+    assert steps("training", 2) is None
+    assert steps("training", 2, 100) == 3
+    assert steps("validating", 2, 70, *[1] * 20, *[9] * 100) == pytest.approx(9, abs=0.1)
+
+
+def test_progress_writes_no_file(tmp_path, monkeypatch):
+    heart = Heartbeat(tmp_path)
+    heart.update(state="training", epoch=1)
+    monkeypatch.setattr(heart, "_write", lambda: pytest.fail("wrote a file"))
+    for step in range(100):
+        heart.progress(step=step + 1, epoch=1, state="training")
 
 
 def test_the_heartbeat_beats_and_ends_with_the_failure(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from orion_unet.data import scale
 from orion_unet.data.patches import PatchPlace
 from orion_unet.errors import InputError
+from orion_unet.slides import intensity
 
 
 def overwrite(folder, core, kind, change):
@@ -82,7 +83,7 @@ def test_every_file_with_nan_infinity_or_an_odd_range_is_named_in_one_message(wr
         open_pairs(folder)
     message = str(caught.value)
     for core in (0, 1, 2):
-        assert f"core_{core:02d}_{kind}.npy: holds NaN or infinity" in message
+        assert f"core_{core:02d}_{kind}.npy: contains NaN or infinity" in message
     assert "core_04_HE.npy: values from -5" in message
     assert "core_05_HE.npy: values from" in message
     assert "to 300" in message
@@ -114,7 +115,7 @@ def test_rounding_past_the_white_level_is_forgiven(write_pairs, open_pairs):
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("position", [0, 1, 7, 8, 9, 15, 16, 48 * 40 * 3 - 1])
 def test_no_pixel_is_missed_at_the_edge_of_a_chunk(write_pairs, open_pairs, monkeypatch, order, position):
-    monkeypatch.setattr(scale, "CHUNK_BYTES", 8 * 4)
+    monkeypatch.setattr(intensity, "CHUNK_BYTES", 8 * 4)
     folder = write_pairs(cores=2, he_dtype="float32", order=order)
     path = folder / "core_01_HE.npy"
     array = np.load(path)
@@ -127,7 +128,7 @@ def test_no_pixel_is_missed_at_the_edge_of_a_chunk(write_pairs, open_pairs, monk
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_a_file_is_read_in_bounded_memory_in_either_order(write_pairs, open_pairs, monkeypatch, order):
     table = open_pairs(write_pairs(cores=2, size=(500, 400), he_dtype="float32", order=order)).table
-    monkeypatch.setattr(scale, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(intensity, "CHUNK_BYTES", 1 << 14)
     tracemalloc.start()
     scale.measure_scales(table, bounded_targets=False)
     _, peak = tracemalloc.get_traced_memory()
@@ -146,11 +147,11 @@ def test_integer_folders_are_not_read(write_pairs, open_pairs, monkeypatch):
 def test_progress_counts_every_float_file(write_pairs, open_pairs):
     folder = write_pairs(cores=3, he_dtype="float32", orion_dtype="float16")
     table = open_pairs(folder).table
-    told = []
+    calls = []
 
     def progress(total, text):
-        told.append(total)
-        return lambda: told.append("step")
+        calls.append(total)
+        return lambda: calls.append("step")
 
     scale.measure_scales(table, bounded_targets=False, progress=progress)
-    assert told == [6] + ["step"] * 6
+    assert calls == [6] + ["step"] * 6

@@ -44,7 +44,7 @@ def test_cores_are_parted_as_near_to_the_fraction_as_whole_cores_allow(cores, va
     val_split=st.floats(0.05, 0.95),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_a_group_never_stands_on_both_sides(tmp_path_factory, groups, val_split, seed):
+def test_a_group_is_never_on_both_sides(tmp_path_factory, groups, val_split, seed):
     folder = tmp_path_factory.mktemp("groups")
     write_groups(folder / "groups.csv", groups)
     split, warnings = make_split(table_of(len(groups), folder), DataOptions(val_split=val_split), seed)
@@ -93,7 +93,7 @@ def test_the_groups_csv_given_wins_over_the_folder_and_may_come_from_a_spreadshe
         (b"core,group\ncore_000,A\ncore_001,B\n", ["core_002: has no row", "core_003: has no row"]),
         (
             b"core,group\ncore_000,A\ncore_000,B\ncore_001,\ncore_002,A\ncore_003\n",
-            ["core_000: stands in two groups, A and B", "core_001: has no group", "core_003: has no group"],
+            ["core_000: is in two groups, A and B", "core_001: has no group", "core_003: has no group"],
         ),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_groups_csv_at_fault_names_every_core(tmp_path, content, culprits):
         assert culprit in str(caught.value)
 
 
-def test_a_groups_csv_that_is_missing_is_told(tmp_path):
+def test_a_missing_groups_csv_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.csv: cannot be read"):
         make_split(table_of(4), DataOptions(groups_csv=str(tmp_path / "gone.csv")), 0)
 
@@ -162,12 +162,12 @@ def test_cores_a_split_file_does_not_know_are_left_out_and_named(tmp_path):
         ('{"train": "core_000", "val": ["core_001"]}', ["is not the split.json"]),
         (json.dumps(sides([], ["core_000"])), ["no core on the train side"]),
         (json.dumps(sides(["core_000"], [])), ["no core on the val side"]),
-        (json.dumps(sides(["core_000", "core_001"], ["core_001"])), ["core_001: stands on both sides"]),
+        (json.dumps(sides(["core_000", "core_001"], ["core_001"])), ["core_001: is on both sides"]),
         (json.dumps(sides(["core_000", "x"], ["core_001", "y"])), ["x: is not among", "y: is not among"]),
-        (json.dumps(sides(["core_000"], ["core_001"])), ["group A: stands on both sides"]),
+        (json.dumps(sides(["core_000"], ["core_001"])), ["group A: is on both sides"]),
     ],
 )
-def test_a_split_file_at_fault_is_told(tmp_path, content, culprits):
+def test_a_bad_split_file_is_refused(tmp_path, content, culprits):
     write_groups(tmp_path / "groups.csv", "AAB")
     file = tmp_path / "split.json"
     file.write_text(content)
@@ -177,6 +177,6 @@ def test_a_split_file_at_fault_is_told(tmp_path, content, culprits):
         assert culprit in str(caught.value)
 
 
-def test_a_split_file_that_is_missing_is_told(tmp_path):
+def test_a_missing_split_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"--split_file .*gone\.json: cannot be read"):
         make_split(table_of(3), DataOptions(split_file=str(tmp_path / "gone.json")), 0)

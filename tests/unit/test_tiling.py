@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orion_unet.errors import InputError
 from orion_unet.inference.tiling import TiledPrediction, Tiling, choose_tiling, reflected
+from orion_unet.inference.tissue import tissue_cells
 from orion_unet.models.unet import SpatialUNet
 from orion_unet.slides.images import ArrayImage
 
@@ -141,11 +142,14 @@ def test_memory_follows_the_width_no_region_is_higher_than_a_tile():
     assert sum(sizes) == 400
 
 
+@pytest.mark.parametrize("tissue_only", [False, True])
 @pytest.mark.parametrize("first", [0, 1, 3])
-def test_a_run_that_goes_on_at_a_tile_row_gives_the_same_bits(first):
+def test_a_run_that_goes_on_at_a_tile_row_gives_the_same_bits(first, tissue_only):
     he, tiling = noise(150, 60), Tiling(48, 16, 8)
+    he[40:90, 20:] = 240
     model = Model(network(2))
-    whole, rest = tiled(model, he, tiling), tiled(model, he, tiling, first=first)
+    whole = tiled(model, he, tiling, tissue_only=tissue_only)
+    rest = tiled(model, he, tiling, first=first, tissue_only=tissue_only)
     begin = max(tiling.starts(150)[first], 0)
     assert np.isnan(rest[:, :begin]).all()
     np.testing.assert_array_equal(rest[:, begin:], whole[:, begin:])
@@ -162,6 +166,65 @@ def test_tiles_of_glass_are_skipped_and_become_zero():
     assert len(model.seen) < len(tiling.starts(200))
     everything = tiled(model, he, tiling)
     np.testing.assert_allclose(everything, 0.5, atol=1e-6)
+
+
+def half(he):
+    return torch.full_like(he, 0.5)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 63), st.integers(0, 363), st.sampled_from([6, 9, 37]), st.integers(0, 2**32 - 1))
+def test_tissue_is_predicted_in_full_wherever_it_is_and_however_small(y, x, side, seed):
+    """A tile beside it that is skipped takes nothing away, and no island falls between what is looked at."""
+    he = np.full((100, 400, 3), 240, np.uint8)
+    island = (slice(y, y + side), slice(x, x + side))
+    he[island] = np.random.default_rng(seed).integers(60, 120, (side, side, 3))
+    model, tiling = Model(half), Tiling(48, 16, 8)
+    found = tiled(model, he, tiling, tissue_only=True)
+    np.testing.assert_allclose(found[:, *island], 0.5, atol=1e-6)
+    assert set(np.unique(found.round(6))) == {0, 0.5}
+    assert 0 < sum(batch for batch, *_ in model.seen) <= 9 < len(tiling.starts(400))
+
+
+def test_beside_skipped_tiles_a_pixel_is_what_the_predicted_ones_say_weighed_by_their_shares():
+    he = np.full((48, 300, 3), 240, np.uint8)
+    he[10:20, 60:110] = 100
+    tiling = Tiling(48, 16, 8)
+    # Each tile predicts another constant.
+    values = iter(np.linspace(0.1, 0.9, 9))
+    found = tiled(Model(lambda tiles: torch.full_like(tiles, next(values))), he, tiling, tissue_only=True)
+    starts, shares = tiling.starts(300), tiling.shares(len(tiling.starts(300)))
+    predicted = [place for place, start in enumerate(starts) if start < 110 and start + 48 > 60]
+    total, weight = np.zeros(400), np.zeros(400)
+    for value, place in zip(np.linspace(0.1, 0.9, 9), predicted, strict=False):
+        at = slice(starts[place] + 50, starts[place] + 98)
+        total[at] += value * shares[place]
+        weight[at] += shares[place]
+    expected = np.divide(total, weight, out=np.zeros(400), where=weight > 0)[50:350]
+    np.testing.assert_allclose(found[0, 20], expected, atol=1e-5)
+    assert len(predicted) == 3
+
+
+@pytest.mark.parametrize("fill", [0, 6])
+def test_black_fill_of_a_scanner_is_not_tissue(fill):
+    he = np.full((200, 260, 3), 240, np.uint8)
+    he[:, 100:] = fill
+    model = Model(half)
+    assert not tiled(model, he, Tiling(48, 16, 8), tissue_only=True).any()
+    assert not model.seen
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_cells_show_tissue_where_half_of_their_pixels_are_neither_glass_nor_black(dtype):
+    white = 1.0 if dtype == np.float32 else float(np.iinfo(dtype).max)
+    shades = {"glass": (0.9, 0.92, 0.93), "pink": (0.9, 0.7, 0.8), "dark": (0.2, 0.2, 0.25), "black": (0.02, 0.0, 0.03)}
+    glass, pink, dark, black = (np.array(shade) * white for shade in shades.values())
+    he = np.zeros((10, 17, 3)) + glass
+    he[:4, :4], he[:4, 4:8], he[:4, 8:12] = pink, dark, black
+    # Of the third row of cells two rows of pixels are left, of the last column of cells one column.
+    he[4:6, 4:8], he[4:5, 8:12], he[8:9, :4], he[8:, 16] = pink, pink, pink, dark
+    expected = [[1, 1, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
+    np.testing.assert_array_equal(tissue_cells(he.astype(dtype), white), np.array(expected, bool))
 
 
 def test_augmentation_is_the_mean_over_the_eight_symmetries_of_the_square():

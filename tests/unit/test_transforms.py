@@ -18,6 +18,7 @@ from orion_unet.data.transforms import (
     median_3x3,
     remove_hot_pixels,
     turn,
+    turn_batch,
 )
 
 CPU = torch.device("cpu")
@@ -68,6 +69,13 @@ def test_a_marked_pixel_moves_alike_in_he_target_and_mask(tmp_path, store, open_
     np.testing.assert_array_equal(moved.he[0, 0].numpy() < 0.5, turned(marked, geometry))
     assert still.boundary[0, 0].sum() == 8
     np.testing.assert_array_equal(moved.boundary[0, 0].numpy(), turned(still.boundary[0, 0].numpy(), geometry))
+
+
+def test_a_batch_is_turned_image_by_image():
+    images = torch.rand(len(GEOMETRIES), 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    turned = turn_batch(images, torch.tensor(GEOMETRIES))
+    for image, source, geometry in zip(turned, images, GEOMETRIES, strict=True):
+        assert torch.equal(image, turn(source, geometry))
 
 
 def test_the_eight_geometries_are_all_flips_and_quarter_turns():

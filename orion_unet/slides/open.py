@@ -1,0 +1,121 @@
+"""Where files of H&E images are opened: one function for every kind, by the ending of the name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orion_unet.errors import InputError
+from orion_unet.extras import needed
+from orion_unet.run_log import open_regular
+from orion_unet.slides.images import ArrayImage, HeImage
+from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
+from orion_unet.slides.tiff import open_tiff
+from orion_unet.slides.whole_slide import open_whole_slide
+
+# A PNG or JPEG can only be decoded whole, at about seven bytes a pixel while it is done.
+LARGEST_PICTURE = 16384**2
+
+
+def open_he(path: str | Path) -> HeImage:
+    """Open an H&E image: .npy, .png, .jpg, .tif (tiled, striped, pyramidal, OME), .svs, or what OpenSlide reads.
+
+    Raises InputError where the file is missing, damaged, of another kind, or has not three colour channels, and where
+    a package that reads this kind is not installed.
+    """
+    path = Path(path)
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise InputError(f"{path}: is of no kind that can be read; use {', '.join(KINDS)}")
+    require_readers([path])
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return kind.open(path)
+
+
+def require_readers(paths: Iterable[Path]) -> None:
+    """Raise InputError where a package is missing that one of these files needs, before any of them is opened."""
+    for suffix in sorted({path.suffix.lower() for path in paths} & KINDS.keys()):
+        for module, package in KINDS[suffix].packages.items():
+            needed(module, package, KINDS[suffix].extra)
+
+
+def open_npy(path: Path) -> HeImage:
+    """A .npy file as a memory map; raises InputError where it is damaged or no image."""
+
+    def open_array() -> np.ndarray:
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:
+            # NumPy evaluates the header as a Python literal: what a broken one raises can be nearly anything.
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: is no sound .npy file, or is truncated ({reason})") from None
+        if not isinstance(array, np.memmap):
+            array.close()
+            raise InputError(f"{path}: is an archive of arrays (.npz), not one array")
+        return array
+
+    return ArrayImage(path, open_array)
+
+
+def open_picture(path: Path) -> HeImage:
+    """A PNG or JPEG, decoded whole; raises InputError where it is damaged, too large or not in colour."""
+    import PIL.Image
+
+    pillow: Any = PIL.Image
+    # Pillow refuses images of this size only to guard servers; what fits into memory is decided below.
+    limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
+    try:
+        with pillow.open(path, formats=("PNG", "JPEG")) as picture:
+            width, height = picture.size
+            if width * height > LARGEST_PICTURE:
+                raise InputError(
+                    f"{path}: is {width:,} x {height:,} pixels; PNG and JPEG can only be decoded whole, and more than "
+                    f"{LARGEST_PICTURE / 1e6:.0f} megapixels are not: save it as a tiled TIFF"
+                )
+            if picture.mode not in ("RGB", "RGBA"):
+                raise InputError(f"{path}: is of mode {picture.mode}; an H&E has the three channels red, green, blue")
+            pixel_size = _resolution(picture.info)
+            array = np.asarray(picture)
+    except InputError:
+        raise
+    except Exception as error:
+        # Decoders raise nearly anything on damaged bytes.
+        raise InputError(f"{path}: is damaged, truncated or no PNG or JPEG ({error})") from None
+    finally:
+        pillow.MAX_IMAGE_PIXELS = limit
+    return ArrayImage(path, lambda: array, "hwc", pixel_size)
+
+
+def _resolution(info: dict[Any, Any]) -> PixelSize:
+    try:
+        across, down = (25400.0 / float(per_inch) for per_inch in info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return UNKNOWN_PIXEL_SIZE
+    return square_pixel(across, down)
+
+
+class Kind(NamedTuple):
+    """How files of a kind are opened; the modules that it takes, each with its package; the extra that brings them."""
+
+    open: Callable[[Path], HeImage]
+    packages: dict[str, str]
+    extra: str = "inference"
+
+
+PICTURE = Kind(open_picture, {"PIL.Image": "pillow"})
+# Without imagecodecs only some compressions could be read, and the others would look damaged.
+TIFF = Kind(open_tiff, {"tifffile": "tifffile", "imagecodecs": "imagecodecs"})
+WHOLE_SLIDE = Kind(open_whole_slide, {"openslide": "openslide-python"}, "openslide")
+KINDS = {
+    ".npy": Kind(open_npy, {}),
+    **dict.fromkeys((".png", ".jpg", ".jpeg"), PICTURE),
+    **dict.fromkeys((".tif", ".tiff", ".svs"), TIFF),
+    **dict.fromkeys((".ndpi", ".mrxs", ".scn", ".bif", ".svslide"), WHOLE_SLIDE),
+}
+SUFFIXES = tuple(KINDS)
