@@ -252,7 +252,7 @@ def _train_and_score(job: dict[str, Any]) -> int:
             result["baselines"] = {
                 "training mean": score(folder, job["scored"], lambda region: baselines.predict_mean(region.measured)),
                 "regression from colours": score(
-                    folder, job["scored"], lambda region: baselines.predict_regression(region.he)
+                    folder, job["scored"], lambda region: baselines.regression.predict(region.he)
                 ),
             }
     write_json(Path(job["result"]), result)

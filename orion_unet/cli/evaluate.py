@@ -22,7 +22,8 @@ def parser() -> Parser:
         description="Score a trained model, marker by marker, on cores it was not trained on, beside two baselines: "
         "the training mean, and a linear regression from the colour of each pixel.",
         epilog="Scores are those of targets in [0, 1], normalised (and cleaned) as in training. What is undefined "
-        "stays empty.",
+        "stays empty. Intervals need at least 8 cores, or 8 groups where cores come in groups. They are nominally 95 % "
+        "intervals; in simulations they cover the truth in 87 to 96 % of the cases.",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="RUN|FILE", help="a run folder (its best.pt), or a .pt file")
@@ -31,8 +32,8 @@ def parser() -> Parser:
         "--split",
         choices=("val", "train", "all"),
         default="val",
-        help="cores to score, known by name: held out (those new to the model included), trained on, or all; "
-        "default: val",
+        help="cores to score: held out (those new to the model included), trained on, or all; cores of the training "
+        "are recognised by their H&E, whatever their names; default: val",
     )
     add(
         "--output_dir",
@@ -57,14 +58,6 @@ def parser() -> Parser:
     add("--nuclear_marker", metavar="NAME", help="marker that shows nuclei; default: told from the names")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N; default: auto")
     add("--use_amp", action="store_true", help="mixed precision on a GPU")
-    add(
-        "--bootstrap",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="resamples of the cores (of whole groups where there are any) for 95 %% intervals; 0 = none; "
-        "default: 1000",
-    )
     add("--overwrite", action="store_true", help="replace an earlier evaluation in the output folder")
     section = parser.add_argument_group("how the folder is read (default: as in training)")
     for field in fields(DataOptions):
@@ -81,12 +74,10 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     """Run evaluate. Returns the exit code; raises InputError and RunError."""
-    made = parser()
-    given = made.parse_args(argv)
-    if not 0 <= given.bootstrap <= 100_000:
-        made.error(f"--bootstrap {given.bootstrap}: must be between 0 and 100000")
+    given = parser().parse_args(argv)
     # Only now: --help should not wait for torch.
-    from orion_unet.evaluation.evaluate import EvaluateOptions, evaluate
+    from orion_unet.evaluation.evaluate import evaluate
+    from orion_unet.evaluation.results import EvaluateOptions
     from orion_unet.evaluation.scored_folder import FolderOptions
 
     values = vars(given)

@@ -6,18 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orion_unet.evaluation.bootstrap import RankBins, interval
-from orion_unet.evaluation.cells import Cells
-from orion_unet.evaluation.scores import overall, pearson
+from orion_unet.data.scale import Progress
+from orion_unet.evaluation.cells import CellFinder, Cells
+from orion_unet.evaluation.intervals import interval
+from orion_unet.evaluation.scores import BOUNDS, RankBins, overall, pearson, rank_scores
 
 CELL_METRICS = ("pearson", "auc", "average_precision", "f1", "fraction_positive")
-# MIPHEI-ViT (Balezo et al., 2025): F1 of positive cells on ORION colorectal slides.
-PUBLISHED_F1 = {"Pan-CK": 0.88, "CD3e": 0.57, "SMA": 0.56, "CD68": 0.36, "CD20": 0.30}
-PUBLISHED_NOTE = (
-    "MIPHEI-ViT on ORION colorectal slides: another data set, other cells and thresholds; an order of magnitude, not "
-    "a like-for-like comparison"
-)
-_SAME = {"pancytokeratin": "Pan-CK", "ck": "Pan-CK", "cd3": "CD3e", "asma": "SMA", "αsma": "SMA"}
+# The predicted cut-off of positive cells is chosen on so many training cores, evenly spaced among all.
+CUTOFF_CORES = 20
 
 
 @dataclass(frozen=True)
@@ -67,74 +63,113 @@ def best_cutoffs(cells: Cells, thresholds: np.ndarray) -> np.ndarray:
     return np.array([best_cutoff(p, yes) for p, yes in zip(cells.predicted.T, positive.T, strict=True)])
 
 
-def score_cells(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, draws: np.ndarray | None) -> CellScores:
-    """Scores of the cells of K cores; ``draws`` (N, K) are resamples of them, None for no intervals.
+def score_cells(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, left_out: np.ndarray | None) -> CellScores:
+    """Scores of the cells of K cores; ``left_out`` (U, K) counts the cores with each unit left out, None for no
+    intervals.
 
     ``f1`` is empty where a marker has no cut-off, or no measured positive cell.
     """
-    cores = draws.shape[1] if draws is not None else int(cells.core.max(initial=-1)) + 1
-    once = np.ones((1, cores))
-    points = _scores(cells, thresholds, cutoffs, once)
-    values = {metric: found[0] for metric, found in points.items()}
-    nothing = {metric: np.full(len(thresholds), np.nan) for metric in CELL_METRICS}
-    low, high = dict(nothing), dict(nothing)
-    means = {metric: (float(overall(values[metric])), np.nan, np.nan) for metric in CELL_METRICS}
-    if draws is not None:
-        for metric, found in _scores(cells, thresholds, cutoffs, draws).items():
-            known = np.isfinite(values[metric])
-            low[metric], high[metric] = (np.where(known, end, np.nan) for end in interval(found))
-            if known.any():
-                ends = interval(overall(found))
-                means[metric] = (means[metric][0], float(ends[0]), float(ends[1]))
-    values |= _exact_curves(cells, thresholds)
-    means |= {metric: (float(overall(values[metric])), *means[metric][1:]) for metric in ("auc", "average_precision")}
-    return CellScores(len(cells.core), values, low, high, means, thresholds, cutoffs)
+    cores = int(cells.core.max(initial=-1)) + 1 if left_out is None else left_out.shape[1]
+    all_cores = _scores(cells, thresholds, cutoffs, np.ones((1, cores)))
+    values = {metric: found[0] for metric, found in all_cores.items()} | _exact_curves(cells, thresholds)
+    means = {metric: float(overall(found)) for metric, found in values.items()}
+    if left_out is None:
+        undefined = np.full(len(thresholds), np.nan)
+        ends = dict.fromkeys(CELL_METRICS, (undefined, undefined))
+        mean_ends = dict.fromkeys(CELL_METRICS, (np.array(np.nan), np.array(np.nan)))
+    else:
+        without = _scores(cells, thresholds, cutoffs, left_out)
+        ends = {name: interval(values[name], without[name], BOUNDS[name]) for name in CELL_METRICS}
+        mean_ends = {name: interval(means[name], overall(without[name]), BOUNDS[name]) for name in CELL_METRICS}
+    return CellScores(
+        len(cells.core),
+        values,
+        {metric: low for metric, (low, _) in ends.items()},
+        {metric: high for metric, (_, high) in ends.items()},
+        {metric: (means[metric], float(low), float(high)) for metric, (low, high) in mean_ends.items()},
+        thresholds,
+        cutoffs,
+    )
 
 
-def _scores(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
-    """All metrics (N, C) with the cores drawn as ``draws`` (N, K) says."""
+def _scores(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """All metrics (N, C) with cores counted as ``counts`` (N, K) says."""
     columns: dict[str, list[np.ndarray]] = {metric: [] for metric in CELL_METRICS}
-    cores = draws.shape[1]
+    cores = counts.shape[1]
 
     def total(values: np.ndarray) -> np.ndarray:
-        drawn: np.ndarray = draws @ np.bincount(cells.core, values, cores)
-        return drawn
+        counted: np.ndarray = counts @ np.bincount(cells.core, values, cores)
+        return counted
 
     ones = np.ones(len(cells.core))
     for marker, (threshold, cutoff) in enumerate(zip(thresholds, cutoffs, strict=True)):
         p, t = cells.predicted[:, marker], cells.measured[:, marker]
         sums = np.stack([total(values) for values in (ones, p, t, p * p, t * t, p * t)], axis=1)
         columns["pearson"].append(pearson(sums[:, :, None])[:, 0])
-        undefined = np.full(len(draws), np.nan)
+        undefined = np.full(len(counts), np.nan)
         positive, called = t > threshold, p > cutoff
         bins = RankBins(p, positive, cells.core, cores)
-        columns["auc"].append(bins.auc(draws))
-        columns["average_precision"].append(bins.average_precision(draws))
-        count, positives = total(ones), total(positive)
+        columns["auc"].append(bins.auc(counts))
+        columns["average_precision"].append(bins.average_precision(counts))
+        number, positives = total(ones), total(positive)
         both = total(called) + positives
         f1 = np.divide(2 * total(called & positive), both, out=undefined.copy(), where=positives > 0)
         columns["f1"].append(f1 if np.isfinite(cutoff) else undefined)
-        fraction = np.divide(positives, count, out=undefined.copy(), where=count > 0)
+        fraction = np.divide(positives, number, out=undefined.copy(), where=number > 0)
         columns["fraction_positive"].append(fraction if np.isfinite(threshold) else undefined)
     return {metric: np.stack(found, axis=1) for metric, found in columns.items()}
 
 
 def _exact_curves(cells: Cells, thresholds: np.ndarray) -> dict[str, np.ndarray]:
-    """Area under the ROC and average precision (C,), by scikit-learn: the resamples follow the curves in steps."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
-
-    found = {metric: np.full(len(thresholds), np.nan) for metric in ("auc", "average_precision")}
-    for marker, threshold in enumerate(thresholds):
-        positive, p = cells.measured[:, marker] > threshold, cells.predicted[:, marker]
-        if positive.any() and not positive.all():
-            found["auc"][marker] = roc_auc_score(positive, p)
-            found["average_precision"][marker] = average_precision_score(positive, p)
-    return found
+    """Area under the ROC and average precision (C,): ``RankBins`` follow the curves in steps."""
+    markers = zip(cells.predicted.T, cells.measured.T, thresholds, strict=True)
+    rows = [rank_scores(p, t, t > threshold) for p, t, threshold in markers]
+    return {metric: np.array([row[metric] for row in rows]) for metric in ("auc", "average_precision")}
 
 
-def published_f1(name: str) -> float | None:
-    """The published F1 of a marker under any of its usual names, None where there is none."""
-    plain = "".join(letter for letter in name.casefold() if letter.isalnum())
-    known = {"".join(letter for letter in key.casefold() if letter.isalnum()): key for key in PUBLISHED_F1}
-    key = known.get(plain) or _SAME.get(plain)
-    return PUBLISHED_F1[key] if key else None
+@dataclass(frozen=True)
+class CellResult:
+    """Cells of the scored cores, how they were found, and in words what their thresholds rest on."""
+
+    scores: CellScores
+    source: str
+    threshold_note: str
+    cutoff_note: str
+
+
+def judge_cells(
+    finder: CellFinder, cells: Cells, given: np.ndarray | None, left_out: np.ndarray | None, progress: Progress
+) -> CellResult:
+    """Scores over the cells of the scored cores. Positive is what lies above a threshold that rests on measured values
+    alone (``given`` (C,), else Otsu's); the predicted cut-off is chosen on cells of training cores, so that nothing is
+    tuned on what is scored."""
+    training, cores = _training_cells(finder, progress)
+    count = len(training.core)
+    if given is not None:
+        thresholds, note = given, "positive cells: measured mean above --positive_threshold"
+    elif count:
+        thresholds = otsu_thresholds(training)
+        note = f"positive cells: measured mean above Otsu's threshold of {count} training cells"
+    else:
+        thresholds = otsu_thresholds(cells)
+        note = "positive cells: measured mean above Otsu's threshold of the scored cells, there being no training cells"
+    if count:
+        cutoffs = best_cutoffs(training, thresholds)
+        cutoff_note = f"predicted cut-off: the best F1 on {count} cells of {cores} training cores"
+    else:
+        cutoffs = np.full(len(thresholds), np.nan)
+        cutoff_note = "no F1: without training cores in the folder there is nothing to choose a predicted cut-off on"
+    return CellResult(score_cells(cells, thresholds, cutoffs, left_out), finder.source, note, cutoff_note)
+
+
+def _training_cells(finder: CellFinder, progress: Progress) -> tuple[Cells, int]:
+    """Cells of at most CUTOFF_CORES training cores, and of how many."""
+    folder = finder.folder
+    usable = [core for core in folder.known.train.tolist() if finder.knows(core)]
+    places = np.linspace(0, len(usable) - 1, min(CUTOFF_CORES, len(usable))).round().astype(int)
+    step = progress(len(places), "cells of training cores")
+    parts = []
+    for place in places.tolist():
+        parts.append(finder.find(usable[place], folder.region(usable[place])))
+        step()
+    return Cells.joined(parts, len(folder.names)), len(parts)

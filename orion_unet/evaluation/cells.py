@@ -11,6 +11,7 @@ from torch import Tensor
 
 from orion_unet.data.channels import nuclear_channel
 from orion_unet.errors import InputError
+from orion_unet.evaluation.scored_folder import Region, ScoredFolder
 from orion_unet.run_log import open_regular
 
 LABEL_SUFFIXES = ("_LABELS.npy", "_LABELS.tif")
@@ -53,8 +54,8 @@ def nuclear_marker(names: Sequence[str], given: str | None) -> int:
     if found is not None:
         return found
     raise InputError(
-        f"--cells: no marker's name tells of nuclei ({', '.join(names)}); name it with --nuclear_marker, or give the "
-        "folder of label files as --cells DIR"
+        f"--cells: no marker is named like a nuclear stain ({', '.join(names)}); name one with --nuclear_marker, or "
+        "give the folder of label files as --cells DIR"
     )
 
 
@@ -87,6 +88,11 @@ def label_file(folder: Path, name: str) -> Path | None:
     """NAME_LABELS.npy or NAME_LABELS.tif of a core, None where there is neither."""
     paths = (folder / f"{name}{suffix}" for suffix in LABEL_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
+
+
+def reads_images(given: str) -> bool:
+    """Whether the folder that ``--cells`` names has label files that are images."""
+    return bool(given) and any(Path(given).glob(f"*{LABEL_SUFFIXES[1]}"))
 
 
 def load_labels(path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -124,3 +130,38 @@ def measure_cells(labels: np.ndarray, measured: Tensor, predicted: Tensor) -> Ce
     """The cells of one core, from markers (C, H, W)."""
     found = cell_means(labels, measured)
     return Cells(found, cell_means(labels, predicted), np.zeros(len(found), int))
+
+
+class CellFinder:
+    """The cells of a core: nuclei of the measured nuclear marker, or those of its label file.
+
+    ``given`` is "" or the folder of the label files. Raises InputError where no marker shows nuclei, or where one of
+    the ``cores`` has no label file.
+    """
+
+    def __init__(self, folder: ScoredFolder, given: str, nuclear: str | None, cores: Sequence[int]) -> None:
+        self.folder = folder
+        self.labels = Path(given) if given else None
+        # A marker is needed only where nuclei are to be found in it.
+        self.nuclear = 0 if self.labels else nuclear_marker(folder.names, nuclear)
+        self.source = f"labels from {self.labels}" if self.labels else f"nuclei found in {folder.names[self.nuclear]}"
+        lacking = [str(folder.table.names[core]) for core in cores if not self.knows(core)]
+        if lacking:
+            raise InputError.listing(
+                f"--cells {self.labels}: lacks the labels of these cores:",
+                [" or ".join(f"{name}{suffix}" for suffix in LABEL_SUFFIXES) for name in lacking],
+            )
+
+    def knows(self, core: int) -> bool:
+        """Whether the cells of a core can be found."""
+        return self.labels is None or label_file(self.labels, str(self.folder.table.names[core])) is not None
+
+    def find(self, core: int, region: Region) -> Cells:
+        """The cells of a core, given the whole of it."""
+        if self.labels is None:
+            labels = segment_nuclei(region.measured[self.nuclear].cpu().numpy())
+        else:
+            path = label_file(self.labels, str(self.folder.table.names[core]))
+            assert path is not None, "the constructor and the callers have looked"
+            labels = load_labels(path, self.folder.size(core))
+        return measure_cells(labels, region.measured, region.predicted)

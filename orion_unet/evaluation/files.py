@@ -2,104 +2,108 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+import os
 import platform
+import tempfile
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orion_unet import __version__
-from orion_unet.evaluation.bootstrap import LEAST_UNITS, LEVEL
-from orion_unet.evaluation.bootstrap import SEED as BOOTSTRAP_SEED
-from orion_unet.evaluation.cell_scores import CELL_METRICS, PUBLISHED_F1, PUBLISHED_NOTE, published_f1
-from orion_unet.evaluation.score_figures import draw_markers, draw_patches, draw_scatter, plain
-from orion_unet.evaluation.score_patches import best_median_worst
-from orion_unet.evaluation.scorecard import OVERALL, csv_columns, csv_row, json_scores, verdicts
-from orion_unet.evaluation.scores import BOX_PIXELS, METRICS, SAMPLE_SEED, overall
-from orion_unet.run_log import utc_now, write_atomic, write_json
+from orion_unet.evaluation.cell_scores import CELL_METRICS, CellResult
+from orion_unet.evaluation.intervals import COVERAGE, LEAST_UNITS, LEVEL
+from orion_unet.evaluation.results import Evaluation
+from orion_unet.evaluation.score_figures import draw_markers, draw_patches, draw_scatter
+from orion_unet.evaluation.scorecard import DUELS, MEAN, MODEL, OVERALL, REGRESSION, Scorecard, verdicts
+from orion_unet.evaluation.scores import BOX_PIXELS, METRICS, RANK_METRICS, SAMPLE_SEED, overall
+from orion_unet.run_log import fsync_folder, utc_now, write_atomic, write_json
+from orion_unet.text import csv_bytes
 
-if TYPE_CHECKING:
-    from orion_unet.evaluation.evaluate import CellResult, Evaluation
-
-SCHEMA = 1
+SCHEMA = 2
 SCORES_CSV, CORES_CSV, CELLS_CSV, SCORES_JSON = "scores.csv", "cores.csv", "cells.csv", "scores.json"
 MARKERS_PNG, SCATTER_PNG, PATCHES_PNG = "markers.png", "scatter.png", "patches.png"
 FILES = (SCORES_JSON, SCORES_CSV, CORES_CSV, CELLS_CSV, MARKERS_PNG, SCATTER_PNG, PATCHES_PNG)
+# A fraction of positive pixels is measured: every predictor has the same.
+BASELINE_METRICS = tuple(metric for metric in METRICS if metric != "fraction_positive")
 
 
 def write_files(found: Evaluation, folder: Path) -> None:
-    """Write every file, each whole or not at all, scores.json last; an earlier evaluation's are replaced."""
-    for name in FILES:
+    """Write every file of an evaluation into a folder that exists, and remove what an earlier one has beside them.
+
+    The files appear under their names when all of them are written, scores.json last: an earlier evaluation stays
+    whole where this one fails. Raises OSError.
+    """
+    card = found.card
+    with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=folder) as scratch:
+        new = Path(scratch)
+        write_atomic(new / SCORES_CSV, csv_bytes(["marker", *_score_columns()], _score_rows(card)))
+        write_atomic(new / CORES_CSV, csv_bytes(["core", "group", "split", "marker", *METRICS], _core_rows(found)))
+        if found.cells is not None:
+            write_atomic(new / CELLS_CSV, csv_bytes(_cell_columns(), _cell_rows(card.names, found.cells)))
+        write_atomic(new / MARKERS_PNG, draw_markers(card))
+        write_atomic(new / SCATTER_PNG, draw_scatter(card, *found.samples))
+        if found.patches:
+            write_atomic(new / PATCHES_PNG, draw_patches(found.patches, card.names))
+        write_json(new / SCORES_JSON, document(found))
+        written = [name for name in FILES if (new / name).exists()]
+        for name in reversed(written):
+            os.replace(new / name, folder / name)
+    for name in set(FILES) - set(written):
         (folder / name).unlink(missing_ok=True)
-    card, table = found.card, found.folder.table
-    write_atomic(folder / SCORES_CSV, _csv(["marker", *csv_columns(card)], [
-        [OVERALL if marker is None else card.names[marker], *csv_row(card, marker)]
-        for marker in [*range(len(card.names)), None]
-    ]))  # fmt: skip
-    write_atomic(folder / CORES_CSV, _csv(["core", "group", "split", "marker", *METRICS], _core_rows(found)))
-    if found.cells is not None:
-        write_atomic(folder / CELLS_CSV, _csv(*_cell_rows(card.names, found.cells)))
-    write_atomic(folder / MARKERS_PNG, draw_markers(card))
-    write_atomic(folder / SCATTER_PNG, draw_scatter(card, *found.samples))
-    rows = []
-    for word, patch in best_median_worst(found.patches):
-        side = found.patch_side
-        region = found.folder.region(patch.core, patch.y, patch.x, side, side)
-        rows.append(
-            (f"{word}, r {patch.score:.2f}\n{plain(str(table.names[patch.core]))}\n({patch.y}, {patch.x})", region)
-        )
-    if rows:
-        write_atomic(folder / PATCHES_PNG, draw_patches(rows, card.names))
-    write_json(folder / SCORES_JSON, document(found))
+    fsync_folder(folder)
 
 
 def document(found: Evaluation) -> dict[str, Any]:
     """Content of scores.json; what is undefined is null."""
     card, folder, model = found.card, found.folder, found.folder.model
-    options, data = found.options, model.config.data
-    names = folder.table.names
+    known = folder.known
     return {
         "schema": SCHEMA,
         "created": utc_now(),
         "versions": _versions(),
         "checkpoint": {"path": str(model.path), "epoch": model.epoch},
-        "pairs_dir": str(options.pairs_dir),
-        "split": options.split,
+        "pairs_dir": str(found.options.pairs_dir),
+        "split": found.options.split,
         "cores": [
-            {"core": str(names[core]), "group": folder.groups[core], "split": _side(found, core)}
+            {
+                "core": str(folder.table.names[core]),
+                "in_training": known.names[core],
+                "group": known.groups[core],
+                "split": _side(found, core),
+            }
             for core in found.cores
         ],
+        "matching": known.matching or None,
         "target": {
             "normalization": folder.normalization.method,
             "transform": folder.normalization.transform,
-            "noise_removal": data.noise_removal,
+            "noise_removal": model.config.data.noise_removal,
             "range": [0, 1],
         },
         "box_pixels": BOX_PIXELS,
         "sample": {
-            "metrics": ["spearman", "auc", "average_precision"],
+            "metrics": list(RANK_METRICS),
             "pixels": int(found.samples[0].shape[1]),
             "share": found.share,
             "seed": SAMPLE_SEED,
         },
         "intervals": {
             "level": LEVEL,
-            "replicates": 0 if found.no_interval else options.bootstrap,
-            "seed": BOOTSTRAP_SEED,
+            "method": "Student t with the jackknife's standard error over units",
+            "coverage": COVERAGE,
             "unit": "group" if folder.grouped else "core",
-            "units": len({folder.groups[core] for core in found.cores}),
+            "units": len({known.groups[core] for core in found.cores}),
             "least_units": LEAST_UNITS,
             "missing_because": found.no_interval or None,
         },
         "baselines": found.baselines.note,
         "verdicts": [sentence.strip() for sentence in verdicts(card)],
         "warnings": list(found.warnings),
-        "overall": json_scores(card, None),
+        "overall": _json_scores(card, None),
         "markers": {
-            name: {"positive_threshold": float(found.thresholds[marker]), **json_scores(card, marker)}
+            name: {"positive_threshold": float(found.thresholds[marker]), **_json_scores(card, marker)}
             for marker, name in enumerate(card.names)
         },
         "cells": None if found.cells is None else _cell_document(card.names, found.cells),
@@ -117,53 +121,30 @@ def _versions() -> dict[str, str]:
 
 
 def _side(found: Evaluation, core: int) -> str:
-    if core in found.folder.train:
-        return "train"
-    return "val" if core in found.folder.val else "related"
+    known = found.folder.known
+    return "train" if core in known.train else "val" if core in known.val else "related"
 
 
-def _csv(columns: list[str], rows: Iterable[list[Any]]) -> bytes:
-    """A CSV file in which what is undefined is an empty cell."""
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_cell(value) for value in row] for row in rows)
-    return file.getvalue().encode()
+def _interval(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}" if math.isfinite(value) else ""
-    return str(value)
-
-
-def _core_rows(found: Evaluation) -> Iterable[list[Any]]:
-    scores = found.card.per_core
-    for row, core in enumerate(found.cores):
-        start = [str(found.folder.table.names[core]), found.folder.groups[core], _side(found, core)]
-        for marker, name in enumerate(found.card.names):
-            yield [*start, name, *(float(scores[metric][row, marker]) for metric in METRICS)]
-        yield [*start, OVERALL, *(float(overall(scores[metric][row])) for metric in METRICS)]
-
-
-def _cell_rows(names: tuple[str, ...], cells: CellResult) -> tuple[list[str], list[list[Any]]]:
-    columns = ["marker", "measured_threshold", "predicted_cutoff"]
-    columns += [f"{metric}{end}" for metric in CELL_METRICS for end in ("", "_low", "_high")]
-    scores = cells.scores
-    rows: list[list[Any]] = []
-    for marker, name in enumerate(names):
-        row: list[Any] = [name, float(scores.thresholds[marker]), float(scores.cutoffs[marker])]
-        for metric in CELL_METRICS:
-            row += [float(ends[metric][marker]) for ends in (scores.values, scores.low, scores.high)]
-        rows.append([*row, _published(name)])
-    total = [value for metric in CELL_METRICS for value in scores.overall[metric]]
-    rows.append([OVERALL, math.nan, math.nan, *total, math.nan])
-    return [*columns, "miphei_f1"], rows
-
-
-def _published(name: str) -> float:
-    value = published_f1(name)
-    return math.nan if value is None else value
+def _json_scores(card: Scorecard, marker: int | None) -> dict[str, Any]:
+    """Scores of a marker, or (None) overall."""
+    scores: dict[str, dict[str, float]] = {}
+    for metric in METRICS:
+        scores[metric] = _interval(*card.score(MODEL, metric, marker))
+        if marker is None:
+            scores[metric]["markers"] = card.known(metric)
+    baselines = {
+        baseline: {metric: card.score(baseline, metric, marker)[0] for metric in BASELINE_METRICS}
+        for baseline in card.values
+        if baseline != MODEL
+    }
+    gains: dict[str, dict[str, dict[str, float]]] = {}
+    for baseline, metric in card.duels:
+        gains.setdefault(baseline, {})[metric] = _interval(*card.gain(baseline, metric, marker))
+    return {"model": scores, "baselines": baselines, "gains_over_baselines": gains}
 
 
 def _cell_document(names: tuple[str, ...], cells: CellResult) -> dict[str, Any]:
@@ -173,24 +154,62 @@ def _cell_document(names: tuple[str, ...], cells: CellResult) -> dict[str, Any]:
         "source": cells.source,
         "thresholds": cells.threshold_note,
         "cutoffs": cells.cutoff_note,
-        "published": {"f1": PUBLISHED_F1, "note": PUBLISHED_NOTE},
-        "overall": {
-            metric: dict(zip(("value", "low", "high"), scores.overall[metric], strict=True)) for metric in CELL_METRICS
-        },
+        "overall": {metric: _interval(*scores.overall[metric]) for metric in CELL_METRICS},
         "markers": {
             name: {
                 "measured_threshold": float(scores.thresholds[marker]),
                 "predicted_cutoff": float(scores.cutoffs[marker]),
-                "published_f1": published_f1(name),
                 **{
-                    metric: {
-                        "value": float(scores.values[metric][marker]),
-                        "low": float(scores.low[metric][marker]),
-                        "high": float(scores.high[metric][marker]),
-                    }
+                    metric: _interval(
+                        scores.values[metric][marker], scores.low[metric][marker], scores.high[metric][marker]
+                    )
                     for metric in CELL_METRICS
                 },
             }
             for marker, name in enumerate(names)
         },
     }
+
+
+def _score_columns() -> list[str]:
+    columns = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+    columns += [f"{baseline}_{metric}" for baseline in (MEAN, REGRESSION) for metric in BASELINE_METRICS]
+    return columns + [
+        f"{metric}_gain_over_{baseline}{end}" for baseline, metric in DUELS for end in ("", "_low", "_high")
+    ]
+
+
+def _score_rows(card: Scorecard) -> Iterable[list[Any]]:
+    for marker in (*range(len(card.names)), None):
+        row: list[Any] = [OVERALL if marker is None else card.names[marker]]
+        row += [value for metric in METRICS for value in card.score(MODEL, metric, marker)]
+        for baseline in (MEAN, REGRESSION):
+            fitted = baseline in card.values
+            row += [card.score(baseline, name, marker)[0] if fitted else math.nan for name in BASELINE_METRICS]
+        for baseline, metric in DUELS:
+            row += card.gain(baseline, metric, marker) if baseline in card.values else [math.nan] * 3
+        yield row
+
+
+def _core_rows(found: Evaluation) -> Iterable[list[Any]]:
+    scores = found.card.per_core
+    for row, core in enumerate(found.cores):
+        start = [str(found.folder.table.names[core]), found.folder.known.groups[core], _side(found, core)]
+        for marker, name in enumerate(found.card.names):
+            yield [*start, name, *(float(scores[metric][row, marker]) for metric in METRICS)]
+        yield [*start, OVERALL, *(float(overall(scores[metric][row])) for metric in METRICS)]
+
+
+def _cell_columns() -> list[str]:
+    scores = [f"{metric}{end}" for metric in CELL_METRICS for end in ("", "_low", "_high")]
+    return ["marker", "measured_threshold", "predicted_cutoff", *scores]
+
+
+def _cell_rows(names: tuple[str, ...], cells: CellResult) -> Iterable[list[Any]]:
+    scores = cells.scores
+    for marker, name in enumerate(names):
+        row: list[Any] = [name, float(scores.thresholds[marker]), float(scores.cutoffs[marker])]
+        for metric in CELL_METRICS:
+            row += [float(ends[metric][marker]) for ends in (scores.values, scores.low, scores.high)]
+        yield row
+    yield [OVERALL, math.nan, math.nan, *(value for metric in CELL_METRICS for value in scores.overall[metric])]

@@ -11,8 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from orion_unet.evaluation.patches import ScoredPatch
 from orion_unet.evaluation.scorecard import BASELINE_NAMES, MEAN, MODEL, REGRESSION, Scorecard
-from orion_unet.evaluation.scored_folder import Region
+from orion_unet.text import for_figure
 
 BAR_METRICS = {"pearson": "Pearson r", "psnr_db": "PSNR [dB]", "auc": "area under the ROC"}
 # What the axis of a bar chart spans at least, and the value that tells nothing.
@@ -23,12 +24,8 @@ SCATTER_BINS, SCATTER_COLUMNS = 64, 6
 # A marker is shown from 0 to this quantile of what was measured in the patches, but never less than this.
 DISPLAY_QUANTILE, SMALLEST_RANGE = 0.998, 0.05
 SHOWN_MARKERS, INCHES = 6, 1.5
-
-
-def plain(text: str, limit: int = 22) -> str:
-    """A marker's name as text, not as a formula, shortened where it is very long."""
-    short = text if len(text) <= limit else text[: limit - 1] + "…"
-    return short.replace("$", r"\$")
+# Longest name of a marker, in characters: beside the bars, and over a small image.
+LONG_NAME, SHORT_NAME = 22, 14
 
 
 def _figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
@@ -86,7 +83,7 @@ def draw_markers(card: Scorecard) -> bytes:
         ax.set_axisbelow(True)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
-    axes[0].set_yticks(rows, [plain(card.names[marker]) for marker in order], fontsize=8)
+    axes[0].set_yticks(rows, [for_figure(card.names[marker], LONG_NAME) for marker in order], fontsize=8)
     axes[0].set_ylim(len(order) - 0.4, -0.6)
     shown_labels = {text: mark for ax in axes for mark, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown_labels = dict(sorted(shown_labels.items(), key=lambda item: LEGEND.index(item[0])))
@@ -112,8 +109,8 @@ def draw_scatter(card: Scorecard, measured: np.ndarray, predicted: np.ndarray) -
         )
         ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
         ax.set_aspect("equal")
-        told = f"r {r:.2f}" if np.isfinite(r) else "r undefined"
-        ax.set_title(f"{plain(name, 14)}  {told}", fontsize=8)
+        shown = f"r {r:.2f}" if np.isfinite(r) else "r undefined"
+        ax.set_title(f"{for_figure(name, SHORT_NAME)}  {shown}", fontsize=8)
         ax.tick_params(labelsize=7)
     for ax in grid[max(0, count - columns) : count]:
         ax.tick_params(labelbottom=True)
@@ -127,13 +124,20 @@ def draw_scatter(card: Scorecard, measured: np.ndarray, predicted: np.ndarray) -
     return _png(figure)
 
 
-def draw_patches(rows: Sequence[tuple[str, Region]], names: Sequence[str]) -> bytes:
-    """H&E, then measured above predicted markers, for each (title, region); a PNG. Those that vary most are shown."""
-    spread = np.mean([region.measured.flatten(1).std(dim=1).cpu().numpy() for _, region in rows], axis=0)
+def draw_patches(patches: Sequence[tuple[str, ScoredPatch]], names: Sequence[str]) -> bytes:
+    """H&E, then measured above predicted markers, of each patch under its word; a PNG.
+
+    Those markers that vary most are shown.
+    """
+    rows = [
+        (f"{word}, r {patch.score:.2f}\n{for_figure(patch.core, LONG_NAME)}\n({patch.y}, {patch.x})", patch.region)
+        for word, patch in patches
+    ]
+    spread = np.mean([region.measured.flatten(1).std(dim=1).numpy() for _, region in rows], axis=0)
     shown = sorted(np.argsort(spread)[::-1][:SHOWN_MARKERS].tolist())
     highs = []
     for marker in shown:
-        values = np.concatenate([region.measured[marker].flatten().cpu().numpy() for _, region in rows])
+        values = np.concatenate([region.measured[marker].flatten().numpy() for _, region in rows])
         highs.append(max(SMALLEST_RANGE, float(np.quantile(values, DISPLAY_QUANTILE))))
     # The titles stand above the first row, the label of a patch beside its H&E.
     top, label, gap, between = 0.35, 0.55, 0.3, 0.12
@@ -147,13 +151,13 @@ def draw_patches(rows: Sequence[tuple[str, Region]], names: Sequence[str]) -> by
         return left / width, 1 - bottom / height, 0.97 * INCHES / width, 0.97 * INCHES / height
 
     for row, (title, region) in enumerate(rows):
-        stain = region.he.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+        stain = region.he.permute(1, 2, 0).clamp(0, 1).numpy()
         _image(figure.add_axes(place(0, 2 * row + 0.5)), stain, "H&E" if row == 0 else "", title)
         for column, (marker, high) in enumerate(zip(shown, highs, strict=True), start=1):
             for below, (word, images) in enumerate((("measured", region.measured), ("predicted", region.predicted))):
-                heading = f"{plain(names[marker], 14)}  0–{high:.2f}" if row == below == 0 else ""
+                heading = f"{for_figure(names[marker], SHORT_NAME)}  0–{high:.2f}" if row == below == 0 else ""
                 _image(
-                    figure.add_axes(place(column, 2 * row + below)), images[marker].cpu().numpy(), heading,
+                    figure.add_axes(place(column, 2 * row + below)), images[marker].numpy(), heading,
                     word if column == 1 else "", cmap="inferno", vmin=0, vmax=high,
                 )  # fmt: skip
     return _png(figure)

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orion_unet.evaluation.cell_scores import CELL_METRICS, PUBLISHED_NOTE, CellScores, published_f1
+from orion_unet.evaluation.cell_scores import CELL_METRICS, CellScores
 from orion_unet.evaluation.scorecard import MEAN, MODEL, OVERALL, REGRESSION, Scorecard, number
+from orion_unet.text import clean
 
 # From this width on there is room for every column.
 WIDE = 120
@@ -19,7 +20,7 @@ INTERVAL = "95 % interval"
 def marker_table(card: Scorecard, width: int | None = None) -> Table:
     """Scores per marker, best Pearson first, and overall, for a terminal of ``width`` columns (None: this one)."""
     wide = (width or Console().width) >= WIDE
-    with_intervals = bool(card.replicates)
+    with_intervals = bool(card.without)
     metrics = {"pearson_boxes": "8x8", "spearman": "Spearman", "mae": "MAE", "psnr_db": "PSNR", "ssim": "SSIM",
                "auc": "AUC", "average_precision": "AP", "fraction_positive": "positive"}  # fmt: skip
     if not wide:
@@ -51,13 +52,9 @@ def marker_table(card: Scorecard, width: int | None = None) -> Table:
 
 
 def cell_table(names: tuple[str, ...], scores: CellScores) -> Table:
-    """Scores over cells per marker, best Pearson first, and overall, beside what MIPHEI published."""
+    """Scores over cells per marker, best Pearson first, and overall."""
     with_intervals = any(np.isfinite(ends).any() for ends in scores.low.values())
     table = _table("marker", "Pearson", "AUC", "AP", "F1", *([INTERVAL] if with_intervals else []), "positive")
-    published = [published_f1(name) for name in names]
-    if any(value is not None for value in published):
-        table.add_column("MIPHEI F1", justify="right")
-        table.caption = f"MIPHEI F1: {PUBLISHED_NOTE}."
     order = np.argsort(np.nan_to_num(scores.values["pearson"], nan=-2))[::-1].tolist()
     for marker in [*order, None]:
         values = {
@@ -70,15 +67,14 @@ def cell_table(names: tuple[str, ...], scores: CellScores) -> Table:
         row = [number(values[metric], metric) for metric in CELL_METRICS]
         if with_intervals:
             row.insert(4, _range(low, high))
-        value = None if marker is None else published[marker]
-        _add(table, OVERALL if marker is None else names[marker], [*row, "" if value is None else f"{value:.2f}"])
+        _add(table, OVERALL if marker is None else names[marker], row)
     return table
 
 
 def show(table: Table, title: str) -> None:
     """Print a table under its title, within the terminal's width."""
     console = Console()
-    console.print(Text(title), style="bold")
+    console.print(Text(clean(title, None)), style="bold")
     console.print(table)
 
 
@@ -92,7 +88,7 @@ def _table(*columns: str) -> Table:
 
 def _add(table: Table, name: str, row: list[str]) -> None:
     # Text, so that a name like CD3[e] is not taken for markup.
-    table.add_row(Text(name), *row[: len(table.columns) - 1], style="bold" if name == OVERALL else None)
+    table.add_row(Text(clean(name)), *row, style="bold" if name == OVERALL else None)
 
 
 def _range(low: float, high: float) -> str:

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from orion_unet.data.randomness import SCORED_PIXELS, counter_rng
 from orion_unet.errors import InputError
-from orion_unet.evaluation.bootstrap import RankBins
 from orion_unet.metrics import CONSTANT_SPREAD, MarkerSums
 
 SUM_METRICS = ("pearson", "pearson_boxes", "mae", "psnr_db", "ssim")
 RANK_METRICS = ("spearman", "auc", "average_precision")
 METRICS = (*SUM_METRICS, *RANK_METRICS, "fraction_positive")
+BOUNDS = {
+    **dict.fromkeys(("pearson", "pearson_boxes", "ssim", "spearman"), (-1.0, 1.0)),
+    **dict.fromkeys(("auc", "average_precision", "f1", "fraction_positive"), (0.0, 1.0)),
+}
+"""Smallest and largest value of a score over pixels or cells; the others have no bounds that matter."""
 # GigaTIME (Valanarasu et al., Cell) correlates means over boxes of this many pixels a side.
 BOX_PIXELS = 8
 # A pixel is positive above this share of the normalised range: with dataset quantiles, half-way from background to
@@ -29,6 +33,8 @@ POSITIVE_THRESHOLD = 0.5
 # Pixels drawn over all scored cores for what needs sorting; values bound the memory where markers are many.
 SAMPLED_PIXELS, SAMPLED_VALUES = 500_000, 20_000_000
 SAMPLE_SEED = 0
+# Steps of the ROC and precision-recall curves, over the positive values and over the negative ones.
+CURVE_STEPS = 512
 
 
 @dataclass(frozen=True)
@@ -126,28 +132,66 @@ def rank_scores(predicted: np.ndarray, measured: np.ndarray, positive: np.ndarra
     return found
 
 
-def rank_replicates(
-    predicted: np.ndarray, measured: np.ndarray, positive: np.ndarray, core: np.ndarray, draws: np.ndarray
+def counted_rank_scores(
+    predicted: np.ndarray, measured: np.ndarray, positive: np.ndarray, core: np.ndarray, counts: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The scores of ``rank_scores`` (N,) in resamples: ``draws`` (N, K) says how often each of K cores was drawn.
+    """The scores of ``rank_scores`` (N,) where each of K cores counts as often as ``counts`` (N, K) says.
 
     ``core`` (n,) is the core of each sampled value. Ranks for Spearman are those among all cores, held fixed; the
-    curves are followed in steps of 1/512 of the positive and of the negative values.
+    curves are followed in steps of 1/512 of the positive and of the negative values: exact ones would have to be
+    sorted anew for every row.
     """
     from scipy.stats import rankdata
 
-    cores = draws.shape[1]
-    by_core = np.zeros((cores, 6))
     # Centred, so that the sums of squares do not swamp the spread.
     p, t = ((rankdata(values) - (len(values) + 1) / 2) / len(values) for values in (predicted, measured))
-    for row, values in enumerate((np.ones_like(p), p, t, p * p, t * t, p * t)):
-        by_core[:, row] = np.bincount(core, values, cores)
-    bins = RankBins(predicted, positive, core, cores)
+    by_core = [np.bincount(core, values, counts.shape[1]) for values in (np.ones_like(p), p, t, p * p, t * t, p * t)]
+    bins = RankBins(predicted, positive, core, counts.shape[1])
     return {
-        "spearman": pearson((draws @ by_core)[:, :, None])[:, 0],
-        "auc": bins.auc(draws),
-        "average_precision": bins.average_precision(draws),
+        "spearman": pearson((counts @ np.stack(by_core, axis=1))[:, :, None])[:, 0],
+        "auc": bins.auc(counts),
+        "average_precision": bins.average_precision(counts),
     }
+
+
+class RankBins:
+    """Predictions sorted into bins, counted by core and class: ROC and precision-recall curves whichever cores count.
+
+    The bin edges are quantiles of the positive and of the negative predictions, so that a rare class is followed
+    as finely as a common one. Equal predictions share a bin, and count half against each other, as in an exact
+    area under the curve.
+    """
+
+    def __init__(self, predicted: np.ndarray, positive: np.ndarray, core: np.ndarray, cores: int) -> None:
+        steps = np.linspace(0, 1, CURVE_STEPS + 1)
+        sides = [
+            np.quantile(side, steps, method="lower")
+            for side in (predicted[positive], predicted[~positive])
+            if side.size
+        ]
+        edges = np.unique(np.concatenate(sides)) if sides else np.zeros(1)
+        bins = np.searchsorted(edges, predicted, side="right")
+        size = len(edges) + 1
+        self.positive, self.negative = (
+            np.bincount(core[side] * size + bins[side], minlength=cores * size).reshape(cores, size).astype(np.float64)
+            for side in (positive, ~positive)
+        )
+
+    def auc(self, counts: np.ndarray) -> np.ndarray:
+        """Area under the ROC curve (N,) with cores counted as ``counts`` (N, K) says; NaN without both classes."""
+        positive, negative = counts @ self.positive, counts @ self.negative
+        below = np.cumsum(negative, axis=1) - negative / 2
+        pairs = positive.sum(axis=1) * negative.sum(axis=1)
+        return np.divide((positive * below).sum(axis=1), pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
+
+    def average_precision(self, counts: np.ndarray) -> np.ndarray:
+        """Average precision (N,), Σ (Rₙ − Rₙ₋₁) Pₙ over the bins from the top; NaN without both classes."""
+        positive, negative = (np.flip(counts @ side, axis=1) for side in (self.positive, self.negative))
+        hits, all_called = np.cumsum(positive, axis=1), np.cumsum(positive + negative, axis=1)
+        precision = np.divide(hits, all_called, out=np.zeros_like(hits), where=all_called > 0)
+        total = hits[:, -1]
+        defined = (total > 0) & (all_called[:, -1] > total)
+        return np.divide((positive * precision).sum(axis=1), total, out=np.full(len(counts), np.nan), where=defined)
 
 
 def overall(values: np.ndarray) -> np.ndarray:

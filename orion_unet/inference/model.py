@@ -1,9 +1,9 @@
-"""A trained model with all that it takes to use it: weights, marker names, normalisation, options."""
+"""A trained model, ready to predict: network, marker names, normalisation, options."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orion_unet import checkpoint
 from orion_unet.config import TrainConfig
+from orion_unet.data.colour_regression import ColourRegression
 from orion_unet.data.normalization import Normalization
 from orion_unet.errors import InputError
 from orion_unet.models.unet import SpatialUNet, memory_format
@@ -23,7 +24,8 @@ class TrainedModel:
 
     ``names`` are its C markers, ``normalization`` inverts [0, 1] to the unit of the training data, ``config`` holds
     the options it was trained with, ``epoch`` the epoch whose weights these are. ``split`` is the content
-    of split.json: which cores it was trained on.
+    of split.json: which cores it was trained on. ``digests`` are those of their H&E by name, and
+    ``colour_regression`` is what the model has to beat; a checkpoint of version 0.1 has neither.
     """
 
     path: Path
@@ -35,6 +37,8 @@ class TrainedModel:
     split: dict[str, Any]
     device: torch.device
     precision: torch.dtype | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    colour_regression: ColourRegression | None = None
 
     @torch.inference_mode()
     def predict(self, he: Tensor) -> Tensor:
@@ -72,9 +76,10 @@ def load_trained(path: str | Path, device: str = "auto", use_amp: bool = False) 
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, InputError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: holds no model of this version ({reason})") from None
+        raise InputError(f"{path}: contains no model of this version ({reason})") from None
     if normalization.names != names:
         raise InputError(f"{path}: is damaged, its normalisation is of other markers than its model")
+    digests, regression = _cores_and_baselines(path, content, names)
     network = network.eval().requires_grad_(False)
     network = network.to(chosen, memory_format=memory_format(config.model.norm, chosen))  # type: ignore[call-overload]
     return TrainedModel(
@@ -87,7 +92,26 @@ def load_trained(path: str | Path, device: str = "auto", use_amp: bool = False) 
         content["split"],
         chosen,
         _precision(chosen) if use_amp else None,
+        digests,
+        regression,
     )
+
+
+def _cores_and_baselines(
+    path: Path, content: dict[str, Any], names: tuple[str, ...]
+) -> tuple[dict[str, str], ColourRegression | None]:
+    """Digests by core and the colour regression of a checkpoint, ({}, None) where it has none; raises InputError."""
+    try:
+        digests = {str(name): str(digest) for name, digest in content.get("cores", {}).get("digests", {}).items()}
+        stored = content.get("colour_regression")
+        regression = None if stored is None else ColourRegression.from_document(stored)
+    except AttributeError:
+        raise InputError(f"{path}: is damaged, the digests of its cores cannot be read") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if regression is not None and regression.names != names:
+        raise InputError(f"{path}: is damaged, its regression from colours is of other markers than its model")
+    return digests, regression
 
 
 def _device(name: str) -> torch.device:

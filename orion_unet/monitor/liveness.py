@@ -107,8 +107,8 @@ class Liveness:
         usually = f" (one usually takes {duration(typical)})" if typical > 0 else ""
         reason = f"no {what} has finished for {duration(quiet)}"
         message = (
-            f"{reason}{usually}, although the heartbeat goes on: a loader process is frozen, the storage of the data "
-            "does not answer, or another rank is lost"
+            f"{reason}{usually}, although the heartbeat goes on; likely causes: a frozen loader process, storage that "
+            "does not answer, a lost rank"
         )
         return Life("stalled", reason, age, Finding("stalled", WARNING, message, quiet, allowed, advice.STUCK))
 

@@ -68,8 +68,10 @@ class Report:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds left if every planned epoch takes as long as the recent ones; None if the run has ended."""
-        if self.epoch_s is None or self.planned is None or self.life.state in ENDED or not len(self.epochs):
+        """Seconds left if all planned epochs take as long as the recent ones; None if the run is over or stalled."""
+        if self.epoch_s is None or self.planned is None or not len(self.epochs):
+            return None
+        if self.life.state in (*ENDED, "stalled"):
             return None
         return max(self.planned - int(self.epochs[-1]), 0) * self.epoch_s
 

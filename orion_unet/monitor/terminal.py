@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,7 +65,7 @@ def view(report: Report, console: Console, height: int | None = None, footer: st
     """The report in the console's width, and in ``height`` lines if given; the tables are shortened first."""
     width = console.width
     head = _header(report, width, _blocks(console))
-    findings = _findings(report)
+    findings = _findings(report, width)
     foot = [Text(clean(note, width), style="dim") for note in report.notes]
     if footer:
         foot.append(Text(footer, style="dim", no_wrap=True, overflow="ellipsis"))
@@ -270,10 +272,10 @@ def _cell(name: str, value: float) -> str:
     return short_number(value, 2 if name == "lr" else 4)[:10]
 
 
-def _findings(report: Report) -> list[RenderableType]:
+def _findings(report: Report, width: int) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for finding in report.findings:
-        lines += _finding(finding, "bold red" if finding.severity == "warning" else "cyan")
+        lines += _finding(finding, width, "bold red" if finding.severity == "warning" else "cyan")
     for finding in report.config_findings:
         text = Text("option ", style="cyan")
         text.append(f"{finding.message}: {_advice(finding.advice)}", "default")
@@ -283,12 +285,14 @@ def _findings(report: Report) -> list[RenderableType]:
     return lines
 
 
-def _finding(finding: Finding, style: str) -> list[RenderableType]:
+def _finding(finding: Finding, width: int, style: str) -> list[RenderableType]:
     first = Text(f"{finding.severity} ", style=style)
     first.append(f"{finding.code}: ", "bold")
     first.append(clean(finding.message, 400), "default")
-    advice = _advice(finding.advice)
-    return [first, Text(f"  {advice}", style="italic")] if advice else [first]
+    # Broken between options, but not between an option and its value.
+    advice = re.sub(r"(--\w+) (?!-)", "\\1\xa0", _advice(finding.advice))
+    lines = textwrap.wrap(advice, max(width - 2, 20), break_on_hyphens=False)
+    return [first, *(Text("  " + line.replace("\xa0", " "), style="italic") for line in lines)]
 
 
 def _advice(items: Iterable[str]) -> str:

@@ -10,6 +10,8 @@ import numpy as np
 
 from orion_unet.config import TrainConfig
 from orion_unet.data.channels import parse_channel_weights
+from orion_unet.data.colour_regression import known_colour_regression
+from orion_unet.data.digests import core_digests
 from orion_unet.data.normalization import Normalization, known_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.patches import PatchReader, validation_patches
@@ -21,7 +23,11 @@ from orion_unet.errors import InputError
 
 @dataclass
 class Prepared:
-    """What rank 0 finds out about the data, for all ranks."""
+    """What rank 0 finds out about the data, for all ranks.
+
+    ``digests`` of the training and validation cores by name, and ``colour_regression``, the document of the baselines
+    fitted to the training cores, go into every checkpoint.
+    """
 
     table: PairTable
     split: Split
@@ -29,6 +35,8 @@ class Prepared:
     normalization: Normalization
     validation: np.ndarray
     channel_weights: list[float] | None
+    digests: dict[str, str]
+    colour_regression: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
 
 
@@ -61,7 +69,10 @@ def prepare_data(
         warnings.append(f"no signal in the training cores, trained as empty: {', '.join(normalization.empty)}")
     reader = PatchReader(table, scales, data.patch_size)
     places = validation_patches(reader, split.val, data, config.optimisation.seed)
-    return Prepared(table, split, scales, normalization, places, channel_weights, table.warnings + warnings)
+    digests = core_digests(table, [*split.train.tolist(), *split.val.tolist()])
+    regression = known_colour_regression(table, scales, normalization, split.train, data, progress)
+    warnings = table.warnings + warnings
+    return Prepared(table, split, scales, normalization, places, channel_weights, digests, regression, warnings)
 
 
 def _check_batches(config: TrainConfig, split: Split, ranks: int) -> None:

@@ -39,10 +39,7 @@ class SanityPanel:
         batch = transform(reader.read([PatchPlace(*row) for row in rows[:PATCHES]]), augment=False)
         self.he, self.target = batch.he, batch.target
         self.markers = _various_markers(self.target.transpose(0, 1).flatten(1).cpu())
-        self.ranges = [
-            max(SMALLEST_RANGE, float(np.quantile(self.target[:, marker].float().cpu().numpy(), DISPLAY_QUANTILE)))
-            for marker in self.markers
-        ]
+        self.ranges = [display_range(self.target[:, marker]) for marker in self.markers]
 
     @torch.inference_mode()
     def draw(self, model: nn.Module, run_dir: Path, epoch: int) -> Path:
@@ -86,6 +83,12 @@ class SanityPanel:
         figure.savefig(drawn, format="png", dpi=110)
         write_atomic(path, drawn.getvalue(), durable=False)
         return path
+
+
+def display_range(values: torch.Tensor) -> float:
+    """The value that is shown at full brightness, for measured values in [0, 1] of any shape."""
+    # NumPy's quantile: torch's refuses more than 2**24 values, which three large patches have.
+    return max(SMALLEST_RANGE, float(np.quantile(values.float().cpu().numpy(), DISPLAY_QUANTILE)))
 
 
 def _various_markers(values: torch.Tensor) -> list[int]:

@@ -114,6 +114,8 @@ def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, mo
         "normalization": prepared.normalization.document(),
         "channel_names": list(prepared.table.kept_names),
         "split": prepared.split.document(prepared.table),
+        "cores": {"digests": prepared.digests},
+        "colour_regression": prepared.colour_regression,
         "epoch": state.epoch,
         "best_val_loss": state.early_stopping.best,
     }

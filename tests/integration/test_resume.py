@@ -1,12 +1,14 @@
 """Interrupted, killed and damaged runs go on as if nothing had happened, bit for bit."""
 
 import errno
+import gc
 import json
 import os
 import random
 import signal
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -396,6 +398,28 @@ def test_more_ranks_interrupted_within_an_epoch_resume_to_the_same_end(ranks, st
         assert ended.code == 0, ended.err
         assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
     assert_equal_outcome(outcome(tmp_path / "run"), outcome(tmp_path / "straight"))
+
+
+def test_a_resumed_run_keeps_no_second_copy_of_its_state(train, monkeypatch):
+    made = train(**{**STATEFUL, "epochs": 2})
+    stored, alive = [], []
+    find = loop.find_earlier
+
+    def find_and_note(*given):
+        earlier = find(*given)
+        moments = earlier["optimizer"]["state"][0]["exp_avg"]
+        stored.extend(weakref.ref(tensor) for tensor in (earlier["model"]["head.weight"], moments))
+        return earlier
+
+    def epoch(self, number, before=Loop._epoch):
+        gc.collect()
+        alive.extend(reference() is not None for reference in stored)
+        before(self, number)
+
+    monkeypatch.setattr(loop, "find_earlier", find_and_note)
+    monkeypatch.setattr(Loop, "_epoch", epoch)
+    assert train(**STATEFUL, resume="auto").dir == made.dir
+    assert alive == [False, False]
 
 
 def test_changed_options_are_refused_with_their_list(train):

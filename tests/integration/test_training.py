@@ -250,6 +250,18 @@ def test_an_option_changes_the_training(options, train, plain_losses):
     assert strict_json(made.dir / "config.json")["options"].items() >= options.items()
 
 
+def test_every_checkpoint_knows_its_cores_by_their_content_and_the_baselines_they_give(train):
+    made = train(epochs=1)
+    config = strict_json(made.dir / "config.json")
+    found = [load(made.dir / "checkpoints" / name) for name in ("best.pt", "last.pt")]
+    for content in found:
+        assert content["cores"]["digests"].keys() == {"core_00", "core_01", "core_02", "core_03"}
+        assert len(set(content["cores"]["digests"].values())) == 4
+        assert content["colour_regression"]["names"] == config["channel_names"]
+        assert content["colour_regression"]["cores"] == 3
+    assert found[0]["cores"] == found[1]["cores"]
+
+
 def test_the_same_training_twice_is_the_same_bit_for_bit(train):
     assert losses(train("one", dropout=0.3).dir) == losses(train("two", dropout=0.3).dir)
 

@@ -5,10 +5,12 @@ import pytest
 import tifffile
 import torch
 from scipy import ndimage
+from scipy.special import expit, logit
+from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from orion_unet.errors import InputError
-from orion_unet.evaluation.cell_scores import best_cutoff, best_cutoffs, otsu_thresholds, published_f1, score_cells
+from orion_unet.evaluation.cell_scores import best_cutoff, best_cutoffs, otsu_thresholds, score_cells
 from orion_unet.evaluation.cells import (
     Cells,
     cell_means,
@@ -18,6 +20,7 @@ from orion_unet.evaluation.cells import (
     nuclear_marker,
     segment_nuclei,
 )
+from orion_unet.evaluation.intervals import leave_one_out
 
 CENTRES = [(20, 20), (20, 60), (50, 40), (80, 20), (80, 75)]
 
@@ -171,13 +174,20 @@ def test_scores_over_cells_equal_scikit_learn():
     assert np.isnan([*found.low["f1"], found.overall["f1"][1]]).all()
 
 
-def test_intervals_over_cells_are_those_of_the_cores_drawn():
-    cells, thresholds = draw_cells(cores=3), np.array([0.3, 0.3])
-    found = score_cells(cells, thresholds, np.array([0.3, 0.3]), np.eye(3))
+def test_intervals_over_cells_are_those_of_leaving_out_each_core():
+    cells, thresholds = draw_cells(cores=8), np.array([0.3, 0.3])
+    found = score_cells(cells, thresholds, np.array([0.3, 0.3]), leave_one_out([str(core) for core in range(8)]))
     positive, called = cells.measured[:, 0] > 0.3, cells.predicted[:, 0] > 0.3
-    singles = [f1_score(positive[cells.core == k], called[cells.core == k]) for k in range(3)]
-    expected = np.quantile(singles, [0.025, 0.975])
-    assert (found.low["f1"][0], found.high["f1"][0]) == pytest.approx(tuple(expected))
+    # On the scale without bounds, ln(f1 / (1 - f1)), of which Fisher's transform is half.
+    without = [logit(f1_score(positive[cells.core != k], called[cells.core != k])) for k in range(8)]
+    error = np.sqrt(7 / 8 * np.sum((without - np.mean(without)) ** 2))
+    ends = logit(f1_score(positive, called)) + student.ppf([0.025, 0.975], 7) * error
+    assert (found.low["f1"][0], found.high["f1"][0]) == pytest.approx(tuple(expit(ends)))
+    for metric, values in found.values.items():
+        assert (found.low[metric] < values).all()
+        assert (values < found.high[metric]).all()
+        value, low, high = found.overall[metric]
+        assert low < value < high
 
 
 def test_no_cells_have_no_scores():
@@ -191,9 +201,3 @@ def test_cells_of_several_cores_are_joined_in_order():
     joined = Cells.joined(parts, 2)
     assert joined.core.tolist() == [0, 0, 2, 2, 2]
     assert joined.measured[:, 0].tolist() == [2, 2, 3, 3, 3]
-
-
-def test_published_scores_are_found_under_usual_names():
-    assert published_f1("Pan-CK") == published_f1("pancytokeratin") == published_f1("PanCK") == 0.88
-    assert published_f1("CD3") == published_f1("CD3e") == 0.57
-    assert published_f1("Hoechst") is None

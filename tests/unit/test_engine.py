@@ -207,6 +207,20 @@ def test_a_gradient_that_is_not_finite_skips_the_step_although_the_loss_is():
     assert found.sums.reduced()["skipped_steps"] == 1
 
 
+def test_an_overflow_of_the_scaled_gradient_is_told_from_a_loss_that_is_not_finite():
+    trained = Trained()
+    trained.learner.precision = Precision(None, torch.amp.GradScaler("cpu", init_scale=2.0**13))
+    handle = trained.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    trained.epoch([batch(0)])
+    handle.remove()
+    trained.epoch([batch(1), spoiled(2)])
+    overflow, fine, not_finite = trained.reports
+    assert (overflow.bad, overflow.overflow) == (True, True)
+    assert (fine.bad, fine.overflow) == (False, False)
+    assert (not_finite.bad, not_finite.overflow, set(not_finite.culprits) >= {"mse"}) == (True, False, True)
+    assert trained.learner.precision.scaler.get_scale() == 2.0**11
+
+
 def test_ten_bad_steps_in_a_row_are_divergence():
     trained = Trained()
     trained.epoch([spoiled(seed) for seed in range(DIVERGED_AFTER - 1)] + [batch(0)])

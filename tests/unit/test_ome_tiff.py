@@ -1,6 +1,5 @@
 """Pyramidal OME-TIFF: what a reader finds in it, in bounded memory, whole or not at all."""
 
-import builtins
 import os
 import subprocess
 import sys
@@ -250,16 +249,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, image):
         write_ome_tiff(tmp_path / "nowhere" / "a.ome.tif", image, "abc")
 
 
-def test_a_missing_package_is_named_with_what_to_install(tmp_path, image, monkeypatch):
-    found = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name == "imagecodecs":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return found(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r'imagecodecs: pip install "orion-unet\[inference\]"'):
+@pytest.mark.parametrize(
+    ("module", "package"), [("tifffile",) * 2, ("imagecodecs",) * 2, ("skimage.color", "scikit-image")]
+)
+def test_a_missing_package_is_named_with_what_to_install(module, package, tmp_path, image, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=rf'{package} is needed for this: pip install "orion-unet\[inference\]"'):
         write_ome_tiff(tmp_path / "a.ome.tif", image, "abc")
 
 

@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr, rankdata, spearmanr
+from scipy.stats import t as student
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from orion_unet.errors import InputError
-from orion_unet.evaluation.scorecard import MEAN, MODEL, REGRESSION, csv_columns, csv_row, make_scorecard, verdicts
+from orion_unet.evaluation.intervals import leave_one_out
+from orion_unet.evaluation.scorecard import MEAN, MODEL, REGRESSION, make_scorecard, verdicts
 from orion_unet.evaluation.scores import (
+    RankBins,
+    counted_rank_scores,
     draw_pixels,
     overall,
     positive_thresholds,
-    rank_replicates,
     rank_scores,
     sampled_share,
     score_core,
@@ -99,23 +102,56 @@ def test_ranks_of_a_constant_are_undefined(predicted, measured):
     assert np.isnan(found["auc"]) == (not measured.any())
 
 
-def test_rank_replicates_equal_the_scores_of_the_cores_drawn():
+def test_counted_rank_scores_equal_the_scores_of_the_cores_counted():
     rng = np.random.default_rng(3)
     core = np.repeat([0, 1, 2], [3000, 2000, 4000])
     measured = rng.random(9000) ** 3 + 0.1 * core
     predicted = measured + 0.5 * rng.standard_normal(9000)
     positive = measured > 0.9
-    draws = np.array([[1, 1, 1], [2, 0, 1], [0, 3, 0]])
-    found = rank_replicates(predicted, measured, positive, core, draws.astype(float))
+    counts = np.array([[1, 1, 1], [2, 0, 1], [0, 3, 0]])
+    found = counted_rank_scores(predicted, measured, positive, core, counts.astype(float))
     ranks = rankdata(predicted), rankdata(measured)
-    for row, drawn in enumerate(draws):
-        index = np.concatenate([np.tile(np.flatnonzero(core == k), times) for k, times in enumerate(drawn)])
+    for row, times in enumerate(counts):
+        index = np.concatenate([np.tile(np.flatnonzero(core == k), count) for k, count in enumerate(times)])
         assert found["auc"][row] == pytest.approx(roc_auc_score(positive[index], predicted[index]), abs=1e-3)
         precision = average_precision_score(positive[index], predicted[index])
         assert found["average_precision"][row] == pytest.approx(precision, abs=5e-3)
         r = pearsonr(ranks[0][index], ranks[1][index]).statistic
         assert found["spearman"][row] == pytest.approx(r, abs=1e-9)
     assert found["spearman"][0] == pytest.approx(spearmanr(predicted, measured).statistic)
+
+
+@pytest.mark.parametrize("levels", [2, 40])
+def test_curves_with_few_distinct_predictions_are_exact(levels):
+    rng = np.random.default_rng(levels)
+    core = rng.integers(0, 3, 4000)
+    predicted = rng.integers(0, levels, 4000) / levels
+    positive = rng.random(4000) < 0.1 + 0.3 * predicted
+    bins = RankBins(predicted, positive, core, 3)
+    counts = np.array([[1, 1, 1], [0, 2, 1]], float)
+    for row, drawn in enumerate(counts.astype(int)):
+        index = np.concatenate([np.tile(np.flatnonzero(core == k), times) for k, times in enumerate(drawn)])
+        assert bins.auc(counts)[row] == pytest.approx(roc_auc_score(positive[index], predicted[index]))
+        expected = average_precision_score(positive[index], predicted[index])
+        assert bins.average_precision(counts)[row] == pytest.approx(expected)
+
+
+def test_curves_need_both_classes_in_the_resample():
+    positive = np.array([True, True, False, False])
+    bins = RankBins(np.array([0.9, 0.8, 0.1, 0.2]), positive, np.array([0, 0, 1, 1]), 2)
+    counts = np.array([[1, 1], [2, 0], [0, 2]], float)
+    assert bins.auc(counts)[0] == 1
+    assert np.isnan(bins.auc(counts)[1:]).all()
+    assert np.isnan(bins.average_precision(counts)[1:]).all()
+
+
+def test_a_rare_class_is_followed_finely():
+    rng = np.random.default_rng(1)
+    positive = np.arange(200_000) < 100
+    predicted = rng.standard_normal(200_000) + 3 * positive
+    bins = RankBins(predicted, positive, np.zeros(200_000, int), 1)
+    expected = average_precision_score(positive, predicted)
+    assert bins.average_precision(np.ones((1, 1)))[0] == pytest.approx(expected, abs=0.02)
 
 
 def test_sampled_pixels_are_distinct_cover_the_core_and_stay_the_same():
@@ -150,32 +186,54 @@ def test_a_threshold_that_cannot_be_used_is_named(given):
         positive_thresholds(given, ["A", "B"])
 
 
-def make_card(noise, draws=None):
-    """Three cores; the regression is a fixed, middling prediction."""
-    pairs = [draw_images(seed, noise=noise) for seed in range(3)]
-    middling = [draw_images(seed, noise=0.5)[0] for seed in range(3)]
-    mean = [np.broadcast_to(np.float32([[[0.5]], [[0.5]], [[0.0]]]), pairs[0][0].shape).copy() for _ in range(3)]
-    cores = {
+CORES = 9
+
+
+def make_card(noise, cores=CORES, left_out=None, spread=0.0):
+    """Cores of noise; the regression is a fixed, middling prediction. ``spread`` makes every other core noisier."""
+    pairs = [draw_images(seed, noise=noise + spread * (seed % 2)) for seed in range(cores)]
+    middling = [draw_images(seed, noise=0.5)[0] for seed in range(cores)]
+    mean = [np.broadcast_to(np.float32([[[0.5]], [[0.5]], [[0.0]]]), pairs[0][0].shape).copy() for _ in range(cores)]
+    scores = {
         MODEL: [scored(p, t) for p, t in pairs],
         MEAN: [scored(m, t) for m, (_, t) in zip(mean, pairs, strict=True)],
         REGRESSION: [scored(m, t) for m, (_, t) in zip(middling, pairs, strict=True)],
     }
     samples = [t.reshape(3, -1) for _, t in pairs]
-    return make_scorecard(("CD3e", "CD20", "Blank"), cores, samples, THRESHOLDS, draws)
+    return make_scorecard(("CD3e", "CD20", "Blank"), scores, samples, THRESHOLDS, left_out)
 
 
-def test_a_model_that_does_not_beat_its_baselines_is_told_so():
-    said = "\n".join(verdicts(make_card(noise=2.0)))
+ALL_UNITS = leave_one_out([str(core) for core in range(CORES)])
+
+
+def test_a_model_that_does_not_beat_its_baselines_is_said_not_to():
+    said = "\n".join(verdicts(make_card(2.0, left_out=ALL_UNITS)))
     assert "PSNR: the model does NOT beat the training mean overall" in said
     assert "Pearson: the model does NOT beat the regression from colours overall" in said
     assert "does NOT beat it for 2 of 2 markers: CD3e, CD20" in said
 
 
-def test_a_model_that_beats_its_baselines_is_not_scolded():
-    draws = np.array([[1, 1, 1], [2, 1, 0], [0, 1, 2]], float)
-    said = verdicts(make_card(0.05, draws))
+def test_a_model_that_beats_its_baselines_is_said_to():
+    said = verdicts(make_card(0.05, left_out=ALL_UNITS))
     assert len(said) == 3
     assert all("the model beats" in sentence for sentence in said)
+
+
+def test_a_difference_that_may_be_chance_is_no_verdict():
+    card = make_card(0.2, left_out=ALL_UNITS, spread=0.6)
+    _, low, high = card.gain(REGRESSION, "psnr_db")
+    assert low < 0 < high
+    said = "\n".join(verdicts(card))
+    assert "PSNR: the model and the regression from colours are not told apart overall" in said
+    assert "Not told apart for 2 of 2 markers: CD3e, CD20" in said
+
+
+@pytest.mark.parametrize("noise", [0.05, 2.0])
+def test_without_intervals_there_is_no_verdict(noise):
+    said = verdicts(make_card(noise, cores=3))
+    assert len(said) == 3
+    assert all("too few groups to tell the model from" in sentence for sentence in said)
+    assert "beat" not in "".join(said)
 
 
 def test_compared_numbers_are_means_over_the_same_markers():
@@ -185,23 +243,19 @@ def test_compared_numbers_are_means_over_the_same_markers():
     assert f"({both:.1f} against" in verdicts(card)[0]
 
 
-def test_rows_of_scores_csv_fit_their_columns_with_and_without_a_regression():
-    card = make_card(0.2)
-    assert len(csv_columns(card)) == len(csv_row(card, 0)) == len(csv_row(card, None))
-    del card.values[REGRESSION]
-    row = dict(zip(csv_columns(card), csv_row(card, 0), strict=True))
-    assert np.isnan(row["regression_pearson"])
-    assert row["mean_psnr_db"] == pytest.approx(card.values[MEAN]["psnr_db"][0])
+def test_the_interval_of_a_gain_is_that_of_the_jackknife_of_the_paired_difference():
+    value, low, high = make_card(0.2, left_out=ALL_UNITS).gain(REGRESSION, "pearson", 0)
+    images = [(draw_images(s, noise=0.2), draw_images(s, noise=0.5)[0]) for s in range(CORES)]
 
+    def gain(cores):
+        p, m, t = (
+            np.concatenate([part(images[core])[0].ravel() for core in cores]).astype(float)
+            for part in (lambda core: core[0][0], lambda core: core[1], lambda core: core[0][1])
+        )
+        return pearsonr(p, t).statistic - pearsonr(m, t).statistic
 
-def test_the_interval_of_a_gain_is_that_of_paired_resamples():
-    draws = np.eye(3)
-    card = make_card(0.2, draws)
-    value, low, high = card.gain(REGRESSION, "pearson", 0)
-    singles = [
-        pearsonr(draw_images(s, noise=0.2)[0][0].ravel(), draw_images(s)[1][0].ravel()).statistic
-        - pearsonr(draw_images(s, noise=0.5)[0][0].ravel(), draw_images(s)[1][0].ravel()).statistic
-        for s in range(3)
-    ]
-    assert (low, high) == pytest.approx(tuple(np.quantile(singles, [0.025, 0.975])))
-    assert low < value < high
+    without = [gain([core for core in range(CORES) if core != left]) for left in range(CORES)]
+    error = np.sqrt((CORES - 1) / CORES * np.sum((without - np.mean(without)) ** 2))
+    reach = student.ppf(0.975, CORES - 1) * error
+    assert value == pytest.approx(gain(range(CORES)), abs=1e-6)
+    assert (low, high) == pytest.approx((value - reach, value + reach), abs=1e-6)
