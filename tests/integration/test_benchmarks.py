@@ -53,6 +53,7 @@ def unet_sizes(width, side, channels):
     return weights, multiplications
 
 
+@pytest.mark.slow
 def test_train_step(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *TINY_STEP, "--repeats", "1", "--json"]
     command += ["--without_monai", "--optimizers", "--memory_format", "both", "--device", "cpu"]

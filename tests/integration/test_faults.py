@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("case", ["kills", "bad_numbers", "two_writers", "file_size", "full_disk"])
+@pytest.mark.slow
 def test_a_run_survives(case):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--kills", "2", "--only", case, "--no_write"]

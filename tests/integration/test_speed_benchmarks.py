@@ -45,6 +45,7 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_data_pipeline_measures_the_pairs_it_is_given(write_pairs):
     tiny = ("--patch_size", 16, "--batch_size", 2, "--patches", 8, "--repeats", 2, "--num_workers", 2)
     found = json.loads(run_benchmark("data_pipeline", "--pairs_dir", write_pairs(), *tiny, "--cold", "--json"))
@@ -90,6 +91,7 @@ def test_data_pipeline_counts_every_patch_once_and_leaves_the_first_pass_out(ben
     assert found["fraction_of_raw_copy"] == found["fraction_of_raw_crop"] == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_epoch_measures_one_rank_and_two_with_the_same_global_batch(write_pairs):
     tiny = ("--patch_size", 16, "--batch_size", 4, "--base_features", 2, "--steps", 2, "--repeats", 1)
     found = json.loads(run_benchmark("epoch", "--pairs_dir", write_pairs(), *tiny, "--json"))
@@ -130,6 +132,7 @@ def test_epoch_takes_the_median_of_ratios_of_neighbours_without_the_first(benchm
     assert found["data_wait_fraction"] == 0.25
 
 
+@pytest.mark.slow
 def test_start_up_takes_the_way_to_the_first_step_apart(write_pairs):
     found = json.loads(run_benchmark("start_up", "--pairs_dir", write_pairs(size=(160, 160)), "--repeats", 1, "--json"))
     first = found["launch"]["first"]

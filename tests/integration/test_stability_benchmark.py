@@ -34,6 +34,7 @@ def quick(output, *words):
     )
 
 
+@pytest.mark.slow
 def test_the_quick_form_runs_end_to_end_and_repeats_nothing(tmp_path):
     words = ("--only", "former", "stable", "stable, loss in the centre", "--seeds", "1")
     done = quick(tmp_path, *words)
@@ -58,6 +59,7 @@ def test_the_quick_form_runs_end_to_end_and_repeats_nothing(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("monai") is not None, reason="MONAI is installed, so nothing fails")
+@pytest.mark.slow
 def test_a_recipe_that_fails_is_reported_and_the_others_go_on(tmp_path):
     done = quick(tmp_path, "--only", "stable", "BasicUNet, MSE, Adam", "--seeds", "1")
     assert done.returncode == 1

@@ -180,6 +180,7 @@ def test_channels_last_gives_the_same_gradients(norm):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_prediction_and_gradients():
     torch.manual_seed(1)
     model = SpatialUNet(2, base_features=4, depth=1, use_boundary_guidance=True).to(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from monitor_runs import epoch_record, former_losses, write_run
@@ -109,6 +110,7 @@ documents = st.one_of(
     st.integers(20, 200),
     st.integers(5, 60),
 )
+@pytest.mark.slow
 def test_no_log_crashes_the_monitor(lines, status, config, width, height):
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -176,6 +176,7 @@ def run_python(script, *arguments):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory that Linux tells")
+@pytest.mark.slow
 def test_memory_stays_far_below_the_size_of_the_image(tmp_path):
     shape = (4, 4096, 4096)
     np.lib.format.open_memmap(tmp_path / "big.npy", "w+", np.float32, shape).flush()
