@@ -14,7 +14,7 @@ from tiny_runs import LAUNCH, ROOT, environments, read_metrics, read_status, tra
 from orion_unet.checkpoint import load
 
 # All ranks must be gone so many seconds after one of them.
-GONE_S = 30
+GONE_S = 90
 
 
 @pytest.fixture(scope="module")

@@ -296,7 +296,7 @@ SOURCE = '. scripts/environment.sh "$1" && echo "$PYTHON"'
 
 
 def test_the_active_environment_is_used_where_it_suffices(call, copied):
-    for extra in ("", "", "test"):
+    for extra in ("", "", "inference"):
         ended = call("bash", "-c", SOURCE, "bash", extra, cwd=copied, PYTHON=sys.executable)
         assert (ended.code, ended.out.strip(), ended.err) == (0, sys.executable, "")
     assert not (copied / ".venv").exists()
@@ -530,7 +530,7 @@ def test_a_machine_without_a_fit_python_is_told_so(bare, copied):
 
 def test_requirements_are_compared_by_number(copied, call):
     script = copied / "scripts" / "check_requirements.py"
-    assert call(sys.executable, script, "test", cwd=copied).code == 0
+    assert call(sys.executable, script, "inference", cwd=copied).code == 0
     project = copied / "pyproject.toml"
     text = project.read_text()
     project.write_text(text.replace("numpy>=1.26", "numpy>=999.1").replace("tqdm>=4.66", "no-such-package>=1"))
