@@ -22,10 +22,10 @@ from orion_unet.evaluation.files import FILES, write_files
 from orion_unet.evaluation.intervals import leave_one_out, why_no_interval
 from orion_unet.evaluation.patches import PatchGallery
 from orion_unet.evaluation.results import Evaluation
-from orion_unet.evaluation.score_tables import cell_table, marker_table, show
 from orion_unet.evaluation.scorecard import MEAN, MODEL, REGRESSION, make_scorecard, verdicts
 from orion_unet.evaluation.scored_folder import FolderOptions, Region, ScoredFolder, open_folder
 from orion_unet.evaluation.scores import CoreScores, draw_pixels, positive_thresholds, sampled_share, score_core, take
+from orion_unet.evaluation.tables import cell_table, marker_table, show
 from orion_unet.extras import needed
 from orion_unet.inference.model import load_trained
 from orion_unet.run_log import CHECKPOINT_DIR
