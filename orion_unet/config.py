@@ -155,7 +155,12 @@ class OptimisationOptions:
 class RuntimeOptions:
     """runtime: devices, precision, restarts"""
 
-    use_amp: bool = option(False, "mixed precision: bfloat16 where the GPU has it, else float16 with a gradient scaler")
+    use_amp: bool = option(False, "mixed precision on a GPU; amp_dtype names its type")
+    amp_dtype: str = option(
+        "auto",
+        "auto: bfloat16 where the GPU has it, else float16; float16 comes with a gradient scaler",
+        choices=("auto", "bfloat16", "float16"),
+    )
     gpus: int | None = option(
         None, "GPUs of this machine to use; 0 = CPU; auto = all visible", minimum=0, metavar="N|auto", fixed=False
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ import torch
 from orion_unet.data.loaders import BatchLoader
 from orion_unet.data.patches import RawBatch
 from orion_unet.data.transforms import Batch, BatchTransform
+
+# Steps that a GPU may still have to do when the host prepares another batch.
+AHEAD = 2
 
 
 class DeviceGaps:
@@ -43,10 +47,10 @@ class DeviceGaps:
 class DeviceBatches:
     """Iterates over a loader and transforms each batch on the device.
 
-    On a GPU, copies and transforms run on a separate stream, in parallel with the previous training step. ``wait_s`` is
-    the time of the last pass in which the device could do nothing but wait for a batch: on a CPU the time spent waiting
-    for the loader; on a GPU, whose host runs ahead of it, the time by its own clock from the end of a step to the
-    moment when the next batch is ready.
+    On a GPU, copies and transforms run on a separate stream, in parallel with the previous step; no more than AHEAD
+    steps are waiting for the device when the next batch is prepared. ``wait_s`` is the time of the last pass in which
+    the device could do nothing but wait for a batch: on a CPU the time spent waiting for the loader; on a GPU, whose
+    host runs ahead of it, the time by its own clock from the end of a step to the moment when the next batch is ready.
     """
 
     def __init__(self, loader: BatchLoader, transform: BatchTransform, augment: bool) -> None:
@@ -59,48 +63,57 @@ class DeviceBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         self.wait_s = 0.0
-        copied: deque[torch.cuda.Event] = deque()
-        if self._stream is not None:
-            # A new pass overwrites the slots of the last one: wait for its copies.
-            self._stream.synchronize()
-        gaps = DeviceGaps()
-        started, ended = time.perf_counter(), self._moment()
+        return self._in_turn() if self._stream is None else self._beside_steps(self._stream)
+
+    def _in_turn(self) -> Iterator[Batch]:
+        started = time.perf_counter()
         for raw in self.loader:
             self.wait_s += time.perf_counter() - started
-            batch = self._prepare(raw)
-            if self._stream is not None:
-                gaps.add(ended, self._moment(self._stream))
-            yield batch
-            if self._stream is not None:
-                ended = self._moment()
-                copied.append(self._stream.record_event())
-                if len(copied) > 1:
-                    # The slot is overwritten two batches later. This copy has normally long finished.
-                    copied.popleft().synchronize()
+            yield self.transform(raw, self.augment)
             started = time.perf_counter()
         self.wait_s += time.perf_counter() - started
-        if self._stream is not None:
-            self.wait_s = gaps.total_s()
 
-    def _moment(self, stream: torch.cuda.Stream | None = None) -> torch.cuda.Event | None:
-        """An event with the device's clock on a stream, or on the one that trains; None on a CPU."""
-        if self._stream is None:
-            return None
+    def _beside_steps(self, stream: torch.cuda.Stream) -> Iterator[Batch]:
+        # A new pass overwrites the slots of the last one: wait for its copies.
+        stream.synchronize()
+        gaps = DeviceGaps()
+        prepared: deque[torch.cuda.Event] = deque()
+        launched: deque[torch.cuda.Event] = deque()
+        ended = self._moment()
+        for raw in self.loader:
+            batch = self._prepare(raw, stream)
+            prepared.append(self._moment(stream))
+            gaps.add(ended, prepared[-1])
+            yield batch
+            ended = self._moment()
+            launched.append(ended)
+            if len(prepared) > 1:
+                # The slot is overwritten two batches later. This copy has normally long finished.
+                prepared.popleft().synchronize()
+            if len(launched) > AHEAD:
+                # In validation nothing else holds the host back: it would fill the memory with batches.
+                launched.popleft().synchronize()
+        self.wait_s = gaps.total_s()
+
+    def _moment(self, stream: torch.cuda.Stream | None = None) -> torch.cuda.Event:
+        """An event with the device's clock on a stream; default: the one that the steps run on."""
         event = torch.cuda.Event(enable_timing=True)
         (stream or torch.cuda.current_stream(self.transform.device)).record_event(event)
         return event
 
     def close(self) -> None:
         """End the loader's processes."""
+        if self._stream is not None:
+            # A pass that was broken off may still be copying. After an error of the device, so does this wait fail.
+            with suppress(RuntimeError):
+                self._stream.synchronize()
         self.loader.close()
 
-    def _prepare(self, raw: RawBatch) -> Batch:
-        if self._stream is None:
-            return self.transform(raw, self.augment)
-        with torch.cuda.stream(self._stream):
+    def _prepare(self, raw: RawBatch, stream: torch.cuda.Stream) -> Batch:
+        with torch.cuda.stream(stream):
             batch = self.transform(raw, self.augment)
         current = torch.cuda.current_stream(self.transform.device)
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)
         for tensor in (batch.he, batch.target, batch.boundary):
             # Keep the allocator from reusing the memory while the training stream still reads it.
             tensor.record_stream(current)

@@ -68,7 +68,7 @@ class BatchTransform:
 
     def __call__(self, raw: RawBatch, augment: bool) -> Batch:
         """Move a stored batch to the device and turn it into a network batch."""
-        geometry = raw.geometry.tolist() if augment else None
+        geometry = self._geometry(raw.geometry) if augment else None
         he = self._channels_first(raw.he, "he", geometry).div_(self.formats["he"].white)
         target = self._channels_first(raw.orion, "orion", geometry)
         if self.kept is not None:
@@ -88,7 +88,11 @@ class BatchTransform:
             he = jitter_colour(he, raw.colour)
         return Batch(he.contiguous(memory_format=self.memory_format), target, boundary, raw.core)
 
-    def _channels_first(self, stored: Tensor, modality: str, geometry: list[list[bool]] | None) -> Tensor:
+    def _geometry(self, drawn: Tensor) -> Tensor | list[list[bool]]:
+        """Flips and turns as ``_channels_first`` needs them: for a GPU on the device, without waiting for it."""
+        return drawn.tolist() if self.device.type == "cpu" else drawn.to(self.device, non_blocking=True)
+
+    def _channels_first(self, stored: Tensor, modality: str, geometry: Tensor | list[list[bool]] | None) -> Tensor:
         """The images (B, C, P, P) as float32 in new memory, each flipped and turned by its row of geometry.
 
         One pass turns the stored values and converts them to float; turning floats would take several more passes.
@@ -99,9 +103,9 @@ class BatchTransform:
         images = torch.empty(moved.shape, device=self.device, memory_format=self.memory_format)
         if geometry is None:
             return images.copy_(moved)
-        if self.device.type == "cuda":
+        if isinstance(geometry, Tensor):
             # A few launches for the batch instead of a few for each image.
-            turned = turn_batch(images.copy_(moved), torch.tensor(geometry, device=self.device))
+            turned = turn_batch(images.copy_(moved), geometry)
             return turned.contiguous(memory_format=self.memory_format)
         for image, source, row in zip(images, moved, geometry, strict=True):
             image.copy_(turn(source, row))

@@ -34,6 +34,7 @@ from orion_unet.models.unet import SpatialUNet, memory_format
 from orion_unet.training import run_folder
 from orion_unet.training.averages import ModelEma, RunningStatistics
 from orion_unet.training.console import Console
+from orion_unet.training.devices import autocast_dtype
 from orion_unet.training.engine import Learner, Precision, settle_buckets
 from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, automatic_rate, build_optimizer
 from orion_unet.training.prepare import Prepared, planned_steps
@@ -141,12 +142,11 @@ def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, s
 
 
 def _precision(config: TrainConfig, device: torch.device) -> Precision:
-    if not config.runtime.use_amp or device.type != "cuda":
-        return Precision()
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return Precision(torch.bfloat16)
+    dtype = autocast_dtype(config.runtime, device)
+    if dtype != torch.float16:
+        return Precision(dtype)
     # The default first scale of 65,536 would cost the first steps: 2^13 rarely overflows and grows by itself.
-    return Precision(torch.float16, torch.amp.GradScaler("cuda", init_scale=2.0**13))
+    return Precision(dtype, torch.amp.GradScaler(device.type, init_scale=2.0**13))
 
 
 def build_loss(config: TrainConfig, prepared: Prepared, device: torch.device) -> CompositeLoss:

@@ -18,7 +18,8 @@ NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
 def choose_device(options: RuntimeOptions) -> torch.device:
-    """The GPU of this rank, or the CPU where there is none or ``--gpus 0``; raises InputError.
+    """The GPU of this rank, or the CPU where there is none or ``--gpus 0``; raises InputError, also where the GPU
+    lacks the type of mixed precision that is wanted.
 
     Under a launcher rank i of a machine takes GPU i. Alone, one GPU (several are started as ranks before this).
     """
@@ -38,7 +39,22 @@ def choose_device(options: RuntimeOptions) -> torch.device:
         )
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
+    autocast_dtype(options, device)
     return device
+
+
+def autocast_dtype(options: RuntimeOptions, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision on a device, None for plain float32; raises InputError where the GPU has no such
+    type."""
+    if not options.use_amp or device.type != "cuda":
+        return None
+    # Emulated bfloat16, which some older GPUs have, is slow and does not count.
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if options.amp_dtype == "bfloat16" and not has_bfloat16:
+        raise InputError(
+            f"--amp_dtype bfloat16: {torch.cuda.get_device_name(device)} does not have it; use float16 or auto"
+        )
+    return torch.float16 if options.amp_dtype == "float16" or not has_bfloat16 else torch.bfloat16
 
 
 def device_warning(device: torch.device, options: RuntimeOptions) -> list[str]:

@@ -199,6 +199,7 @@ SHOWN_BY = {
     "output_dir": "every test here",
     "gpus": "test_a_gpu_that_is_not_there_is_bad_input",
     "use_amp": "test_mixed_precision_on_a_cpu_is_left_out_with_a_note",
+    "amp_dtype": "tests/unit/test_devices.py",
     "epochs": "test_every_line_of_the_metrics_has_every_key_and_adds_up",
     "split_file": "test_a_split_file_repeats_an_earlier_split",
     "groups_csv": "test_groups_stay_together",

@@ -69,6 +69,7 @@ DEFAULTS = {
     },
     "runtime": {
         "use_amp": False,
+        "amp_dtype": "auto",
         "gpus": None,
         "compile": False,
         "deterministic": False,
@@ -95,6 +96,7 @@ CHOICES = {
     "output_start": ("mean", "half"),
     "variance_form": ("target", "exponential"),
     "scheduler": ("plateau", "cosine", "constant"),
+    "amp_dtype": ("auto", "bfloat16", "float16"),
 }
 
 
@@ -218,6 +220,7 @@ BAD_VALUES = [
     ("--seed", str(2**63)),
     ("--seed", "1" + "0" * 400),
     ("--gpus", "-1"),
+    ("--amp_dtype", "float64"),
     ("--sanity_check_freq", "-1"),
     ("--early_stopping_patience", "-1"),
     ("--output_dir", ""),
