@@ -143,7 +143,15 @@ def speed(folder: Path, model: TrainedModel, size: int, repeats: int) -> dict[st
         kind: statistics.median(f / value for f, value in zip(found["forward"], found[kind], strict=True))
         for kind in ("npy", "ome-tiff")
     }
-    return {"pixels": size * size, "markers": len(model.names), "mp_per_s": rates, "over_forward": ratios}
+    tiling = choose_tiling(model, (size, size))
+    return {
+        "pixels": size * size,
+        "markers": len(model.names),
+        "tile": tiling.tile,
+        "overlap": tiling.overlap,
+        "mp_per_s": rates,
+        "over_forward": ratios,
+    }
 
 
 # VmHWM is the peak of the program itself; ru_maxrss begins at that of the process that started it.
@@ -235,8 +243,11 @@ def slide(folder: Path, size: int, keep: bool) -> dict[str, Any]:
     write_slide(source, size, size)
     peak, seconds = peak_memory(model, source, folder / "slide", "--format", "ome-tiff", "--overwrite")
     result = folder / "slide" / "slide.ome.tiff"
+    tiling = choose_tiling(load_trained(model, "cpu"), (size, size))
     found = {
         "size": size,
+        "tile": tiling.tile,
+        "overlap": tiling.overlap,
         "seconds": seconds,
         "mp_per_s": size * size / 1e6 / seconds,
         "peak_mb": peak,
@@ -390,7 +401,11 @@ def report(found: dict[str, Any]) -> str:
     lines = ["# Prediction: speed, memory, seams", "", found["machine"], ""]
     if "speed" in found:
         part = found["speed"]
-        lines += [f"{part['pixels'] / 1e6:.1f} megapixels, {part['markers']} markers, {found['network']}.", ""]
+        lines += [
+            f"{part['pixels'] / 1e6:.1f} megapixels, {part['markers']} markers, {found['network']}, tiles of "
+            f"{part['tile']} with an overlap of {part['overlap']}, without overview.",
+            "",
+        ]
         lines += ["| | megapixels/s | over the bare network |", "| --- | --- | --- |"]
         lines += [f"| bare network, same tiles | {part['mp_per_s']['forward']:.3f} | 1 |"]
         lines += [
@@ -415,8 +430,9 @@ def report(found: dict[str, Any]) -> str:
         part = found["slide"]
         lines += [
             f"A slide of {part['size']:,} x {part['size']:,} pixels (tiled JPEG, {part['input_mb']:.0f} MB), "
-            f"4 markers, a tiny network: {part['seconds']:.0f} s ({part['mp_per_s']:.2f} MP/s), "
-            f"peak memory {part['peak_mb']:.0f} MB, output {part['output_mb']:.0f} MB.",
+            f"4 markers, a tiny network, tiles of {part['tile']} with an overlap of {part['overlap']}, with overview: "
+            f"{part['seconds']:.0f} s ({part['mp_per_s']:.2f} MP/s), peak memory {part['peak_mb']:.0f} MB, "
+            f"output {part['output_mb']:.0f} MB.",
             "",
         ]
     if "reading" in found:

@@ -381,6 +381,38 @@ class PredictOptions:
 
 
 @dataclass(frozen=True)
+class EvaluateOptions:
+    """evaluation: which model, on which cores, by which measures"""
+
+    checkpoint: Path = option(None, "a run folder (its best.pt), or a .pt file", metavar="RUN|FILE", required=True)
+    pairs_dir: Path = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", required=True)
+    split: str = option(
+        "val",
+        "cores to score: held out (those new to the model included), trained on, or all; cores of the training are "
+        "recognised by their H&E, whatever their names",
+        choices=("val", "train", "all"),
+    )
+    output_dir: Path | None = option(
+        None, "where scores and figures go; default: the folder evaluation in the run", metavar="DIR"
+    )
+    positive_threshold: str | None = option(
+        None,
+        "a pixel or cell is positive above it, in the normalised range; default: 0.5 for pixels, for cells Otsu's "
+        "threshold of the training cells",
+        metavar="X|NAME=X,...",
+    )
+    cells: str | None = option(
+        None,
+        "also score cells: nuclei found in the measured nuclear marker, or with DIR those of its label files "
+        "NAME_LABELS.npy or NAME_LABELS.tif, integers (H, W)",
+        metavar="DIR",
+        const="",
+    )
+    nuclear_marker: str | None = option(None, "marker that shows nuclei; default: found by its name", metavar="NAME")
+    overwrite: bool = option(False, "replace an earlier evaluation in the output folder")
+
+
+@dataclass(frozen=True)
 class CheckDataOptions:
     """inspection: what to look at, and what to write"""
 

@@ -1,5 +1,6 @@
 """Tiny pairs on disk in any layout and dtype, and the objects that read them."""
 
+import gc
 import os
 from types import SimpleNamespace
 
@@ -12,7 +13,6 @@ from orion_unet.config import DataOptions
 from orion_unet.data.pairs import find_pairs
 from orion_unet.data.patches import PatchReader
 from orion_unet.data.scale import measure_scales
-from orion_unet.distributed import usable_cores
 
 # A busy machine must not fail a test: no deadlines, and the same examples in every run.
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
@@ -20,9 +20,15 @@ settings.load_profile("steady")
 
 GLASS = 240
 
-# Side by side, the processes of pytest-xdist share the cores.
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
-    torch.set_num_threads(max(1, usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+# Here and in every process that a test starts: for tensors this small, threads cost more than they bring, and on a busy
+# machine they wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now out of every garbage collection: all of torch, for a start."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,13 +6,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
 
-from orion_unet.cli.arguments import EXIT_OK, Parser
-from orion_unet.config import DataOptions
-
-READING = ("channel_names", "exclude_channels", "he_layout", "orion_layout", "groups_csv")
+from orion_unet.cli.arguments import EXIT_OK, Parser, add_options, add_reading_options
+from orion_unet.config import READING, DeviceOptions, EvaluateOptions
+from orion_unet.options import checked
 
 
 def parser() -> Parser:
@@ -25,64 +22,22 @@ def parser() -> Parser:
         "stays empty. Intervals need at least 8 cores, or 8 groups where cores come in groups. They are nominally 95 % "
         "intervals; in simulations they cover the truth in 88 to 96 % of the cases.",
     )
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="RUN|FILE", help="a run folder (its best.pt), or a .pt file")
-    add("--pairs_dir", type=Path, required=True, metavar="DIR", help="folder of NAME_HE.npy / NAME_ORION.npy pairs")
-    add(
-        "--split",
-        choices=("val", "train", "all"),
-        default="val",
-        help="cores to score: held out (those new to the model included), trained on, or all; cores of the training "
-        "are recognised by their H&E, whatever their names; default: val",
-    )
-    add(
-        "--output_dir",
-        type=Path,
-        metavar="DIR",
-        help="where scores and figures go; default: the folder evaluation in the run",
-    )
-    add(
-        "--positive_threshold",
-        metavar="X|NAME=X,...",
-        help="a pixel or cell is positive above it, in the normalised range; default: 0.5 for pixels, for cells Otsu's "
-        "threshold of the training cells",
-    )
-    add(
-        "--cells",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="also score cells: nuclei found in the measured nuclear marker, or with DIR those of its label files "
-        "NAME_LABELS.npy or NAME_LABELS.tif, integers (H, W)",
-    )
-    add("--nuclear_marker", metavar="NAME", help="marker that shows nuclei; default: told from the names")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N; default: auto")
-    add("--use_amp", action="store_true", help="mixed precision on a GPU")
-    add("--overwrite", action="store_true", help="replace an earlier evaluation in the output folder")
-    section = parser.add_argument_group("how the folder is read (default: as in training)")
-    for field in fields(DataOptions):
-        if field.name in READING:
-            choices = field.metadata["choices"] or None
-            section.add_argument(
-                f"--{field.name}",
-                choices=choices,
-                metavar=None if choices else field.metadata["metavar"],
-                help=field.metadata["text"].replace("%", "%%"),
-            )
+    add_options(parser, EvaluateOptions)
+    add_options(parser, DeviceOptions)
+    add_reading_options(parser, trained=True)
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Run evaluate. Returns the exit code; raises InputError and RunError."""
-    given = parser().parse_args(argv)
+    given = vars(parser().parse_args(argv))
+    options, where = checked(EvaluateOptions, given), checked(DeviceOptions, given)
     # Only now: --help should not wait for torch.
     from orion_unet.evaluation.evaluate import evaluate
-    from orion_unet.evaluation.results import EvaluateOptions
     from orion_unet.evaluation.scored_folder import FolderOptions
 
-    values = vars(given)
-    folder = FolderOptions(**{name: values.pop(name) for name in READING})
-    output = evaluate(EvaluateOptions(**values, folder=folder), _say, _progress)
+    reading = FolderOptions(**{name: given[name] for name in READING if name in given})
+    output = evaluate(options, where, reading, _say, _progress)
     print(f"Written to {output}")
     return EXIT_OK
 

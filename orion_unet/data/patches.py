@@ -27,14 +27,13 @@ class RawBatch(NamedTuple):
     """A batch as stored: bytes are copied and nothing is computed.
 
     ``he`` and ``orion`` are (B, P, P, C) or (B, C, P, P) in the folder's dtypes. ``core`` (B,) int64 is the index of
-    the core, ``position`` (B, 2) int64 the upper left corner (y, x), ``geometry`` (B, 3) bool (flip rows, flip
-    columns, transpose), ``colour`` (B, 8) float32 the drawn jitter (zeros: none).
+    the core, ``geometry`` (B, 3) bool (flip rows, flip columns, transpose), ``colour`` (B, 8) float32 the drawn jitter
+    (zeros: none).
     """
 
     he: torch.Tensor
     orion: torch.Tensor
     core: torch.Tensor
-    position: torch.Tensor
     geometry: torch.Tensor
     colour: torch.Tensor
 
@@ -58,10 +57,9 @@ class PatchPlace:
 
 
 def describe(places: list[PatchPlace]) -> tuple[np.ndarray, ...]:
-    """The fields of a RawBatch other than the images: core, position, geometry, colour."""
+    """The fields of a RawBatch other than the images: core, geometry, colour."""
     return (
         np.array([place.core for place in places], np.int64),
-        np.array([(place.y, place.x) for place in places], np.int64).reshape(-1, 2),
         np.array([place.geometry for place in places], bool).reshape(-1, 3),
         np.array([place.colour for place in places], np.float32).reshape(-1, 8),
     )

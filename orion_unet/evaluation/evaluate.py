@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from orion_unet.config import DeviceOptions, EvaluateOptions
 from orion_unet.data.patches import PatchReader
 from orion_unet.data.scale import Progress, no_progress
 from orion_unet.errors import InputError, RunError
@@ -20,9 +21,9 @@ from orion_unet.evaluation.cells import CellFinder, Cells, reads_images
 from orion_unet.evaluation.files import FILES, write_files
 from orion_unet.evaluation.intervals import leave_one_out, why_no_interval
 from orion_unet.evaluation.patches import PatchGallery
-from orion_unet.evaluation.results import EvaluateOptions, Evaluation
+from orion_unet.evaluation.results import Evaluation
 from orion_unet.evaluation.scorecard import MEAN, MODEL, REGRESSION, make_scorecard, verdicts
-from orion_unet.evaluation.scored_folder import Region, ScoredFolder, open_folder
+from orion_unet.evaluation.scored_folder import FolderOptions, Region, ScoredFolder, open_folder
 from orion_unet.evaluation.scores import CoreScores, draw_pixels, positive_thresholds, sampled_share, score_core, take
 from orion_unet.evaluation.tables import cell_table, marker_table, show
 from orion_unet.extras import needed
@@ -35,7 +36,13 @@ OUTPUT_FOLDER = "evaluation"
 Say = Callable[[str], None]
 
 
-def evaluate(options: EvaluateOptions, say: Say, progress: Progress = no_progress) -> Path:
+def evaluate(
+    options: EvaluateOptions,
+    where: DeviceOptions,
+    reading: FolderOptions,
+    say: Say,
+    progress: Progress = no_progress,
+) -> Path:
     """Score a checkpoint on a folder of pairs and write scores, figures and tables; returns the folder they are in.
 
     Raises InputError for a checkpoint, folder or option that cannot be used, RunError where the result cannot be
@@ -47,8 +54,8 @@ def evaluate(options: EvaluateOptions, say: Say, progress: Progress = no_progres
 
     _require_packages(options)
     output_dir = _output_dir(options)
-    model = load_trained(options.checkpoint, options.device, options.use_amp)
-    folder = open_folder(model, options.pairs_dir, options.folder, progress)
+    model = load_trained(options.checkpoint, where.device, where.use_amp)
+    folder = open_folder(model, options.pairs_dir, reading, progress)
     found = _score(options, folder, say_clean, progress)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

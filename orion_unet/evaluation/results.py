@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
+from orion_unet.config import EvaluateOptions
 from orion_unet.evaluation.baselines import Baselines
 from orion_unet.evaluation.cell_scores import CellResult
 from orion_unet.evaluation.patches import ScoredPatch
 from orion_unet.evaluation.scorecard import Scorecard
-from orion_unet.evaluation.scored_folder import FolderOptions, ScoredFolder
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What ``evaluate`` is asked for. ``cells`` is None (no cells), "" (nuclei are found) or a folder of labels."""
-
-    checkpoint: Path
-    pairs_dir: Path
-    split: str = "val"
-    output_dir: Path | None = None
-    positive_threshold: str | None = None
-    cells: str | None = None
-    nuclear_marker: str | None = None
-    device: str = "auto"
-    use_amp: bool = False
-    overwrite: bool = False
-    folder: FolderOptions = field(default_factory=FolderOptions)
+from orion_unet.evaluation.scored_folder import ScoredFolder
 
 
 @dataclass(frozen=True)

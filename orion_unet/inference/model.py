@@ -1,4 +1,4 @@
-"""A trained model with all that it takes to use it: weights, marker names, normalisation, options."""
+"""A trained model, ready to predict: network, marker names, normalisation, options."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def load_trained(path: str | Path, device: str = "auto", use_amp: bool = False) 
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, InputError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: holds no model of this version ({reason})") from None
+        raise InputError(f"{path}: contains no model of this version ({reason})") from None
     if normalization.names != names:
         raise InputError(f"{path}: is damaged, its normalisation is of other markers than its model")
     digests, regression = _cores_and_baselines(path, content, names)

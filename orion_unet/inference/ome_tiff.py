@@ -1,4 +1,4 @@
-"""Predictions as pyramidal OME-TIFF: the file that QuPath, napari and every Bio-Formats reader open."""
+"""Writes predictions as pyramidal OME-TIFF, for QuPath, napari and every reader based on Bio-Formats."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from orion_unet.run_log import fsync_folder
 
 TILE = 512
 WHITE = 65535
-# The low bits of a prediction are noise: levels up to 9 make its file no smaller, only slower to write.
+# The low bits of a prediction are noise: higher levels, up to 9, take longer and save nothing.
 DEFLATE_LEVEL = 1
-# Encoded tiles that wait to be written; the library's own choice is half a gigabyte.
+# Encoded tiles waiting to be written; tifffile's default is half a gigabyte.
 WAITING_BYTES = 1 << 26
-# A classic TIFF addresses 4 GiB. Compression is not counted on; the pyramid is a third more.
+# A classic TIFF is limited to 4 GiB. Without counting on compression, and with a third more for the pyramid.
 CLASSIC_BYTES = 3 * (1 << 30)
 NUCLEAR_BLUE = (0, 90, 255)
 
@@ -42,7 +42,7 @@ def write_ome_tiff(
     high: float = 1.0,
     description: str = "",
 ) -> None:
-    """Write ``image`` (C, H, W), float, with its C channel names; replaces ``path`` once the whole file stands.
+    """Write ``image`` (C, H, W), float, with its C channel names; replaces ``path`` once the file is complete.
 
     ``dtype`` float32 keeps the values; uint16 stores 0 to ``high`` as 0 to 65535, clipped. Tiles of 512, deflate,
     BigTIFF where 4 GiB may not do. Each level of the pyramid is the 2 x 2 mean of the one above (rounded, for
@@ -57,7 +57,7 @@ def write_ome_tiff(
     quantiles of the smallest level, and napari does the like with float32. With uint16, 0 to 65535 set by hand in
     QuPath means 0 to ``high`` in every file.
 
-    Raises RunError where the file cannot be written, InputError where a package is not installed.
+    Raises RunError if the file cannot be written, InputError if a package is not installed.
     """
     if dtype not in ("uint16", "float32"):
         raise ValueError(f"dtype {dtype}: must be uint16 or float32")
@@ -79,7 +79,7 @@ def write_ome_tiff(
 
 
 def require_writer() -> None:
-    """Raise InputError where a package is missing that writing OME-TIFF needs."""
+    """Raise InputError if a package that writes OME-TIFF is missing."""
     needed("tifffile")
     # Unlike tifffile alone, the pair also has the predictor, and compresses on every core.
     needed("imagecodecs")
@@ -153,7 +153,7 @@ def _write(
 
 
 def _printable(text: str) -> str:
-    """XML has no place for control characters."""
+    """Text without control characters, which XML does not allow."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
@@ -205,9 +205,9 @@ def halve(band: np.ndarray) -> np.ndarray:
 
 
 def release(array: np.ndarray) -> None:
-    """Let go of the pages of a memory map that have been read: a file larger than memory would fill it otherwise.
+    """Free the pages of a memory map that were read, so that a file larger than memory does not fill it.
 
-    The array stays as it is; what is touched again is read again. Does nothing for an array in memory.
+    The values stay the same; pages are read again when needed. Does nothing for an array in memory.
     """
     owner: Any = array
     while isinstance(owner, np.ndarray):
@@ -219,7 +219,7 @@ def release(array: np.ndarray) -> None:
 
 
 def channel_colours(names: Sequence[str]) -> list[tuple[int, int, int]]:
-    """An RGB colour in 0..255 for each channel, told apart on black; a nuclear stain is blue, and nothing else is."""
+    """An RGB colour in 0..255 for each channel, distinct on black; blue is for a nuclear stain alone."""
     palette = iter(_palette(len(names)))
     nuclear = nuclear_channel(names)
     return [NUCLEAR_BLUE if index == nuclear else next(palette) for index in range(len(names))]

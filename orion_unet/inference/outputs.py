@@ -1,4 +1,4 @@
-"""What predict reads and writes: its inputs, the names of its outputs, and what a run in several steps has finished."""
+"""The files of predict: its inputs, its outputs, and the record of what an interrupted command has finished."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RECORD_FILE = ".predict.partial.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One input and its outputs; ``fingerprint`` is all that decides the prediction's values.
+    """One input and its outputs. ``fingerprint`` is everything that decides the values of the prediction.
 
-    ``pixel_size_um`` is the one asked for: it is written into an output, and changes none of its values.
+    ``pixel_size_um`` comes from the command line. It is written to an output and does not change its values.
     """
 
     source: Path
@@ -36,14 +36,14 @@ class Job:
 
     @property
     def done(self) -> dict[str, Any]:
-        """What a finished output is known by."""
+        """What identifies a finished output."""
         return {**self.fingerprint, "pixel_size_um": self.pixel_size_um}
 
 
 def find_inputs(given: Sequence[str | Path]) -> list[Path]:
-    """The images that files and folders name; of a folder its ``NAME_HE.npy``, or else every readable image.
+    """The given files, and of folders their ``NAME_HE.npy`` files, otherwise every image.
 
-    Raises InputError that lists everything missing or empty.
+    Raises InputError that lists everything that is missing or empty.
     """
     found: list[Path] = []
     problems = []
@@ -54,7 +54,7 @@ def find_inputs(given: Sequence[str | Path]) -> list[Path]:
             problems.append(f"{path}: cannot be read ({error.strerror})")
             continue
         if not images:
-            problems.append(f"{path}: holds no image ({', '.join(SUFFIXES)})")
+            problems.append(f"{path}: contains no image ({', '.join(SUFFIXES)})")
         elif not images[0].exists():
             problems.append(f"{path}: does not exist")
         found += images
@@ -86,9 +86,9 @@ def plan_jobs(
     decisive: dict[str, Any],
     pixel_size_um: float | None = None,
 ) -> list[Job]:
-    """A job per input. ``decisive`` are the options and the checkpoint that decide the values.
+    """A job for each input. ``decisive`` are the options and the checkpoint that decide the values.
 
-    Raises InputError where two inputs would have one output, or an output would replace an input.
+    Raises InputError if two inputs would have the same output, or an output would replace an input.
     """
     jobs, problems = [], []
     taken: dict[str, Path] = {}
@@ -107,7 +107,7 @@ def plan_jobs(
         drawn = output_dir / f"{name}_overview.png" if overview else None
         if drawn and drawn.resolve() in inputs:
             problems.append(f"{drawn}: is an input, and would be replaced; name another --output_dir")
-        # Through JSON and back, as it will be compared.
+        # Through JSON and back, because it is compared with what was stored as JSON.
         fingerprint = json.loads(json.dumps({"input": seen, **decisive}))
         jobs.append(Job(source, name, result, drawn, fingerprint, pixel_size_um))
     if problems:
@@ -116,7 +116,7 @@ def plan_jobs(
 
 
 class Record:
-    """Which of several inputs are done, kept in the folder until all are, so that the same command can go on."""
+    """Which of several inputs are done, kept in the folder until all are, so that the same command can continue."""
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / RECORD_FILE
@@ -126,13 +126,13 @@ class Record:
             finished = (document or {}).get("finished")
             self._finished = finished if isinstance(finished, dict) else {}
 
-    def holds(self, job: Job) -> bool:
-        """Whether an earlier, interrupted command has finished this very job, and its outputs are still there."""
+    def has(self, job: Job) -> bool:
+        """Whether an interrupted command has finished this job, and its outputs still exist."""
         outputs = [job.result, *([job.overview] if job.overview else [])]
         return self._finished.get(job.result.name) == job.done and all(path.exists() for path in outputs)
 
     def add(self, job: Job) -> None:
-        """Note that a job is done."""
+        """Record a finished job."""
         self._finished[job.result.name] = job.done
         try:
             write_json(self.path, {"finished": self._finished})
@@ -140,12 +140,12 @@ class Record:
             raise RunError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 
     def close(self) -> None:
-        """Forget: everything is done."""
+        """Delete the record: everything is done."""
         self.path.unlink(missing_ok=True)
 
 
 def prepare_folder(output_dir: Path) -> None:
-    """Make the folder, and see that it can be written to; raises InputError."""
+    """Make the folder; raises InputError if that fails or nothing can be written there."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -166,12 +166,12 @@ def refuse_existing(jobs: Sequence[Job], names_file: tuple[Path, str] | None) ->
 
 
 def names_file(output_dir: Path, names: Sequence[str]) -> tuple[Path, str]:
-    """The file that names the channels of .npy outputs, in the form that training reads, and its content."""
+    """The file that names the channels of .npy outputs, as training reads it, and its content."""
     return output_dir / NAMES_FILE, "".join(f"{name}\n" for name in names)
 
 
 def write_names(path: Path, content: str) -> None:
-    """Write channel_names.txt unless it is there already; raises RunError."""
+    """Write channel_names.txt unless it already has this content; raises RunError."""
     if _text(path) == content:
         return
     try:

@@ -1,4 +1,4 @@
-"""A PNG to look at before opening a viewer: thumbnails of the H&E and of every predicted marker."""
+"""Draws an overview PNG: thumbnails of the H&E and of every predicted marker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orion_unet.errors import RunError
 from orion_unet.run_log import write_atomic
 from orion_unet.text import clean
 
-# Longest side of a thumbnail. Of a box's rows only every few are read, at least so many: enough for a picture.
+# Longest side of a thumbnail, and rows averaged for each of its pixels: not all are needed for a picture.
 LONGEST_SIDE, ROWS_PER_BOX = 1000, 4
 BAND_PIXELS = 1 << 21
 # A marker is shown from 0 to this quantile of its values, and never over less than the smallest range: a marker
@@ -38,9 +38,9 @@ def box_size(shape: tuple[int, int]) -> int:
 
 
 def thumbnail(read: Callable[[slice], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Means over boxes, (h, w, ...) float32, of an image that ``read`` gives by rows, (n, W, ...).
+    """Means over boxes, (h, w, ...) float32, of an image that ``read`` returns by rows, (n, W, ...).
 
-    Rows and columns that fill no box are left out, but for an image smaller than one.
+    Rows and columns beyond the last whole box are left out, unless the image is smaller than a box.
     """
     high, wide = (min(box_size(shape), side) for side in shape)
     rows, columns = shape[0] // high, shape[1] // wide
@@ -66,7 +66,7 @@ def write_overview(
     figure = _draw(he, image[:MOST_MARKERS], names[:MOST_MARKERS], pixel_size_um)
     drawn = io.BytesIO()
     with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes.
+        # Letters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(drawn, format="png", dpi=DPI)
     try:
@@ -76,7 +76,7 @@ def write_overview(
 
 
 def _draw(he: np.ndarray, image: np.ndarray, names: Sequence[str], pixel_size_um: float | None) -> Any:
-    # Only here: a command that is given a wrong option should not wait for it.
+    # Imported here, because matplotlib would delay the message about a wrong option.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""From an H&E image in memory to its predicted markers."""
+"""Predicts the markers of an H&E image in memory: the Python interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From files of H&E images, of any size, to files of predicted markers."""
+"""Predicts the markers of H&E image files of any size, into files."""
 
 from __future__ import annotations
 
@@ -38,18 +38,17 @@ from orion_unet.slides.images import HeImage
 from orion_unet.slides.open import open_he, require_readers
 from orion_unet.text import clean_lines, duration
 
-# Values that are brought to their unit and written at a time: so few that they stay in the processor's cache, or so
-# many that a GPU is not kept waiting.
+# Values converted to their unit and written at a time: few enough for a processor's cache, or enough for a GPU.
 CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir: Path, options: PredictOptions) -> int:
-    """Predict every image of ``inputs`` (files and folders) into ``output_dir``; returns how many could not be.
+    """Predict every image of ``inputs`` (files and folders) into ``output_dir``; returns how many failed.
 
-    Outputs are NAME.npy or NAME.ome.tiff and NAME_overview.png, beside channel_names.txt for .npy; each appears
-    under its name only when it is whole. What an interrupted call with the same options has done is kept: it goes
-    on at the tile row where it was left. An image that cannot be read is told of, and the others go on. Raises
-    InputError for options that cannot be used or outputs that exist, RunError where the disk or memory fails.
+    Writes NAME.npy or NAME.ome.tiff, and NAME_overview.png; for .npy also channel_names.txt. Each output gets its name
+    only when it is complete. After an interruption, a call with the same options continues at the tile row where the
+    last one stopped. An image that cannot be read is reported and skipped. Raises InputError for options that cannot
+    be used and outputs that exist, RunError if the disk or memory fails.
     """
     choose_tiling(model, (1, 1), options.tile, options.overlap)
     kept = chosen_markers(options.markers, model.names)
@@ -61,7 +60,7 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
         require_writer()
     prepare_folder(output_dir)
     record, progress = Record(output_dir), Progress()
-    waiting = [job for job in jobs if not record.holds(job)]
+    waiting = [job for job in jobs if not record.has(job)]
     listed = names_file(output_dir, names) if options.format == "npy" else None
     if not options.overwrite:
         refuse_existing(waiting, listed)
@@ -91,7 +90,7 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
 
 
 def chosen_markers(given: str | None, names: Sequence[str]) -> list[int]:
-    """Indices of the markers that ``--markers NAME,NAME`` names, in that order; all where None. Raises InputError."""
+    """Indices of the markers in ``--markers NAME,NAME``, in that order; all for None. Raises InputError."""
     if given is None:
         return list(range(len(names)))
     wanted = [name.strip() for name in given.split(",") if name.strip()]
@@ -103,7 +102,7 @@ def chosen_markers(given: str | None, names: Sequence[str]) -> list[int]:
 
 
 def _decisive(model: TrainedModel, options: PredictOptions) -> dict[str, Any]:
-    """All but the input that decides the values of an output: what a resumed call must have in common."""
+    """What decides the values of an output besides the input: a call only continues one that had the same."""
     with open(model.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -141,18 +140,18 @@ def _predict_image(
                 "give --pixel_size_um"
             )
         elif options.format == "ome-tiff":
-            progress.say(f"warning: {job.name}: the size of its pixels is not known; give --pixel_size_um")
+            progress.say(f"warning: {job.name}: its pixel size is unknown; give --pixel_size_um")
     unit = Unit(model.normalization, kept, options.normalized)
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)
     with WorkingFile(job.result.parent, job.name, shape, "<u2" if quantized else "<f4", job.fingerprint) as working:
         if not options.overwrite and job.result.exists():
-            # Another process has written it since this one looked.
+            # Another process has written it since this one checked.
             working.remove()
             refuse_existing([job], None)
         first = working.finished_rows
         if first:
-            progress.say(f"{job.name}: going on at tile row {first + 1} of {len(tiles.rows)}")
+            progress.say(f"{job.name}: continuing at tile row {first + 1} of {len(tiles.rows)}")
         columns = len(tiles.columns)
         at_once = max(1, CHUNK_VALUES[model.device.type] // image.shape[1])
         progress.start(job.name, len(tiles.rows) * columns, first * columns)
@@ -164,7 +163,7 @@ def _predict_image(
                     working.write(channel, y + start, values.cpu().numpy())
                 working.finish_row(done)
         except InputError:
-            # The image is damaged further down: there is nothing to go on with.
+            # The image is damaged further down, so there is nothing to continue.
             working.remove()
             raise
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -189,9 +188,9 @@ def _write_outputs(
     unit: Unit,
     options: PredictOptions,
 ) -> None:
-    """The output under its final name, and its overview."""
+    """Write the output under its final name, and its overview."""
     pixel_size_um = options.pixel_size_um or image.pixel_size_um
-    # Measured first: the working file may become the output.
+    # First, because the working file may become the output.
     pictures = _thumbnails(image, working, unit) if job.overview else None
     if options.format == "npy":
         working.become(job.result)
@@ -203,7 +202,7 @@ def _write_outputs(
             unit.names,
             pixel_size_um=pixel_size_um,
             dtype=options.dtype,
-            # Levels are stored as they are.
+            # The working file may already have the levels of the output.
             high=LEVELS if working.dtype.kind == "u" else unit.high,
             description=f"Predicted from {job.source.name} by {model.path.name} of epoch {model.epoch}, in {meaning}",
         )
@@ -214,7 +213,7 @@ def _write_outputs(
 
 
 def _thumbnails(image: HeImage, working: WorkingFile, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
-    """H&E (h, w, 3) and markers (C, h, w), both in [0, 1]."""
+    """Thumbnails of the H&E (h, w, 3) and the markers (C, h, w), both in [0, 1]."""
     scale = unit.high / LEVELS if working.dtype.kind == "u" else 1.0
     markers = [
         unit.displayed(thumbnail(partial(working.rows, channel), image.shape) * scale, channel)

@@ -1,4 +1,4 @@
-"""What a person sees of a long prediction: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long prediction: a bar on a terminal, otherwise a line every half minute."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LINE_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts the tiles of one image after the other."""
+    """Counts the tiles of one image after another."""
 
     def __init__(self) -> None:
         self.on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
 
     def say(self, text: str) -> None:
-        """A line, above the bar if there is one; what could move the cursor is shown as an escape."""
+        """Print a line, above the bar if there is one. Control characters are shown as escapes."""
         text = clean_lines(text)
         if self._bar is not None:
             tqdm.write(text, file=sys.stdout)
@@ -29,14 +29,14 @@ class Progress:
             print(text, flush=True)
 
     def start(self, name: str, tiles: int, done: int) -> None:
-        """Begin an image of which some tiles may have been done earlier."""
+        """Begin an image, of which ``done`` tiles were predicted earlier."""
         self._name, self._tiles, self._before, self._done = clean(name), tiles, done, done
         self._began = self._said = time.monotonic()
         if self.on_terminal:
             self._bar = tqdm(total=tiles, initial=done, desc=self._name, unit="tile", leave=False, dynamic_ncols=True)
 
     def advance(self, tiles: int) -> None:
-        """So many more tiles are done."""
+        """Count ``tiles`` more."""
         self._done += tiles
         if self._bar is not None:
             self._bar.update(tiles)

@@ -1,4 +1,4 @@
-"""Predicting an image of any size: overlapping tiles, blended, a row of tiles at a time."""
+"""Predicts an image of any size in overlapping tiles, blended, one row of tiles at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from orion_unet.inference.model import TrainedModel
 from orion_unet.inference.tissue import CELL, tissue_cells
 from orion_unet.slides.images import HeImage
 
-# Side of a tile where the network does not care (batch norm), and the memory that the blended row of tiles may take:
-# images too wide for it get smaller tiles.
+# Sides of tiles if the network allows any (batch norm), and the most memory for a blended row of tiles: the wider the
+# image, the smaller its tiles.
 LARGEST_TILE, SMALLEST_TILE, ROW_BYTES = 640, 160, 11 * 10**8
 # Overlap of tiles in steps of the deepest level, 2**depth pixels.
 OVERLAP_STEPS = 6
 BATCH_CPU, BATCH_GPU = 1, 8
-# A tile's share of the prediction has fallen to this where the tile ends: its outermost pixels, which see least of
-# their surroundings, hardly count.
+# A tile's share of the prediction at its border. The outermost pixels see least of their surroundings and hardly count.
 SHARE_AT_BORDER = 0.001
 
 
@@ -31,8 +30,8 @@ SHARE_AT_BORDER = 0.001
 class Tiling:
     """Square tiles of side ``tile`` that overlap their neighbours by ``overlap``, both multiples of 2**depth.
 
-    The grid begins ``overlap / 2`` (rounded to such a multiple) outside the image, whose edges are reflected, so
-    that the pixels at its edge lie as deep in a tile as any other.
+    The grid begins ``overlap / 2`` (rounded up to such a multiple) outside the image, whose edges are reflected, so
+    that a tile surrounds the pixels at the edge like any others.
     """
 
     tile: int
@@ -45,16 +44,17 @@ class Tiling:
         return self.tile - self.overlap
 
     def starts(self, length: int) -> list[int]:
-        """Starts of the tiles along an axis of ``length`` pixels, of which the first is negative."""
+        """Starts of the tiles along an axis of ``length`` pixels; the first is negative."""
         count = 1 + max(0, -(-(length + 2 * self.margin - self.tile) // self.stride))
         return [index * self.stride - self.margin for index in range(count)]
 
     def shares(self, count: int) -> np.ndarray:
-        """Share (count, tile) float32 of every tile along an axis; over the tiles at a pixel they add up to 1.
+        """Share (count, tile) float32 of every tile along an axis; the shares at a pixel add up to 1.
 
-        The weights are Gaussian, as nnU-Net's are (Isensee et al., Nature Methods 2021), but as wide as the overlap
-        allows: two neighbours trade places over the whole of it. Of two such weights the share is a logistic curve,
-        from SHARE_AT_BORDER to its complement, which is written down as such: far from its centre a Gaussian is 0.
+        The weights are Gaussian, like nnU-Net's (Isensee et al., Nature Methods 2021), but as wide as the overlap, so
+        that one tile fades into the next over all of it. The share of one of two Gaussians is a logistic curve; it is
+        computed as such, because far from its centre a Gaussian underflows. It runs from SHARE_AT_BORDER to
+        1 - SHARE_AT_BORDER.
         """
         steepness = np.log((1 - SHARE_AT_BORDER) / SHARE_AT_BORDER)
         rising = 1 / (1 + np.exp(-steepness * (2 * np.arange(self.overlap) + 1 - self.overlap) / self.overlap))
@@ -67,11 +67,10 @@ class Tiling:
 def choose_tiling(
     model: TrainedModel, shape: tuple[int, int], tile: int | None = None, overlap: int | None = None
 ) -> Tiling:
-    """The tiling for an image (H, W); ``tile`` and ``overlap`` are the person's, in pixels, or None.
+    """The tiling for an image (H, W), with the ``tile`` and ``overlap`` that the user chose (pixels), if any.
 
-    With batch norm, tiles are large and divide the image evenly; group and instance norm measure the tile, so
-    that only tiles of the training's patch size look to the network as the patches did. Raises InputError for
-    impossible numbers.
+    With batch norm, tiles are large and divide the image evenly. Group and instance norm measure the tile itself, so
+    tiles have the size of the training patches. Raises InputError for impossible numbers.
     """
     multiple = 2**model.network.depth
     patch = max(-(-model.config.data.patch_size // multiple), 4) * multiple
@@ -104,18 +103,18 @@ def _largest_tile(model: TrainedModel, width: int, multiple: int) -> int:
 
 
 def reflected(start: int, count: int, length: int) -> np.ndarray:
-    """Indices (count,) into an axis of ``length`` pixels that is reflected at its ends, over and over if need be."""
+    """Indices (count,) from ``start`` on into an axis of ``length`` pixels, reflected at its ends."""
     period = max(2 * (length - 1), 1)
     index = np.arange(start, start + count) % period
     return np.where(index < length, index, period - index)
 
 
 class TiledPrediction:
-    """The prediction of one image, a row of tiles at a time: memory follows the image's width, never its height.
+    """The prediction of one image, one row of tiles at a time: memory depends on the image's width, not its height.
 
-    ``kept`` are the indices of the markers wanted. With ``tissue_only``, tiles that show no tissue are not predicted:
-    a pixel is blended from the predicted tiles at it, and 0 where there is none. With ``augmented``, the mean over the
-    eight flips and turns of each tile is taken.
+    ``kept`` are the indices of the markers to return. With ``tissue_only``, tiles without tissue are not predicted: a
+    pixel is blended from the predicted tiles that cover it, and 0 if there are none. With ``augmented``, a tile is
+    predicted in its eight flips and turns, and averaged.
     """
 
     def __init__(
@@ -144,21 +143,20 @@ class TiledPrediction:
         self._sources = [reflected(start, tiling.tile, image.shape[1]) for start in self.columns]
 
     def run(self, first: int = 0, progress: Callable[[int], None] = lambda tiles: None) -> Iterator[tuple[int, Tensor]]:
-        """Yield (y, rows) from the tile row ``first`` on: finished rows (C, h, W) float32 from row y on, in
-        [0, 1] but for rounding.
+        """Yield (y, rows) from tile row ``first`` on: the finished rows (C, h, W) float32 that begin at row y.
 
-        The rows lie on the model's device, and in a buffer that the next step overwrites. ``progress`` is told the
-        number of tiles after each batch.
+        Values are in [0, 1] up to rounding. The rows are on the model's device, in a buffer that the next step
+        overwrites. ``progress`` is called with the number of tiles after each batch.
         """
         if first >= len(self.rows):
             return
         tile, stride, margin = self.tiling.tile, self.tiling.stride, self.tiling.margin
         height, width = self.image.shape
         span = self.columns[-1] + margin + tile
-        # With tissue_only, a last channel sums the shares of the predicted tiles; without, they add up to 1.
+        # With tissue_only, one more channel sums the shares of the predicted tiles. Otherwise they add up to 1.
         channels = self._channels + self.tissue_only
         blended = torch.zeros((channels, tile, span), device=self.model.device)
-        # The rows before ``first`` are done, but the last of them reaches into the next.
+        # The tile row before ``first`` reaches into it.
         begin = max(first - 1, 0)
         with ThreadPoolExecutor(max_workers=1) as reader:
             coming = reader.submit(self._read, begin)
@@ -181,7 +179,7 @@ class TiledPrediction:
                 blended[:, overlap:] = 0
 
     def _read(self, row: int) -> tuple[np.ndarray, list[bool]]:
-        """The image under a row of tiles as stored, (tile, W, 3), rows reflected; and which tiles to predict."""
+        """The image under a row of tiles as stored, (tile, W, 3), reflected; and which of the tiles to predict."""
         source = reflected(self.rows[row], self.tiling.tile, self.image.shape[0])
         low, high = int(source.min()), int(source.max()) + 1
         stored = self.image.stored(low, 0, high - low, self.image.shape[1])
@@ -218,7 +216,7 @@ class TiledPrediction:
     def _predict(self, stored: np.ndarray) -> Tensor:
         """Markers (B, C, tile, tile) in [0, 1] of tiles as stored, (B, tile, tile, 3)."""
         if stored.dtype == np.uint16:
-            # torch moves uint16, but computes little with it.
+            # torch has few operations for uint16.
             stored = stored.astype(np.int32)
         he = torch.from_numpy(stored).to(self.model.device, non_blocking=True)
         he = he.permute(0, 3, 1, 2).float() / self.image.white

@@ -1,4 +1,4 @@
-"""What the numbers of an output mean, and the levels they are stored as."""
+"""The unit of an output's values, and their levels in uint16."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LEVELS = 65535
 
 
 class Unit:
-    """What the numbers of an output mean: the unit of the training data, or [0, 1].
+    """The unit of an output: that of the training data, or [0, 1].
 
-    An image that was never measured takes the bounds of the data set, also where training took each core's own.
+    A new image has no bounds of its own, so those of the data set apply, even if training used each core's.
     """
 
     def __init__(self, normalization: Normalization, kept: Sequence[int], normalized: bool) -> None:
@@ -37,7 +37,7 @@ class Unit:
         ]
 
     def stored(self, target: Tensor, channel: int) -> Tensor:
-        """One channel (h, W) of the output from blended predictions, which are in [0, 1] but for rounding."""
+        """One channel (h, W) of the output from blended predictions, which are in [0, 1] up to rounding."""
         target = target.clamp(0, 1)
         return target if self.normalized else self._channels[channel].inverse(target[None])[0]
 
@@ -46,7 +46,7 @@ class Unit:
         return (values * (LEVELS / self.high)).round_().clamp_(0, LEVELS)
 
     def displayed(self, stored: np.ndarray, channel: int) -> np.ndarray:
-        """The network's [0, 1] again from stored values, for a picture."""
+        """The network's [0, 1] from stored values, for a picture."""
         if self.normalized:
             return stored
         of = self._channels[channel]

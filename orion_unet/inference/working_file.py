@@ -1,4 +1,4 @@
-"""A prediction that grows on disk: written by rows, flushed before they are noted, resumed where it was left."""
+"""A prediction that grows on disk, row by row, and continues there after an interruption."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from orion_unet.run_log import fsync_folder, read_document, write_json
 class WorkingFile:
     """The hidden ``.NAME.partial.npy`` of an output, (C, H, W), and ``.NAME.partial.json``: how far it has come.
 
-    It is written with plain writes, not through a memory map, whose unwritten pages would count as this process's
-    memory. ``finished_rows`` is the number of tile rows that an earlier, interrupted call has left, 0 unless that
-    call had the same ``fingerprint``. A context manager that keeps the file, so that a later call can go on.
+    Plain writes, because the dirty pages of a memory map would count as this process's memory. Rows are on the disk
+    before they are noted. ``finished_rows`` is the number of tile rows from an interrupted call with the same
+    ``fingerprint``. A context manager that keeps the file, so that a later call can continue.
 
-    Raises InputError where another process is writing it, RunError where the disk cannot hold or write it.
+    Raises InputError if another process is writing it, RunError if the disk is full or fails.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class WorkingFile:
             raise
 
     def _claimed(self) -> BinaryIO:
-        """The file under this path, opened and locked."""
+        """The file at this path, opened and locked."""
         while True:
             try:
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -58,12 +58,12 @@ class WorkingFile:
                     f"{self.path}: another predict is writing it; wait for it, or name another folder"
                 ) from None
             except OSError:
-                # A file system without locks: nothing can be known of others.
+                # This file system has no locks.
                 return file
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), self.path.stat()):
                     return file
-            # Between opening and locking, its owner has finished: what is open is the output by now, or deleted.
+            # The owner finished between opening and locking: the open file is now its output, or deleted.
             file.close()
 
     def _begin(self) -> int:
@@ -126,7 +126,7 @@ class WorkingFile:
             raise self._failed(error) from error
 
     def finish_row(self, tile_rows: int) -> None:
-        """Note that so many tile rows are written, once the disk has them; returns before that."""
+        """Note the number of finished tile rows as soon as the disk has them; returns before that."""
         self._settle()
         self._syncing = self._syncer.submit(self._sync, tile_rows)
 
@@ -135,7 +135,7 @@ class WorkingFile:
         write_json(self.note, {"fingerprint": self.fingerprint, "tile_rows": tile_rows})
 
     def _settle(self) -> None:
-        """Wait for the disk; raises RunError where it has failed."""
+        """Wait for the disk; raises RunError if it failed."""
         if self._syncing is not None:
             try:
                 self._syncing.result()
@@ -146,21 +146,21 @@ class WorkingFile:
 
     def _failed(self, error: OSError) -> RunError:
         return RunError(
-            f"{self.path}: cannot be written ({error.strerror or error}); it is kept, and the same command goes on "
+            f"{self.path}: cannot be written ({error.strerror or error}); it is kept, and the same command continues "
             "from its last finished row once there is room"
         )
 
     def open(self) -> np.ndarray:
-        """Memory map (C, H, W) for reading, after all rows are on the disk."""
+        """A memory map (C, H, W) for reading, once all rows are on the disk."""
         self._settle()
         return np.memmap(self.path, self.dtype, "r", self._offset, self.shape)
 
     def rows(self, channel: int, rows: slice) -> np.ndarray:
-        """Finished rows (h, W) of a channel, in a map of their own, whose pages go with it."""
+        """Finished rows (h, W) of a channel, in a map of their own, so that its pages are released with it."""
         return self.open()[channel, rows]
 
     def become(self, final: Path) -> None:
-        """Rename the complete array, so that it appears whole under its final name."""
+        """Rename the complete array to its final name."""
         self._settle()
         try:
             os.fsync(self._file.fileno())
@@ -171,7 +171,7 @@ class WorkingFile:
         fsync_folder(final.parent)
 
     def remove(self) -> None:
-        """Delete the array and its note: the output has been made from it."""
+        """Delete the array and its note."""
         self._settle()
         self.note.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)

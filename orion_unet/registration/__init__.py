@@ -1,1 +1,1 @@
-"""Alignment of an H&E with its markers."""
+"""How well an H&E and its markers are aligned."""

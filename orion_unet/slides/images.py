@@ -1,4 +1,4 @@
-"""The interface of every H&E image (a size, a pixel size, regions read without reading the whole), and arrays."""
+"""The interface of all H&E images: a shape, a pixel size, and regions read without reading the rest. And arrays."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize
 
 
 class HeImage(ABC):
-    """An H&E image of ``shape`` (H, W) that is read by regions.
+    """An H&E image of ``shape`` (H, W), read by region. A context manager.
 
-    ``white`` is the stored value of full intensity, ``pixel_size_um`` the side of a pixel in micrometres or None
-    where the file does not say, ``pixel_size_doubt`` why a size that it states is not used, ``is_slide`` whether it
-    is a whole slide, which may be mostly glass. A context manager.
+    ``white`` is the stored value of full intensity. ``pixel_size_um`` is the side of a pixel in micrometres, None if
+    unknown; ``pixel_size_doubt`` says why a size that the file states is not used. ``is_slide`` is True for whole
+    slides, which may be mostly glass.
     """
 
     is_slide = False
@@ -35,20 +35,20 @@ class HeImage(ABC):
 
     @abstractmethod
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        """A region inside the image as stored, (h, w, 3) in the file's dtype; raises InputError where damaged."""
+        """A region inside the image as stored, (h, w, 3) in the file's dtype; raises InputError if it is damaged."""
 
     def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        """A region as intensities, (h, w, 3) float32 in [0, 1]; what lies outside the image is left out.
+        """A region as intensities, (h, w, 3) float32 in [0, 1], cropped to the image.
 
-        Raises InputError where that part of the file is damaged.
+        Raises InputError if that part of the file is damaged.
         """
         top, left = max(y, 0), max(x, 0)
         bottom, right = min(y + height, self.shape[0]), min(x + width, self.shape[1])
         region = self.stored(top, left, max(bottom - top, 0), max(right - left, 0))
         return region.astype(np.float32) / np.float32(self.white)
 
-    def close(self) -> None:  # noqa: B027 (most have nothing to let go of)
-        """Let go of the file."""
+    def close(self) -> None:  # noqa: B027 (most have nothing to close)
+        """Close the file."""
 
     def __enter__(self) -> Self:
         return self
@@ -69,13 +69,13 @@ class ArrayImage(HeImage):
         layout: str = "",
         pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE,
     ) -> None:
-        # A memory map is opened anew for every region: the pages of one that stays open count as this process's.
+        # Reopened for every region: the pages of a memory map count as this process's memory while it is open.
         self._open = open_array
         array = open_array()
         self._layout = layout or _layout(path, array)
         size = array.shape[:2] if self._layout == "hwc" else array.shape[1:]
         if 0 in size:
-            raise InputError(f"{path}: has shape {array.shape}, no pixel at all")
+            raise InputError(f"{path}: has shape {array.shape}, no pixels")
         super().__init__(path, (int(size[0]), int(size[1])), _white(path, array), pixel_size)
 
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
@@ -96,7 +96,7 @@ def _layout(path: Path, array: np.ndarray) -> str:
 
 
 def _white(path: Path, array: np.ndarray) -> float:
-    """Stored value of full intensity: that of the integer type, or the one that the whole file's range declares."""
+    """Stored value of full intensity: fixed for an integer type, from the range of the whole file for floats."""
     white = WHITE.get(array.dtype.newbyteorder("=").name)
     if white is not None:
         return white
@@ -104,8 +104,8 @@ def _white(path: Path, array: np.ndarray) -> float:
         raise InputError(f"{path}: has dtype {array.dtype}; use uint8, uint16 or floats in [0, 1] or [0, 255]")
     low, high = value_range(array)
     if not np.isfinite([low, high]).all():
-        raise InputError(f"{path}: holds NaN or infinity")
+        raise InputError(f"{path}: contains NaN or infinity")
     white = declared_white(high, "he")
     if high > white * 1.0001 or low < -1e-4 * white:
-        raise InputError(f"{path}: holds values from {low:g} to {high:g}; floats must lie in [0, 1] or [0, 255]")
+        raise InputError(f"{path}: has values from {low:g} to {high:g}; floats must be in [0, 1] or [0, 255]")
     return white

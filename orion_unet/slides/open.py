@@ -1,4 +1,4 @@
-"""Where files of H&E images are opened: one function for every kind, by the ending of the name."""
+"""Opens the H&E images of every format; the ending of the name chooses the reader."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_p
 from orion_unet.slides.tiff import open_tiff
 from orion_unet.slides.whole_slide import open_whole_slide
 
-# A PNG or JPEG can only be decoded whole, at about seven bytes a pixel while it is done.
+# PNG and JPEG can only be decoded whole, which takes about seven bytes a pixel.
 LARGEST_PICTURE = 16384**2
 
 
 def open_he(path: str | Path) -> HeImage:
     """Open an H&E image: .npy, .png, .jpg, .tif (tiled, striped, pyramidal, OME), .svs, or what OpenSlide reads.
 
-    Raises InputError where the file is missing, damaged, of another kind, or has not three colour channels, and where
-    a package that reads this kind is not installed.
+    Raises InputError if the file is missing, damaged, of another format or without three colour channels, or if a
+    package that reads this format is not installed.
     """
     path = Path(path)
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
-        raise InputError(f"{path}: is of no kind that can be read; use {', '.join(KINDS)}")
+        raise InputError(f"{path}: cannot be read; use {', '.join(KINDS)}")
     require_readers([path])
     try:
         open_regular(path).close()
@@ -39,22 +39,22 @@ def open_he(path: str | Path) -> HeImage:
 
 
 def require_readers(paths: Iterable[Path]) -> None:
-    """Raise InputError where a package is missing that one of these files needs, before any of them is opened."""
+    """Raise InputError if a package that one of these files needs is missing; opens none of them."""
     for suffix in sorted({path.suffix.lower() for path in paths} & KINDS.keys()):
         for module, package in KINDS[suffix].packages.items():
             needed(module, package, KINDS[suffix].extra)
 
 
 def open_npy(path: Path) -> HeImage:
-    """A .npy file as a memory map; raises InputError where it is damaged or no image."""
+    """A .npy file as a memory map; raises InputError if it is damaged or not an H&E."""
 
     def open_array() -> np.ndarray:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except Exception as error:
-            # NumPy evaluates the header as a Python literal: what a broken one raises can be nearly anything.
+            # NumPy evaluates the header as a Python literal, so a broken one can raise almost anything.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path}: is no sound .npy file, or is truncated ({reason})") from None
+            raise InputError(f"{path}: is damaged, truncated or not a .npy file ({reason})") from None
         if not isinstance(array, np.memmap):
             array.close()
             raise InputError(f"{path}: is an archive of arrays (.npz), not one array")
@@ -64,11 +64,11 @@ def open_npy(path: Path) -> HeImage:
 
 
 def open_picture(path: Path) -> HeImage:
-    """A PNG or JPEG, decoded whole; raises InputError where it is damaged, too large or not in colour."""
+    """A PNG or JPEG, decoded whole; raises InputError if it is damaged, too large or not RGB."""
     import PIL.Image
 
     pillow: Any = PIL.Image
-    # Pillow refuses images of this size only to guard servers; what fits into memory is decided below.
+    # Pillow's own limit protects servers from decompression bombs; the limit below is about memory.
     limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
     try:
         with pillow.open(path, formats=("PNG", "JPEG")) as picture:
@@ -85,7 +85,7 @@ def open_picture(path: Path) -> HeImage:
     except InputError:
         raise
     except Exception as error:
-        # Decoders raise nearly anything on damaged bytes.
+        # On damaged bytes a decoder can raise almost anything.
         raise InputError(f"{path}: is damaged, truncated or no PNG or JPEG ({error})") from None
     finally:
         pillow.MAX_IMAGE_PIXELS = limit
@@ -101,7 +101,7 @@ def _resolution(info: dict[Any, Any]) -> PixelSize:
 
 
 class Kind(NamedTuple):
-    """How files of a kind are opened; the modules that it takes, each with its package; the extra that brings them."""
+    """A format: its reader, the modules that the reader imports with their packages, the extra that installs them."""
 
     open: Callable[[Path], HeImage]
     packages: dict[str, str]
@@ -109,7 +109,7 @@ class Kind(NamedTuple):
 
 
 PICTURE = Kind(open_picture, {"PIL.Image": "pillow"})
-# Without imagecodecs only some compressions could be read, and the others would look damaged.
+# Without imagecodecs, tifffile reads only some compressions; the others would look damaged.
 TIFF = Kind(open_tiff, {"tifffile": "tifffile", "imagecodecs": "imagecodecs"})
 WHOLE_SLIDE = Kind(open_whole_slide, {"openslide": "openslide-python"}, "openslide")
 KINDS = {

@@ -1,14 +1,14 @@
-"""The side of a pixel as files state it: in which unit, and whether to believe it."""
+"""The pixel size that a file states, in micrometres, and whether to believe it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# A size outside these is that of a screen or a printer, not of a microscope.
+# Resolutions outside this range describe screens and printers, not microscopes.
 SMALLEST_UM, LARGEST_UM = 0.05, 20.0
-# Pixels whose sides differ by more than this share are not square.
+# A pixel is square if its sides differ by no more than this fraction.
 LARGEST_DIFFERENCE = 0.01
-# Units as OME-XML and ImageJ write them; all others, such as pixel, are no lengths.
+# Units of length as OME-XML and ImageJ write them. Others, such as "pixel", are not lengths.
 MICROMETRES = {
     **dict.fromkeys(("µm", "μm", "um", "micron", "microns"), 1.0),
     **dict.fromkeys(("in", "inch"), 25400.0),
@@ -20,7 +20,7 @@ MICROMETRES = {
 
 
 class PixelSize(NamedTuple):
-    """``um``: the side of a pixel in micrometres, None where unknown; ``doubt``: why a stated size is not used."""
+    """``um``: side of a pixel in micrometres, None if unknown. ``doubt``: why the size in the file is not used."""
 
     um: float | None = None
     doubt: str = ""
@@ -30,9 +30,9 @@ UNKNOWN_PIXEL_SIZE = PixelSize()
 
 
 def square_pixel(across_um: float | None, down_um: float | None) -> PixelSize:
-    """The pixel size that both axes state, or that one states alone.
+    """The pixel size from those of the two axes, either of which may be missing.
 
-    Unknown where neither states one that a microscope can have; in doubt where they differ by more than 1 %.
+    Unknown if no microscope has such pixels, in doubt if the axes differ by more than 1 %.
     """
     stated = [size for size in (across_um, down_um) if size is not None]
     if not stated or not SMALLEST_UM <= stated[0] <= LARGEST_UM:
@@ -43,7 +43,7 @@ def square_pixel(across_um: float | None, down_um: float | None) -> PixelSize:
 
 
 def positive(text: str | None) -> float | None:
-    """A finite number above 0 from text, or None."""
+    """The number in a text if it is finite and above 0, else None."""
     try:
         number = float(text or "")
     except ValueError:

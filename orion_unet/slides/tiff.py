@@ -1,4 +1,4 @@
-"""TIFF of every kind (OME-TIFF, pyramids, ImageScope's SVS): the full-resolution level, decoded by tile or strip."""
+"""Reads TIFF of every kind (OME-TIFF, pyramids, ImageScope's SVS) at full resolution, one tile or strip at a time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from orion_unet.errors import InputError
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.pixel_size import MICROMETRES, UNKNOWN_PIXEL_SIZE, PixelSize, positive, square_pixel
 
-# Decoded tiles of a region that are kept for the next one, which overlaps it. One tile or strip alone may be larger,
-# but not larger than LARGEST_SEGMENT: that is a slide in one compressed piece.
+# The next region overlaps this one, so some of its decoded tiles are kept. A single tile or strip may exceed
+# CACHE_BYTES; above LARGEST_SEGMENT the slide is one compressed piece, which cannot be read by region.
 CACHE_BYTES, LARGEST_SEGMENT = 1 << 27, 1 << 29
-# TIFF's numbers for what the pixels mean and how they are compressed.
+# TIFF's codes for colours and compressions.
 GRAY, RGB, YCBCR = 1, 2, 6
 JPEGS, YCBCR_JPEG_2000 = (6, 7, 34892, 33007), 33003
 
@@ -46,7 +46,7 @@ class TiffImage(HeImage):
         self._decoders = ThreadPoolExecutor(max_workers=min(8, usable_cores()))
 
     def _check(self) -> None:
-        """Refuse what cannot be read in bounded memory, and a file that ends before its pixels do."""
+        """Raise InputError if reading would need unbounded memory, or if the file ends before its pixels do."""
         samples = 1 if self._planar else self._page.samplesperpixel
         segment = self._side[0] * self._side[1] * samples * self._page.dtype.itemsize
         if segment > LARGEST_SEGMENT:
@@ -61,10 +61,10 @@ class TiffImage(HeImage):
             if min(len(offsets), len(counts)) < per_page:
                 raise InputError(f"{self.path}: is damaged, it lists {len(offsets)} of its {per_page} tiles or strips")
             if max(map(sum, zip(offsets, counts, strict=False))) > size:
-                raise InputError(f"{self.path}: is truncated, its pixels go on behind the end of the file")
+                raise InputError(f"{self.path}: is truncated, its pixels continue past the end of the file")
 
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        # A tile that the file leaves out is empty slide.
+        # Scanners leave out tiles of empty glass.
         region = np.full((height, width, 3), int(self.white), self._page.dtype)
         if 0 in region.shape:
             return region
@@ -89,7 +89,7 @@ class TiffImage(HeImage):
         return region
 
     def _segment(self, place: tuple[int, int, int]) -> np.ndarray | None:
-        """Decoded tile or strip, (h, w, samples), at (row, channel, column); None where the file has none there."""
+        """Decoded tile or strip (h, w, samples) at (row, channel, column); None if the file leaves it out."""
         if place in self._kept:
             return self._kept[place]
         row, channel, column = place
@@ -108,7 +108,7 @@ class TiffImage(HeImage):
                 raise ValueError("the file ends here")
             pixels = self._page.decode(data, index, **(tables if self._page.compression in JPEGS else {}))[0]
         except Exception as error:
-            # Decoders raise nearly anything on damaged bytes.
+            # On damaged bytes a decoder can raise almost anything.
             raise InputError(
                 f"{self.path}: is damaged or truncated at row {row * self._side[0]}, column "
                 f"{column * self._side[1]} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
@@ -130,19 +130,19 @@ class TiffImage(HeImage):
 
 
 def open_tiff(path: Path) -> HeImage:
-    """Open a TIFF at full resolution; raises InputError where it is damaged or holds no RGB image."""
+    """Open a TIFF at full resolution; raises InputError if it is damaged or not an RGB image."""
     import tifffile
 
     try:
         tiff = tifffile.TiffFile(path)
     except Exception as error:
-        # Its reader raises nearly anything on damaged bytes.
+        # On damaged bytes tifffile can raise almost anything.
         raise InputError(f"{path}: is damaged, truncated or no TIFF ({error})") from None
     try:
         try:
             series = tiff.series[0].levels[0]
         except Exception:
-            # The description may be that of another file: libvips copies its input's into every page of a pyramid.
+            # libvips copies the description of its input to every page of a pyramid, and tifffile believes it.
             tiff.close()
             tiff = tifffile.TiffFile(path)
             series = _first_page(tiff)
@@ -155,7 +155,7 @@ def open_tiff(path: Path) -> HeImage:
 
 
 def _first_page(tiff: Any) -> Any:
-    """The first page as a series of its own; raises ValueError where a later page is larger."""
+    """A series of the first page alone; raises ValueError if a later page is larger."""
     import tifffile
 
     first = tiff.pages[0]
@@ -179,13 +179,13 @@ def _open(path: Path, tiff: Any, series: Any) -> HeImage:
 
 
 def _refusal(series: Any, page: Any, planes: list[Any]) -> str:
-    """Why this cannot be an H&E, or nothing."""
+    """Why this is not an H&E; empty if it is one."""
     samples, meaning = page.samplesperpixel, int(page.photometric)
     if page.imagedepth > 1 or None in planes:
-        return f"holds a stack of shape {series.shape}, not one image"
+        return f"is a stack of shape {series.shape}, not one image"
     if len(planes) > 1:
         if len(planes) != 3 or samples != 1 or series.axes[0] not in "CSQ" or meaning not in (GRAY, RGB):
-            return f"holds {len(planes)} planes of {samples} samples ({series.axes}); an H&E has 3 channels"
+            return f"has {len(planes)} planes of {samples} samples ({series.axes}); an H&E has 3 channels"
     elif samples not in (3, 4) or meaning not in (GRAY, RGB, YCBCR) or (samples == 4 and meaning != RGB):
         kind = getattr(page.photometric, "name", str(meaning)).lower()
         return f"has {samples} samples a pixel ({kind}); an H&E has the three channels red, green, blue"
@@ -197,14 +197,14 @@ def _refusal(series: Any, page: Any, planes: list[Any]) -> str:
 
 
 def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pixel_size: PixelSize) -> HeImage:
-    """Pixels that lie in the file uncompressed and in one piece."""
+    """Maps pixels that are stored uncompressed and in one piece."""
     planar = len(planes) == 3 or page.planarconfig == 2
     size = (page.imagelength, page.imagewidth)
     shape = (3, *size) if planar else (*size, 3)
     dtype = page.dtype.newbyteorder(tiff.byteorder)
     offset = int(series.dataoffset)
     if offset + int(np.prod(shape)) * dtype.itemsize > tiff.filehandle.size:
-        raise InputError(f"{path}: is truncated, its pixels go on behind the end of the file")
+        raise InputError(f"{path}: is truncated, its pixels continue past the end of the file")
 
     def open_array() -> np.ndarray:
         try:
@@ -218,9 +218,9 @@ def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pi
 
 
 def _pixel_size(tiff: Any, page: Any) -> PixelSize:
-    """The size that OME-XML, ImageScope's description, ImageJ's or the resolution tags state, the first in this order.
+    """The first size that OME-XML, ImageScope's description and the resolution tags (ImageJ's, too) state.
 
-    In doubt only where no other states one.
+    If none states a size to believe, the first doubt.
     """
     stated = [_ome_pixel_size(tiff.ome_metadata) if tiff.is_ome else UNKNOWN_PIXEL_SIZE]
     scanned = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description or "")

@@ -1,4 +1,4 @@
-"""Whole slides in the formats of scanners (NDPI, MRXS, SCN and others), read by OpenSlide."""
+"""Reads whole slides in scanners' own formats (NDPI, MRXS, SCN and others) with OpenSlide."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from orion_unet.errors import InputError
 from orion_unet.slides.images import HeImage
 from orion_unet.slides.pixel_size import positive, square_pixel
 
-# Decoded tiles that OpenSlide keeps for the next region, and the widest piece that it is asked for: it makes four
-# bytes of a pixel.
+# Decoded tiles that OpenSlide keeps for the next region. OpenSlide returns four bytes a pixel, so wide regions are read
+# in pieces.
 CACHE_BYTES, LARGEST_WIDTH = 1 << 27, 4096
 
 
 class WholeSlide(HeImage):
-    """Level 0 of a slide, without the border that was not scanned; what was not scanned inside it is white.
+    """Level 0 of a slide, cropped to the part that was scanned; gaps inside it are white.
 
-    QuPath crops to the same bounds, so that its pixels and those of a prediction are the same.
+    QuPath crops to the same bounds, so that predictions match the image pixel by pixel.
     """
 
     is_slide = True
@@ -52,7 +52,6 @@ class WholeSlide(HeImage):
         try:
             pixels = np.asarray(self._slide.read_region(corner, 0, (piece.shape[1], piece.shape[0])))
         except Exception as error:
-            # Errors of OpenSlide, and nearly anything of what it hands on.
             raise InputError(
                 f"{self.path}: is damaged at rows {y} to {y + piece.shape[0]}, columns {x + left} to "
                 f"{x + left + piece.shape[1]} ({error})"
@@ -66,7 +65,7 @@ class WholeSlide(HeImage):
 
 
 def open_whole_slide(path: Path) -> HeImage:
-    """Open a slide at full resolution; raises InputError where it is damaged or of no kind that OpenSlide reads."""
+    """Open a slide at full resolution; raises InputError if it is damaged or OpenSlide cannot read it."""
     import openslide
 
     try:
@@ -74,6 +73,7 @@ def open_whole_slide(path: Path) -> HeImage:
     except Exception as error:
         raise InputError(f"{path}: cannot be read by OpenSlide ({error})") from None
     try:
+        # Libraries before OpenSlide 4 have no cache of a chosen size.
         with suppress(openslide.OpenSlideVersionError):
             slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
         return WholeSlide(path, slide)

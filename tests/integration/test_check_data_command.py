@@ -19,7 +19,7 @@ NAMES = "DAPI,CD3,Blank"
 
 
 def draw_pair(seed, shift=(0, 0), side=160):
-    """Nuclei in an H&E and in DAPI, which lies ``shift`` pixels up and left of it; some of them also show CD3."""
+    """Nuclei in an H&E and in DAPI, which is moved ``shift`` pixels up and left; some nuclei also show CD3."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side]
     spots = [(y - row) ** 2 + (x - column) ** 2 < 20 for row, column in rng.integers(0, side, (70, 2))]
@@ -58,7 +58,7 @@ def codes(found):
     return [warning["code"] for warning in found["warnings"]]
 
 
-def test_a_sound_folder_is_called_so(folder, capsys):
+def test_a_sound_folder_has_no_warnings(folder, capsys):
     assert check(folder, "--exclude_channels", "Blank") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.endswith("Nothing wrong was found.")
@@ -100,14 +100,14 @@ def test_every_planted_fault_is_found(folder, capsys):
         "missing_in_core",
         "little_tissue",
     ]
-    told = {warning["code"]: warning["message"] for warning in found["warnings"]}
-    assert "core_0 and core_4 (identical)" in told["same_tissue_across_groups"]
-    assert "core_1 by +6, -8" in told["shifted"]
-    assert "core_2" in told["mismatched"]
-    assert "core_3" not in told["mismatched"]
-    assert "Blank" in told["empty_channel"]
-    assert "core_5 (CD3)" in told["missing_in_core"]
-    assert "core_3 (0%)" in told["little_tissue"]
+    messages = {warning["code"]: warning["message"] for warning in found["warnings"]}
+    assert "core_0 and core_4 (identical)" in messages["same_tissue_across_groups"]
+    assert "core_1 by +6, -8" in messages["shifted"]
+    assert "core_2" in messages["mismatched"]
+    assert "core_3" not in messages["mismatched"]
+    assert "Blank" in messages["empty_channel"]
+    assert "core_5 (CD3)" in messages["missing_in_core"]
+    assert "core_3 (0%)" in messages["little_tissue"]
 
 
 def test_cores_too_small_to_register_are_a_note_and_no_mismatch(folder, capsys):
@@ -140,7 +140,7 @@ def test_the_numbers_are_those_of_the_pixels(folder, capsys):
         assert row["mean"] == pytest.approx(values.mean(), rel=1e-5)
         for share in (1, 50, 99, 99.9):
             assert row[f"q{share:g}"] == pytest.approx(np.quantile(values, share / 100), rel=1e-5)
-    # Spots lie 9,000 above a background of 900 to 1,100.
+    # Spots are 9,000 above a background of 900 to 1,100.
     assert found["channels"][1]["fraction_positive"] == pytest.approx((pixels[..., 1] > 5000 / 65535).mean(), abs=1e-6)
     for core in found["per_core"]:
         assert core["tissue_fraction"] == pytest.approx(0.75, abs=0.05)
@@ -148,7 +148,7 @@ def test_the_numbers_are_those_of_the_pixels(folder, capsys):
         assert core["nuclear_correlation"] > 0.8
 
 
-def test_the_files_hold_every_channel_and_core(folder, tmp_path, capsys):
+def test_the_files_contain_every_channel_and_core(folder, tmp_path, capsys):
     out = tmp_path / "deep" / "out"
     assert check(folder, "--output_dir", out) == 0
     written = capsys.readouterr().out.splitlines()[-3:]
@@ -181,7 +181,7 @@ def printable(text):
 
 @pytest.fixture
 def hostile(folder):
-    """Names of a core, a group and two channels that would act on a terminal, or are no formula for matplotlib."""
+    """Names of a core, a group and two channels that would control a terminal, or that matplotlib cannot parse."""
     for kind in ("HE", "ORION"):
         (folder / f"core_0_{kind}.npy").rename(folder / f"{HOSTILE}_{kind}.npy")
     (folder / "groups.csv").write_text(
@@ -240,12 +240,12 @@ def test_without_a_nuclear_stain_the_registration_is_left_out(folder, capsys):
     assert check(folder, "--channel_names", "CD8,CD3,Blank") == 0
 
 
-def test_an_unknown_nuclear_marker_is_refused_with_those_there_are(folder, capsys):
+def test_an_unknown_nuclear_marker_is_refused_with_a_list_of_channels(folder, capsys):
     assert check(folder, "--nuclear_marker", "DRAQ5") == 2
     assert capsys.readouterr().err == "error: --nuclear_marker DRAQ5: no such channel; there are DAPI, CD3, Blank\n"
 
 
-def test_a_bad_folder_is_refused_in_the_words_of_training(folder, capsys):
+def test_a_bad_folder_is_refused_with_the_message_of_training(folder, capsys):
     np.save(folder / "core_1_HE.npy", np.zeros((160, 150, 3), np.uint8))
     (folder / "core_3_ORION.npy").write_bytes(b"no array")
     from orion_unet.errors import InputError
@@ -275,14 +275,14 @@ def test_options_are_checked_as_in_training(folder, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_an_output_folder_that_cannot_be_made_is_told_before_the_work(folder, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_made_is_reported_before_the_work(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert check(folder, "--output_dir", tmp_path / "file" / "out") == 2
     assert "--output_dir" in capsys.readouterr().err
 
 
 def test_the_measured_shift_of_real_pairs_is_real():
-    """Cut the markers out again at the shift that was found, and measure what is left: nothing."""
+    """After cropping the markers at the shift that was found, no shift is left."""
     pairs = SHARED / "real_pairs"
     if not pairs.is_dir():
         pytest.skip("the optional real pairs are not there (ORION_SHARED_DATA)")

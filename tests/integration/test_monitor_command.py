@@ -83,17 +83,17 @@ def watcher(start):
 
 def documents(process, until, limit_s=30):
     """The JSON lines of a watching monitor, up to the first that satisfies ``until``."""
-    told = []
+    seen = []
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         if select.select([process.stdout], [], [], 0.2)[0]:
             line = process.stdout.readline()
             if not line:
                 break
-            told.append(json.loads(line))
-            if until(told[-1]):
-                return told
-    raise AssertionError(f"never came: {[d['state'] for d in told]}")
+            seen.append(json.loads(line))
+            if until(seen[-1]):
+                return seen
+    raise AssertionError(f"never came: {[d['state'] for d in seen]}")
 
 
 def strict(text):
@@ -188,8 +188,8 @@ def test_the_page_is_one_file_and_the_comparison_draws_one_figure(tmp_path):
     for text in (page.read_text(), monitor("--output_dir", first, "--html", page) and page.read_text()):
         assert "data:image/png;base64," in text and "http:" not in text and "https:" not in text
         assert 'http-equiv="refresh"' not in text
-    told = strict(monitor("--output_dir", first, "--compare", second, "--json").stdout)
-    assert len(told["runs"]) == 2 and list(told["differing_options"]) == ["learning_rate"]
+    seen = strict(monitor("--output_dir", first, "--compare", second, "--json").stdout)
+    assert len(seen["runs"]) == 2 and list(seen["differing_options"]) == ["learning_rate"]
 
 
 def test_a_closed_pipe_is_no_failure(tmp_path):
@@ -199,9 +199,9 @@ def test_a_closed_pipe_is_no_failure(tmp_path):
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
-def test_a_folder_that_cannot_be_written_is_reported_all_the_same(tmp_path):
+def test_a_folder_that_cannot_be_written_still_gives_a_report(tmp_path):
     run = write_run(tmp_path / "run", *healthy_losses(12))
-    # Folders in the files' places stop even a superuser, whom permissions do not.
+    # Folders with the names of the files stop even a superuser, unlike permissions.
     (run / "monitor.json").mkdir()
     (run / "training_progress.png").mkdir()
     done = monitor("--output_dir", run)
@@ -212,14 +212,14 @@ def test_a_folder_that_cannot_be_written_is_reported_all_the_same(tmp_path):
 def test_watch_follows_a_run_from_before_its_start_to_its_end(tmp_path, trainer, watcher):
     run, page = tmp_path / "run", tmp_path / "page.html"
     process = watcher(run, "--html", page)
-    told = documents(process, lambda d: d["state"] == "waiting")
-    assert "does not exist" in told[0]["reason"]
+    seen = documents(process, lambda d: d["state"] == "waiting")
+    assert "does not exist" in seen[0]["reason"]
     trainer(run, 12, 0.5)
-    told = documents(process, lambda d: d["state"] == "training" and d["epochs"] >= 2)
+    seen = documents(process, lambda d: d["state"] == "training" and d["epochs"] >= 2)
     assert 'http-equiv="refresh"' in page.read_text()
-    told += documents(process, lambda d: d["state"] == "finished")
-    assert told[-1]["epochs"] == 12
-    assert [d.get("epochs", 0) for d in told] == sorted(d.get("epochs", 0) for d in told)
+    seen += documents(process, lambda d: d["state"] == "finished")
+    assert seen[-1]["epochs"] == 12
+    assert [d.get("epochs", 0) for d in seen] == sorted(d.get("epochs", 0) for d in seen)
     assert process.wait(10) == 0
     assert 'http-equiv="refresh"' not in page.read_text()
 
@@ -230,10 +230,10 @@ def test_a_killed_trainer_is_crashed_within_two_intervals(tmp_path, trainer, wat
     documents(process, lambda d: d.get("epochs", 0) >= 1)
     victim.send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    told = documents(process, lambda d: d["state"] == "crashed")
-    # Two intervals, and what a busy machine needs to draw the last figure.
+    seen = documents(process, lambda d: d["state"] == "crashed")
+    # Two intervals, and the time a busy machine needs to draw the last figure.
     assert time.monotonic() - killed < 2 * 0.2 + 10
-    assert told[-1]["warnings"][0]["code"] == "crashed"
+    assert seen[-1]["warnings"][0]["code"] == "crashed"
     assert process.wait(10) == 0
 
 
@@ -242,26 +242,26 @@ def test_a_stopped_trainer_is_stalled_and_recovers(tmp_path, trainer, watcher):
     victim = trainer(tmp_path / "run", 1000, 0.2)
     documents(process, lambda d: d.get("epochs", 0) >= 1)
     victim.send_signal(signal.SIGSTOP)
-    told = documents(process, lambda d: d["state"] == "stalled")
-    assert told[-1]["warnings"][0]["code"] == "stalled"
+    seen = documents(process, lambda d: d["state"] == "stalled")
+    assert seen[-1]["warnings"][0]["code"] == "stalled"
     victim.send_signal(signal.SIGCONT)
     documents(process, lambda d: d["state"] == "training")
 
 
 def test_a_trainer_whose_loader_is_frozen_is_stalled_and_recovers(tmp_path, trainer, watcher):
-    """The heartbeat's own thread goes on; what stops is the steps."""
+    """The heartbeat's own thread goes on; only the steps stop."""
     run = tmp_path / "run"
     process = watcher(run, "--stalled_after", 2)
     trainer(run, 1000, 0.4)
     documents(process, lambda d: d.get("epochs", 0) >= 2)
     (run / "frozen").touch()
-    told = documents(process, lambda d: d["state"] == "stalled")
-    assert told[-1]["heartbeat_age_s"] < 2
-    assert "no training step has finished for" in told[-1]["reason"]
-    assert "loader process" in told[-1]["warnings"][0]["message"]
+    seen = documents(process, lambda d: d["state"] == "stalled")
+    assert seen[-1]["heartbeat_age_s"] < 2
+    assert "no training step has finished for" in seen[-1]["reason"]
+    assert "loader process" in seen[-1]["warnings"][0]["message"]
     (run / "frozen").unlink()
-    told = documents(process, lambda d: d["state"] == "training")
-    assert "stalled" not in [warning["code"] for warning in told[-1]["warnings"]]
+    seen = documents(process, lambda d: d["state"] == "training")
+    assert "stalled" not in [warning["code"] for warning in seen[-1]["warnings"]]
 
 
 @pytest.mark.parametrize(("name", "state", "epochs"), [("complete", "finished", 2), ("interrupted", "interrupted", 1)])
@@ -310,7 +310,7 @@ def on_terminal(run, leave, start):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
-def test_leaving_the_live_view_gives_the_terminal_back(tmp_path, start, trainer, number, code):
+def test_leaving_the_live_view_restores_the_terminal(tmp_path, start, trainer, number, code):
     trainer(tmp_path / "run", 1000, 0.1)
     deadline = time.monotonic() + 20
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:

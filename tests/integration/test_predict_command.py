@@ -70,7 +70,7 @@ def test_an_unknown_pixel_size_is_a_warning_and_that_of_the_input_is_kept(predic
     tifffile = pytest.importorskip("tifffile")
     done = predict(core, format="ome-tiff", out="unknown")
     assert done.code == 0
-    assert "warning: core: the size of its pixels is not known" in done.out
+    assert "warning: core: its pixel size is unknown" in done.out
     tifffile.imwrite(tmp_path / "slide.tif", image(), resolution=(20000, 20000), resolutionunit="CENTIMETER")
     done = predict(tmp_path / "slide.tif", format="ome-tiff", out="known")
     assert "warning" not in done.out
@@ -320,8 +320,8 @@ def test_a_bad_checkpoint_or_input_is_one_sentence(predict, core, tmp_path):
         (predict(core, checkpoint=tmp_path / "junk.pt"), "junk.pt: is damaged or not a checkpoint"),
         (predict(core, checkpoint=tmp_path / "none.pt"), "none.pt: cannot be read"),
         (predict(tmp_path / "none.npy"), "none.npy: does not exist"),
-        (predict(tmp_path / "empty"), "empty: holds no image"),
-        (predict(tmp_path / "junk.pt"), "junk.pt: is of no kind that can be read"),
+        (predict(tmp_path / "empty"), "empty: contains no image"),
+        (predict(tmp_path / "junk.pt"), "junk.pt: cannot be read; use .npy"),
     ]
     for done, words in cases:
         assert done.code == 2

@@ -67,7 +67,7 @@ def test_an_interrupted_prediction_goes_on_at_its_tile_row_and_ends_the_same(for
         rest = StopAfter(patched, 99)
         done = predict(core, **options)
     assert done.code == 0
-    assert "going on at tile row 3 of 5" in done.out
+    assert "continuing at tile row 3 of 5" in done.out
     assert len(rest.predicted) == 3
     if form:
         import tifffile
@@ -92,7 +92,7 @@ def test_what_was_left_by_another_call_is_not_gone_on_with(change, predict, core
     else:
         write_checkpoint(model, norm="group")
     done = predict(core, **options)
-    assert "going on" not in done.out
+    assert "continuing at" not in done.out
     fresh = predict(core, out="fresh", **options)
     assert (done.dir / "core.npy").read_bytes() == (fresh.dir / "core.npy").read_bytes()
 
@@ -113,7 +113,7 @@ def test_a_killed_process_leaves_nothing_under_the_final_name_and_is_gone_on_wit
         command.kill()
     assert not (tmp_path / "out" / "tall.npy").exists()
     done = predict(tmp_path / "tall_HE.npy", tile=32, overlap=8)
-    assert "going on at tile row" in done.out
+    assert "continuing at tile row" in done.out
     assert (done.dir / "tall.npy").read_bytes() == (straight.dir / "tall.npy").read_bytes()
 
 

@@ -276,7 +276,7 @@ def test_a_png_without_three_channels_is_refused(tmp_path):
         (np.full((8, 8, 3), 300.0, np.float32), "300"),
         (np.full((8, 8, 3), -1.0, np.float32), "-1"),
         (np.full((8, 8, 3), np.nan, np.float32), "NaN"),
-        (np.array([[[{}] * 3]]), "no sound .npy"),
+        (np.array([[[{}] * 3]]), "not a .npy file"),
     ],
 )
 def test_an_npy_that_is_no_image_is_refused_by_name(array, words, tmp_path):

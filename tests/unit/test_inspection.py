@@ -53,7 +53,7 @@ def codes(channels=(), cores=(), twins=(), nuclear="DAPI"):
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (5, -9), (-17, 3), (40, 50)])
-def test_the_shift_that_lines_the_marker_up_is_found(shift):
+def test_the_shift_that_aligns_the_marker_is_found(shift):
     nuclei = draw_nuclei(1)
     marker = np.roll(nuclei, (-shift[0], -shift[1]), (0, 1)) + 0.02 * np.random.default_rng(0).random(nuclei.shape)
     found = register(haematoxylin(stain(nuclei)), marker.astype(np.float32))
@@ -117,14 +117,14 @@ def test_haematoxylin_is_proportional_to_scikit_image():
     color = pytest.importorskip("skimage.color", reason="scikit-image is not installed")
     he = np.random.default_rng(0).uniform(0.05, 1, (20, 30, 3)).astype(np.float32)
     ours, theirs = haematoxylin(he), color.separate_stains(he, np.linalg.inv(color.rgb_from_hed))[..., 0]
-    # scikit-image cuts negative densities off.
+    # scikit-image clips negative densities.
     positive = theirs > 0
     ratio = ours[positive] / theirs[positive]
     assert positive.mean() > 0.3
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)
 
 
-def test_overlap_pairs_the_pixels_that_lie_on_each_other():
+def test_overlap_pairs_the_overlapping_pixels():
     still, moved = np.arange(12).reshape(3, 4), np.arange(12).reshape(3, 4) + 100
     first, second = overlap(still, moved, 1, -2)
     assert first.tolist() == [[4, 5], [8, 9]]
@@ -151,7 +151,7 @@ def test_a_sparse_marker_counts_as_positive_above_its_background():
     assert (row.state, row.saturated) == ("", 0)
 
 
-def test_noise_is_told_from_signal():
+def test_noise_is_not_taken_for_signal():
     values = np.clip(np.random.default_rng(1).normal(0.1, 0.01, 100_000), 0.06, 0.14)
     assert describe_channel("Blank", values.astype(np.float32), 0.0).state == "noise"
 
@@ -254,7 +254,7 @@ def test_round_cores_of_different_tissue_are_not_the_same():
     assert find_twins(cores) == []
 
 
-def test_identical_files_are_told_as_identical_and_within_their_group():
+def test_identical_files_are_called_identical_within_and_across_groups():
     cores = [a_core("a", "p1", digest="x"), a_core("bb", "p1", digest="x"), a_core("ccc", "p2", digest="x")]
     twins = find_twins(cores)
     assert [(p.first.name, p.second.name, p.likeness, p.across_groups) for p in twins] == [
@@ -294,14 +294,14 @@ def test_each_fault_of_a_core_has_its_finding(changes, expected):
     assert codes(cores=[a_core(), a_core("b", **changes)]) == expected
 
 
-def test_a_channel_that_is_empty_everywhere_is_told_once():
+def test_a_channel_that_is_empty_everywhere_is_reported_once():
     channels = [describe_channel("Blank", np.zeros(100, np.float32), 0.0)]
     found = find_all(channels, [a_core(constant=("Blank",))], [], None)
     assert [finding.code for finding in found] == ["empty_channel"]
     assert '--exclude_channels "Blank"' in found[0].advice[0]
 
 
-def test_saturation_is_told_with_its_share():
+def test_saturation_is_reported_with_its_share():
     values = np.minimum(np.random.default_rng(2).exponential(0.3, 50_000), 1).astype(np.float32)
     (found,) = find_all([describe_channel("CD3", values, 0.0)], [], [], None)
     assert found.code == "saturated"

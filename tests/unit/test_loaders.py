@@ -25,7 +25,7 @@ from orion_unet.data.loaders import (
     slots_bytes,
 )
 from orion_unet.data.normalization import fit_normalization
-from orion_unet.data.patches import validation_patches
+from orion_unet.data.patches import PatchPlace, validation_patches
 from orion_unet.data.transforms import BatchTransform
 
 # The tests ask for more workers than small machines have cores.
@@ -154,8 +154,10 @@ def test_validation_patches_are_the_same_in_every_pass_and_not_augmented(opened,
     first, second = ([[tensor.clone() for tensor in batch] for batch in loader] for _ in range(2))
     assert_same(first, second)
     assert [len(batch[0]) for batch in first] == [3, 3, 2]
-    np.testing.assert_array_equal(torch.cat([batch[3] for batch in first]).numpy(), places[:, 1:])
-    assert not any(batch[4].any() or batch[5].any() for batch in first)
+    expected = opened.reader.read([PatchPlace(*row) for row in places.tolist()])
+    for index in (0, 1):
+        assert torch.equal(torch.cat([batch[index] for batch in first]), expected[index])
+    assert not any(batch[3].any() or batch[4].any() for batch in first)
 
 
 def test_device_batches_are_transformed_and_the_wait_is_measured(opened):

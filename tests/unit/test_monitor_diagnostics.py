@@ -1,4 +1,4 @@
-"""What the monitor calls what: each rule at its threshold, on curves whose answer is known beforehand."""
+"""Each rule of the monitor at its threshold, on curves whose right answer is known."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_a_converged_run_is_a_notice():
     assert list(found) == ["plateau"] and found["plateau"].severity == "notice"
 
 
-def test_the_former_run_is_named_in_full():
+def test_every_fault_of_the_former_run_is_found():
     train, val = former_losses()
     assert warnings(train, val) == ["overfitting", "slow_convergence", "unstable_validation"]
     config = {"options": {"learning_rate": 5e-4}, "global_batch": 12}
@@ -48,7 +48,7 @@ def test_the_former_run_is_named_in_full():
 
 @pytest.mark.parametrize("phase", [0, 1])
 @pytest.mark.parametrize("epochs", [20, 21])
-def test_jumps_to_and_fro_do_not_hide_the_gap(phase, epochs):
+def test_alternating_jumps_do_not_hide_the_gap(phase, epochs):
     val = [(0.43, 0.54)[(e + phase) % 2] for e in range(epochs)]
     train = [0.422 - 0.077 * e / (epochs - 1) for e in range(epochs)]
     assert warnings(train, val) == ["overfitting", "slow_convergence", "unstable_validation"]
@@ -62,7 +62,7 @@ def test_the_scale_of_the_loss_does_not_change_what_is_unstable(name, scale):
     assert ("unstable_validation" in scaled) == (name == "former")
 
 
-def test_noise_is_the_standard_deviation_about_the_trend():
+def test_noise_is_the_standard_deviation_around_the_trend():
     rng = np.random.default_rng(0)
     trend = 0.3 + 0.4 * np.exp(-np.arange(200) / 8)
     measured = [
@@ -70,7 +70,7 @@ def test_noise_is_the_standard_deviation_about_the_trend():
         for end in (40, 80, 120, 200)
         for _ in range(50)
     ]
-    # The one epoch left out is the farthest, so the estimate lies a little low.
+    # The epoch left out is the farthest, so the estimate is a little low.
     assert np.mean(measured) == pytest.approx(0.05 * 0.3, rel=0.15)
 
 
@@ -194,7 +194,7 @@ def test_each_option_of_concern_is_found_alone(options, batch, code):
 
 
 @pytest.mark.parametrize("config", [{}, {"options": 3}, {"options": {"learning_rate": "high", "epochs": True}}])
-def test_a_configuration_that_tells_nothing_gives_no_findings(config):
+def test_a_configuration_without_usable_options_gives_no_findings(config):
     assert judge_config(config) == []
 
 
@@ -202,7 +202,7 @@ def test_a_configuration_that_tells_nothing_gives_no_findings(config):
     ("rate", "said"),
     [(9e-4, "low"), (1e-3, None), (4e-3, None), (3.2e-2, None), (3.3e-2, "high")],
 )
-def test_a_rate_is_judged_by_the_number_of_steps_where_that_is_known(rate, said):
+def test_a_rate_is_judged_by_the_number_of_steps_if_that_is_known(rate, said):
     known = {"automatic_learning_rate": 8e-3, "optimiser_steps": 1000}
     found = judge_config({"options": {"learning_rate": rate}, **known})
     assert [f.code for f in found] == ([] if said is None else ["learning_rate"])
@@ -211,12 +211,12 @@ def test_a_rate_is_judged_by_the_number_of_steps_where_that_is_known(rate, said)
         assert found[0].advice == ("--learning_rate auto",)
 
 
-def test_a_low_rate_is_no_concern_where_steps_are_many():
+def test_a_low_rate_is_no_concern_if_there_are_many_steps():
     known = {"automatic_learning_rate": 1e-4, "optimiser_steps": 1_000_000}
     assert judge_config({"options": {"learning_rate": 1e-5}, **known}) == []
 
 
-def test_a_run_that_jumps_is_not_told_that_its_rate_is_low():
+def test_a_run_that_jumps_gets_no_notice_that_its_rate_is_low():
     config = {"options": {"learning_rate": 1e-4}, "automatic_learning_rate": 1e-2, "optimiser_steps": 500}
     assert [f.code for f in judge_config(config)] == ["learning_rate"]
     assert judge_config(config, calm=False) == []
@@ -247,13 +247,13 @@ def test_a_run_worse_than_the_means_that_jumps_is_not_advised_a_higher_rate():
     assert "--learning_rate auto" not in found["worse_than_mean"].advice
 
 
-def test_a_rate_that_falls_to_nought_by_plan_is_no_plateau():
+def test_a_rate_scheduled_to_fall_to_zero_gives_no_plateau():
     train, val = healthy_losses(60)
     curves = (np.arange(1, 61), np.array(train), np.array(val))
     falling = 5e-3 * (1 + np.cos(np.pi * np.arange(60) / 59))
     assert [f.code for f in diagnose(*curves, options={"scheduler": "plateau"}, rate=falling)] == ["plateau"]
     assert diagnose(*curves, options={"scheduler": "cosine"}, rate=falling) == []
-    # One that never learnt is slow while the rate is high, and no longer a question of rates at its end.
+    # A run that never learnt is slow while its rate is high; at its end the rate is no longer the cause.
     flat = np.full(60, 0.3)
     for epochs, codes in ((20, ["slow_convergence"]), (60, [])):
         found = diagnose(curves[0][:epochs], flat[:epochs], flat[:epochs], None, {"scheduler": "cosine"}, None,
@@ -275,18 +275,18 @@ def judged_by_r2(r2, options=None, **thresholds):
     return set(found), found.get("worse_than_mean")
 
 
-def test_an_error_of_twice_that_of_the_means_is_a_warning_whatever_the_loss_does():
+def test_an_error_of_twice_that_of_the_means_is_a_warning_even_if_the_loss_falls():
     codes, found = judged_by_r2([-9.0] * 4 + [-5, -2, -1.5, -1.4, -1.2, -1.1])
     assert codes == {"worse_than_mean"} and found.severity == "warning"
     assert found.value == pytest.approx(2.1) and found.threshold == 2
     assert "2.1 to 3 times" in found.message and "epochs 6 to 10" in found.message
-    # As bad as the means, better in one of the last five epochs, too early to tell, or not measured: no warning.
+    # No warning if it is as bad as the means, better in one of the last five epochs, too early, or not measured.
     for r2 in ([-0.9] * 10, [-9.0] * 9 + [-0.9], [-9.0] * 5, [-9.0] * 9 + [math.nan]):
         assert judged_by_r2(r2)[0] == set()
     assert judged_by_r2([-0.9] * 10, max_error_of_mean=1.8)[0] == {"worse_than_mean"}
 
 
-def test_the_advice_for_a_useless_network_names_what_the_run_does_otherwise():
+def test_advice_for_a_useless_network_names_only_what_the_run_does_differently():
     former = {"output_start": "half", "variance_form": "exponential", "variance_weight": 0.5, "learning_rate": 5e-4}
     found = judged_by_r2([-9.0] * 10, former | {"automatic_learning_rate": 8e-3})[1]
     assert found.advice[:-1] == ("--output_start mean", "--variance_form target", "--learning_rate auto")
@@ -295,7 +295,7 @@ def test_the_advice_for_a_useless_network_names_what_the_run_does_otherwise():
     assert judged_by_r2([-9.0] * 10, recipe | {"automatic_learning_rate": 8e-3})[1].advice == found.advice[-1:]
 
 
-def test_a_slow_run_is_advised_the_rate_that_suits_its_steps_where_that_is_known():
+def test_a_slow_run_is_advised_the_automatic_rate_if_that_is_known():
     epochs, flat = np.arange(1, 13), np.full(12, 0.3)
     for known, first in (
         (8e-3, "--learning_rate auto"),

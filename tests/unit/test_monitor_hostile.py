@@ -1,4 +1,4 @@
-"""Mutated logs never crash the monitor. MONITOR_EXAMPLES=10000 makes the search as long as one likes."""
+"""Mutated logs never crash the monitor. MONITOR_EXAMPLES=10000 searches longer."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from orion_unet.monitor.watch import to_json
 
 EXAMPLES = int(os.environ.get("MONITOR_EXAMPLES", "200"))
 DRAWN_OF = 50
-"""A figure takes as long as a hundred reports: one poll in so many is drawn."""
+"""Only one poll in this many is drawn: a figure takes as long as a hundred reports."""
 
 numbers = st.one_of(
     st.floats(),
@@ -129,7 +129,7 @@ def test_no_log_crashes_the_monitor(lines, status, config, width, height):
 
 
 def look(report, width, height, drawn):
-    """Show the report in every way there is."""
+    """Show the report in every way."""
     json.loads(to_json(report.document()))
     console = make_console(io.StringIO(), width=width)
     console.print(view(report, console, height))
@@ -145,7 +145,7 @@ def look(report, width, height, drawn):
 @settings(max_examples=max(EXAMPLES // 3, 50))
 @given(st.binary(max_size=400), st.lists(st.integers(1, 3000), max_size=8))
 def test_a_log_read_in_pieces_is_the_log_read_at_once(noise, cuts):
-    """Any bytes may stand between whole lines, and the file may grow by any steps."""
+    """There may be any bytes between whole lines, and the file may grow by any steps."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_run(Path(scratch), *former_losses())
         lines = (folder / "metrics.jsonl").read_bytes().splitlines()[:5]

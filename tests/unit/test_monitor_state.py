@@ -1,4 +1,4 @@
-"""Waiting, stalled, crashed: judged by the file system's clock and the process, whatever the local clock says."""
+"""Waiting, stalled, crashed: judged by the file system's clock, the steps and the process, not by the local clock."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def dead_pid():
 
 
 @pytest.mark.parametrize("state", ["finished", "early_stopped", "interrupted", "diverged", "failed"])
-def test_a_final_state_stands_however_old_and_whoever_is_gone(tmp_path, state, dead_pid):
+def test_a_final_state_is_kept_when_old_and_when_its_process_is_gone(tmp_path, state, dead_pid):
     assert Liveness(tmp_path, 30).judge(status(state, dead_pid), 0.0).state == state
 
 
@@ -63,7 +63,7 @@ def judged(tmp_path, document, stalled_after=30, interval=10, epoch_s=None):
     return Liveness(tmp_path, stalled_after, interval).judge(document, filesystem_now(tmp_path), epoch_s)
 
 
-# Seconds without progress that are allowed; each is tried a little below and a little above.
+# The seconds without progress that are allowed. Each test tries a little less and a little more.
 LIMITS = {
     "short steps: the least": (30, {"step_s": 0.1}, {}),
     "a longer interval between polls": (120, {"step_s": 0.1}, {"interval": 60}),
@@ -104,7 +104,7 @@ def simulate(tmp_path, monkeypatch):
     states = []
 
     def work(seconds):
-        """Let time pass, with a beat and a poll every 10 s; returns after how long the run was first called stalled."""
+        """Let time pass, with a beat and a poll every 10 s; returns when the run was first called stalled, or None."""
         began, stalled_after = now[0], None
         while now[0] < began + seconds:
             now[0] = min(now[0] + 10, began + seconds)
@@ -149,8 +149,8 @@ def test_before_the_first_step_the_start_counts(tmp_path):
         assert judged(tmp_path, working(0, "starting", progressed=None, since=utc(-quiet))).state == state
 
 
-def test_a_new_epoch_or_validation_starts_the_patience_anew(tmp_path):
-    """The last batch of validation is long over, because the next epoch's loader takes its time."""
+def test_a_new_epoch_or_validation_restarts_the_patience(tmp_path):
+    """The last validation batch was long ago, because the next epoch's loader takes its time."""
     assert judged(tmp_path, working(1000, step=0, since=utc(-800))).state == "training"
     assert judged(tmp_path, working(1000, step=0, since=utc(-910))).state == "stalled"
 
@@ -244,7 +244,7 @@ def test_a_process_seen_alive_and_gone_is_crashed_at_once(tmp_path):
     beat = filesystem_now(tmp_path)
     assert judge.judge(status(pid=process.pid), beat).state == "training"
     process.kill()
-    # Not waited for: a zombie is as dead as a process can be.
+    # The process is not waited for, so it stays a zombie.
     deadline = time.monotonic() + 5
     while judge.judge(status(pid=process.pid), beat).state != "crashed" and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -269,12 +269,12 @@ def test_a_number_given_to_a_later_process_is_not_the_trainer():
 
 
 @pytest.mark.parametrize("pid", [None, True, 0, -1, 2**40, "1", 1.5])
-def test_a_process_number_that_is_none_does_not_live(pid):
+def test_an_invalid_process_number_is_not_alive(pid):
     assert not process_lives(pid, 1.0)
 
 
 @pytest.mark.parametrize("document", [None, {}, {"state": "dancing"}, {"state": ["training"]}, {"state": None}])
-def test_a_status_that_tells_nothing_is_waiting(tmp_path, document):
+def test_a_status_without_a_known_state_is_waiting(tmp_path, document):
     assert Liveness(tmp_path, 30).judge(document, 1.0).state == "waiting"
 
 
@@ -285,7 +285,7 @@ def test_the_clock_probe_leaves_nothing_behind(tmp_path):
     assert filesystem_now(tmp_path / "absent") is None
 
 
-def test_a_report_holds_what_the_contract_names(tmp_path):
+def test_a_report_has_the_fields_that_programs_rely_on(tmp_path):
     train, val = healthy_losses(12)
     val[6] = 0.01
     document = Run(write_run(tmp_path / "run", train, val), Thresholds()).poll().document()
@@ -311,7 +311,7 @@ def test_time_left_counts_the_epochs_that_remain(tmp_path):
         ({"config.json": '{"schema": "x"}', "metrics.jsonl": ""}, "schema 'x'"),
     ],
 )
-def test_what_is_no_run_is_one_plain_sentence(tmp_path, files, message):
+def test_a_folder_that_is_not_a_run_gives_one_plain_sentence(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message) as caught:

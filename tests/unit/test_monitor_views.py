@@ -27,15 +27,15 @@ def report(folder):
     return Run(folder, Thresholds()).poll()
 
 
-def screen(told, width, height=None, file=None):
+def screen(found, width, height=None, file=None):
     console = make_console(file or io.StringIO(), width=width)
-    console.print(view(told, console, height, footer="every 10 s"))
+    console.print(view(found, console, height, footer="every 10 s"))
     return console.file.getvalue()
 
 
 @pytest.fixture
 def hostile(tmp_path):
-    """A run whose every text and number is meant to do harm."""
+    """A run in which every text and number is meant to do harm."""
     run = write_run(tmp_path / "run", *former_losses(), options={"note": HOSTILE, "output_dir": HOSTILE})
     status = {
         "schema": 1,
@@ -71,14 +71,14 @@ def test_a_small_window_says_what_it_leaves_out(tmp_path):
 
 
 def test_a_wider_screen_shows_more_columns_and_a_higher_one_more_epochs(tmp_path):
-    told = report(write_run(tmp_path, *healthy_losses(30)))
-    small, large = screen(told, 80, 24), screen(told, 140, 40)
+    found = report(write_run(tmp_path, *healthy_losses(30)))
+    small, large = screen(found, 80, 24), screen(found, 140, 40)
     assert "psnr dB" in large and "psnr dB" not in small
     rows = [len(re.findall(r"^ +\d+ +\d\.", text, re.M)) for text in (small, large)]
     assert 5 <= rows[0] < rows[1]
 
 
-def test_the_view_tells_progress_best_markers_warnings_and_options(tmp_path):
+def test_the_view_shows_progress_best_markers_warnings_and_options(tmp_path):
     train, val = former_losses()
     run = write_run(tmp_path / "former", train, val, options={"learning_rate": 5e-4})
     text = " ".join(screen(report(run), 100).split())
@@ -155,12 +155,12 @@ def test_ten_thousand_markers_show_the_best_and_the_worst_and_count_the_rest(tmp
     record["val"]["per_channel"] = {f"m{n}": {"pearson": n / 10_000} for n in range(10_000)}
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
-    told = report(run)
-    text = screen(told, 80, 24)
+    found = report(run)
+    text = screen(found, 80, 24)
     assert "m9999" in text and re.search(r"\bm0\b", text) and re.search(r"\+99\d\d more", text)
-    assert "9960 between best and worst left out" in html.unescape(page(told, b""))
+    assert "9960 between best and worst left out" in html.unescape(page(found, b""))
     assert "9964 between them left out" in " ".join(
-        axes.get_title(loc="left").replace("\n", " ") for axes in plots.run_figure(told).axes
+        axes.get_title(loc="left").replace("\n", " ") for axes in plots.run_figure(found).axes
     )
 
 
@@ -181,7 +181,7 @@ def test_a_terminal_without_blocks_gets_plain_characters(tmp_path):
 
 
 def test_every_compared_run_is_in_the_legend(tmp_path):
-    """matplotlib leaves out labels that begin with an underscore, and reads what stands between dollar signs."""
+    """matplotlib leaves out labels that begin with an underscore, and parses text between dollar signs."""
     names = ["_first", r"$\frac$", "third"]
     reports = [report(write_run(tmp_path / str(at), *healthy_losses(5))) for at in range(3)]
     figure = plots.comparison_figure(reports, names)
@@ -193,12 +193,12 @@ def test_every_compared_run_is_in_the_legend(tmp_path):
 def test_advice_names_alternatives_and_steps(tmp_path):
     """Options are alternatives; sentences are steps, and not something to paste."""
     train, val = former_losses()
-    told = report(write_run(tmp_path / "run", train, val, options={"learning_rate": 5e-4}))
-    shown = " ".join(screen(told, 200).split())
+    found = report(write_run(tmp_path / "run", train, val, options={"learning_rate": 5e-4}))
+    shown = " ".join(screen(found, 200).split())
     assert "try --learning_rate 5e-5, or --batch_size 16, or" in shown
     slow = "calm the validation loss first; try --weight_decay 5e-05; check that the patches are diverse"
     assert slow in shown
-    text = html.unescape(page(told, b""))
+    text = html.unescape(page(found, b""))
     assert "calm the validation loss first; try <code>--weight_decay 5e-05</code>; check that" in text
 
 

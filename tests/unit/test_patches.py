@@ -157,7 +157,6 @@ def test_a_batch_holds_the_stored_bytes_in_the_folders_own_layout(write_pairs, o
             np.testing.assert_array_equal(row, stored[window] if layout == "hwc" else stored[:, *window])
             assert row.dtype == stored.dtype
     assert batch.core.tolist() == [2, 0]
-    assert batch.position.tolist() == [[32, 24], [1, 2]]
 
 
 @pytest.mark.parametrize("modality", ["he", "orion"])

@@ -116,7 +116,7 @@ def test_an_overlong_line_is_skipped_without_keeping_it(log):
     assert len(reader._pending) == 0
 
 
-def test_a_replaced_file_is_read_anew(log):
+def test_a_replaced_file_is_read_again(log):
     log.write_text(line(1) + "\n" + line(2) + "\n")
     reader = read(log)
     other = log.with_name("new")
@@ -127,7 +127,7 @@ def test_a_replaced_file_is_read_anew(log):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 6])
-def test_a_file_rewritten_in_place_is_read_anew(log, epochs):
+def test_a_file_rewritten_in_place_is_read_again(log, epochs):
     log.write_text(line(1) + "\n" + line(2) + "\n")
     reader = read(log)
     log.write_text("".join(line(e, 0.25) + "\n" for e in range(1, epochs + 1)))
@@ -143,7 +143,7 @@ def test_a_removed_file_is_an_empty_log(log):
     assert len(reader) == 0
 
 
-def test_the_later_attempt_wins_whatever_the_order(log):
+def test_the_later_attempt_wins_in_any_order(log):
     rows = [line(1), line(2, 0.5), line(3, 0.5), line(2, 0.2, attempt=2), line(3, 0.9, attempt=1)]
     rows += [line(3, 0.3, attempt=2), line(3, 0.8, attempt=1)]
     log.write_text("\n".join(rows) + "\n")
@@ -154,7 +154,7 @@ def test_the_later_attempt_wins_whatever_the_order(log):
 
 
 def test_epochs_of_an_earlier_attempt_beyond_the_newest_do_not_count(log):
-    """The run went back to the checkpoint of epoch 3; its former epochs 5 and 6 are history that did not happen."""
+    """The run went back to the checkpoint of epoch 3, so its former epochs 5 and 6 no longer count."""
     log.write_text("".join(line(epoch, epoch / 10) + "\n" for epoch in range(1, 7)))
     reader = read(log)
     assert len(reader) == 6
@@ -191,7 +191,7 @@ def test_epochs_out_of_order_come_out_sorted(log):
         ([1], math.nan),
     ],
 )
-def test_a_null_loss_is_not_finite_a_vanishing_one_0_and_anything_odd_is_no_measurement(log, loss, expected):
+def test_a_null_loss_is_not_finite_a_tiny_one_is_0_and_anything_else_is_no_measurement(log, loss, expected):
     record = epoch_record(1, 0.5, 0.6)
     record["val"]["loss"] = loss
     text = json.dumps(record).replace("Infinity", "1e400")
@@ -232,7 +232,7 @@ def test_many_epochs_keep_few_rows_of_markers_and_always_the_newest():
     np.testing.assert_allclose(pearson[0], epochs / 20_000, rtol=1e-6)
 
 
-def test_ever_new_markers_are_bounded(monkeypatch):
+def test_the_number_of_markers_is_bounded(monkeypatch):
     monkeypatch.setattr(run_reader, "MAX_CHANNELS", 50)
     history = ChannelHistory()
     for epoch in range(40):
@@ -240,7 +240,7 @@ def test_ever_new_markers_are_bounded(monkeypatch):
     assert len(history.names) == 50 and history.left_out == 350
 
 
-def test_a_pipe_or_a_folder_in_place_of_the_log_is_an_error_and_no_wait(tmp_path, log):
+def test_a_pipe_or_a_folder_instead_of_the_log_is_an_error_at_once(tmp_path, log):
     os.mkfifo(log)
     with pytest.raises(OSError, match="not a regular file"):
         MetricsReader(tmp_path).poll()
@@ -258,7 +258,7 @@ def test_a_document_comes_with_its_modification_time(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"a":' * 50_000])
-def test_a_document_that_is_no_object_is_none(tmp_path, content):
+def test_a_document_that_is_not_an_object_is_none(tmp_path, content):
     path = tmp_path / "status.json"
     path.write_bytes(content)
     assert read_document(path)[0] is None

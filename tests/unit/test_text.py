@@ -47,7 +47,7 @@ def test_clean_escapes_what_could_act(text, shown):
         (float("nan"), "-"),
     ],
 )
-def test_durations_read_as_a_person_says_them(seconds, shown):
+def test_durations_are_readable(seconds, shown):
     assert duration(seconds) == shown
 
 
