@@ -20,7 +20,7 @@ def parser() -> Parser:
         "the training mean, and a linear regression from the colour of each pixel.",
         epilog="Scores are those of targets in [0, 1], normalised (and cleaned) as in training. What is undefined "
         "stays empty. Intervals need at least 8 cores, or 8 groups where cores come in groups. They are nominally 95 % "
-        "intervals; in simulations they cover the truth in 87 to 96 % of the cases.",
+        "intervals; in simulations they cover the truth in 88 to 96 % of the cases.",
     )
     add_options(parser, EvaluateOptions)
     add_options(parser, DeviceOptions)
