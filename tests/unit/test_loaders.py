@@ -343,3 +343,21 @@ def test_workers_end_although_their_process_was_killed_before_they_had_begun(wri
         """,
     )
     assert (code, out) == (-signal.SIGKILL, "before\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch ends them, within 5 s")
+def test_workers_end_with_their_process_at_once_and_close_what_they_share_with_it(write_pairs):
+    # The pipe to this test is open in the workers as a rank's connections to other ranks are.
+    code, out, _ = run_loading(
+        write_pairs(),
+        """
+        import os, signal, time
+        iterator = iter(loader)
+        # With the second batch both workers have begun their work.
+        next(iterator), next(iterator)
+        print(time.time(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    assert code == -signal.SIGKILL
+    assert time.time() - float(out) < 3.5
