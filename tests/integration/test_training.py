@@ -490,7 +490,7 @@ BAD_INPUT = {
     "NaN": (damage_nan, "core_02"),
     "truncated": (damage_truncated, "core_02"),
     "sizes differ": (damage_size, "core_02"),
-    "one core": (one_core, "at least two"),
+    "one core": (one_core, "two are needed"),
     "patch too large": (lambda pairs: {"patch_size": 128}, "patch_size"),
     "too few patches": (lambda pairs: {"batch_size": 99}, "batch_size"),
     "unknown marker": (lambda pairs: {"channel_weights": "Nothing=2"}, "Nothing"),
