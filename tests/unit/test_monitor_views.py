@@ -202,11 +202,12 @@ def test_advice_names_alternatives_and_steps(tmp_path):
     assert "calm the validation loss first; try <code>--weight_decay 5e-05</code>; check that" in text
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 140])
-def test_a_line_never_ends_between_an_option_and_its_value(tmp_path, width):
-    lines = screen(report(write_run(tmp_path, *former_losses())), width).splitlines()
-    assert sum(line.startswith("  ") and "--" in line for line in lines) >= 3
-    assert not [line for line in lines if re.search(r"--\w+$", line)]
+def test_a_line_never_ends_between_an_option_and_its_value(tmp_path):
+    found = report(write_run(tmp_path, *former_losses()))
+    for width in range(50, 141):
+        lines = screen(found, width).splitlines()
+        assert sum(line.startswith("  ") and "--" in line for line in lines) >= 3
+        assert not [line for line in lines if re.search(r"--\w+$", line.rstrip())]
 
 
 def test_compared_runs_stand_side_by_side_with_the_options_that_differ(tmp_path):
