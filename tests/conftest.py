@@ -20,8 +20,8 @@ settings.load_profile("steady")
 
 GLASS = 240
 
-# Here and in every process that a test starts: for tensors this small, threads cost more than they bring, and on a busy
-# machine they wait for each other.
+# Here and in every process that a test starts: sums over several threads would differ in the last bit; and for tensors
+# this small threads cost more than they bring, most of all on a busy machine, where they wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -33,12 +33,9 @@ def call(start):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """As the commands run: sums over threads would differ in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def determinism_ends_with_the_test():
+    """A training in this process may have asked for deterministic algorithms."""
     yield
-    torch.set_num_threads(before)
     # Setting it, even to what it is, imports the compiler: seconds.
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(False)
