@@ -21,7 +21,7 @@ LAYERS = (
     ("data", "checkpoint", "metrics"),
     (
         *("slides", "registration", "models", "losses", "config", "recipes", "distributed", "run_log"),
-        *("errors", "extras", "findings", "options", "text", "__init__"),
+        *("correlation", "patch_sums", "errors", "extras", "findings", "options", "text", "__init__"),
     ),
 )
 ROOMS_APART = {"training", "evaluation", "inspection", "monitor", "demo"}

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from orion_unet.correlation import pearson
 from orion_unet.data.scale import Progress
 from orion_unet.evaluation.cells import CellFinder, Cells
 from orion_unet.evaluation.intervals import interval
-from orion_unet.evaluation.scores import BOUNDS, RankBins, overall, pearson, rank_scores
+from orion_unet.evaluation.scores import BOUNDS, RankBins, overall, rank_scores
 
 CELL_METRICS = ("pearson", "auc", "average_precision", "f1", "fraction_positive")
 # The predicted cut-off of positive cells is chosen on so many training cores, evenly spaced among all.

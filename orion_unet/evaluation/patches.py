@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from orion_unet.correlation import moments, pearson
 from orion_unet.data.patches import TISSUE_FRACTION, grid_starts
 from orion_unet.evaluation.scored_folder import Region
-from orion_unet.evaluation.scores import moments, overall, pearson
+from orion_unet.evaluation.scores import overall
 
 # Patches in memory; the one nearest to the median of all is shown as typical.
 MOST_KEPT = 8

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orion_unet.correlation import pearson
 from orion_unet.data.randomness import SCORED_PIXELS, counter_rng
 from orion_unet.errors import InputError
-from orion_unet.metrics import CONSTANT_SPREAD, MarkerSums
+from orion_unet.metrics import MarkerSums
 
 SUM_METRICS = ("pearson", "pearson_boxes", "mae", "psnr_db", "ssim")
 RANK_METRICS = ("spearman", "auc", "average_precision")
@@ -97,22 +98,6 @@ def sum_scores(sums: np.ndarray, boxes: np.ndarray) -> dict[str, np.ndarray]:
             "ssim": np.where(patches > 0, ssim / patches, np.nan),
             "fraction_positive": sums[..., 10, :] / pixels,
         }
-
-
-def moments(p: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """Sums (6, ...) over the last axis that ``pearson`` takes: count, Σp, Σt, Σp², Σt², Σpt, in float64."""
-    p, t = p.astype(np.float64), t.astype(np.float64)
-    return np.stack([np.ones_like(p), p, t, p * p, t * t, p * t]).sum(axis=-1)
-
-
-def pearson(sums: np.ndarray) -> np.ndarray:
-    """Pearson r (..., C) from moments (..., 6, C); NaN where either side is constant or there is nothing."""
-    n, p, t, pp, tt, pt = (sums[..., row, :] for row in range(6))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        spread_p, spread_t = pp - p * p / n, tt - t * t / n
-        defined = (spread_p > CONSTANT_SPREAD**2 * pp) & (spread_t > CONSTANT_SPREAD**2 * tt)
-        r = (pt - p * t / n) / np.sqrt(spread_p) / np.sqrt(spread_t)
-    return np.where(defined, r.clip(-1, 1), np.nan)
 
 
 def rank_scores(predicted: np.ndarray, measured: np.ndarray, positive: np.ndarray) -> dict[str, float]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from orion_unet.correlation import moments, pearson
+
 # Side of the window that is compared, and the longest shift that is tried, in pixels.
 WINDOW, LONGEST_SHIFT = 1024, 64
 # Smaller images have too few nuclei, and too few shifts away from the peak, to tell a match from chance. Of crops of
@@ -40,7 +42,7 @@ def register(density: np.ndarray, marker: np.ndarray) -> Registration:
     of the size of nuclei. The correlations are those of the unfiltered images where they overlap. Shifts of up to 64
     pixels and a quarter of the window are tried, in images of at least LEAST_SIDE pixels.
     """
-    plain = pearson(density, marker)
+    plain = correlate(density, marker)
     if min(density.shape) < LEAST_SIDE:
         return Registration(plain, np.nan, None, np.nan)
     if not np.isfinite(plain):
@@ -61,7 +63,7 @@ def register(density: np.ndarray, marker: np.ndarray) -> Registration:
     away = (np.abs(offsets[:, None] - down) > COARSEST) | (np.abs(offsets - right) > COARSEST)
     spread = float(map_[away].std())
     peak = float(map_.max() - map_[away].mean()) / spread if spread > 0 else np.nan
-    return Registration(plain, pearson(*overlap(density, marker, down, right)), (down, right), peak)
+    return Registration(plain, correlate(*overlap(density, marker, down, right)), (down, right), peak)
 
 
 def overlap(still: np.ndarray, moved: np.ndarray, down: int, right: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,8 +77,6 @@ def overlap(still: np.ndarray, moved: np.ndarray, down: int, right: int) -> tupl
     return still[rows, columns], moved[back_rows, back_columns]
 
 
-def pearson(first: np.ndarray, second: np.ndarray) -> float:
+def correlate(first: np.ndarray, second: np.ndarray) -> float:
     """Pearson's r of two images; NaN where one is constant."""
-    first, second = (image.astype(np.float64) - image.mean(dtype=np.float64) for image in (first, second))
-    scale = float(np.sqrt((first**2).sum() * (second**2).sum()))
-    return float((first * second).sum()) / scale if scale > 0 else np.nan
+    return float(pearson(moments(first.reshape(1, -1), second.reshape(1, -1)))[0])

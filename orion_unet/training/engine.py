@@ -16,6 +16,7 @@ from orion_unet.data.transforms import Batch
 from orion_unet.distributed import all_reduce_sum, world_size
 from orion_unet.losses import TERMS, CompositeLoss
 from orion_unet.metrics import MarkerSums
+from orion_unet.patch_sums import patch_sums
 from orion_unet.training.averages import ModelEma, RunningStatistics
 
 # A GPU's numbers are read this many steps late: by then they are there, and the host need not wait for them. The lag
@@ -370,8 +371,9 @@ class ValidationSums:
 
     def add(self, prediction: Tensor, batch: Batch, loss: CompositeLoss) -> None:
         """Add the prediction of a batch. Does not wait for the device."""
-        self.terms += torch.stack(loss.sums(prediction, batch.target, batch.boundary))
-        self.markers.update(prediction, batch.target)
+        patches = patch_sums(prediction, batch.target, batch.boundary)
+        self.terms += torch.stack(loss.sums(patches))
+        self.markers.add(patches)
         self.patches += len(batch.he)
 
     def reduced(self, loss: CompositeLoss) -> Validation:

@@ -9,7 +9,7 @@ from orion_unet.inspection.channels import describe_channel, most_varied
 from orion_unet.inspection.cores import CoreView, block_means, he_thumbnail, marker_thumbnail, sample_pixels, view_core
 from orion_unet.inspection.duplicates import find_twins
 from orion_unet.inspection.findings import find_all, mismatched, named, shifted, too_small
-from orion_unet.registration.shift import Registration, overlap, pearson, register
+from orion_unet.registration.shift import Registration, overlap, register
 from orion_unet.registration.stains import haematoxylin
 
 
@@ -129,11 +129,6 @@ def test_overlap_pairs_the_overlapping_pixels():
     first, second = overlap(still, moved, 1, -2)
     assert first.tolist() == [[4, 5], [8, 9]]
     assert second.tolist() == [[102, 103], [106, 107]]
-
-
-def test_pearson_is_that_of_numpy():
-    first, second = np.random.default_rng(5).random((2, 30, 40), np.float32)
-    assert pearson(first, second) == pytest.approx(np.corrcoef(first.ravel(), second.ravel())[0, 1])
 
 
 # Channels
