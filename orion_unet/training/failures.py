@@ -48,14 +48,19 @@ def plain_failure(error: BaseException, config: TrainConfig) -> RunError | None:
             f"{shutil.disk_usage(run_dir).free} bytes are free. The last checkpoint is whole: make room, then continue "
             "with --resume auto"
         )
-    if world_size() > 1 and isinstance(error, RuntimeError):
-        if any(sign in text for sign in LOST_PEER):
-            return RunError(
-                f"lost another rank: it failed or was killed; its own message says why ({_first_line(text)})"
-            )
-        if SILENT_PEER.search(text):
-            return RunError(f"another rank does not answer: it is stuck or lost ({_first_line(text)})")
+    if world_size() > 1 and _lost_peer(error):
+        return RunError(f"lost another rank: it failed or was killed; its own message says why ({_first_line(text)})")
+    if world_size() > 1 and _silent_peer(error):
+        return RunError(f"another rank does not answer: it is stuck or lost ({_first_line(text)})")
     return None
+
+
+def _lost_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER)
+
+
+def _silent_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and SILENT_PEER.search(str(error)) is not None
 
 
 def _first_line(text: str) -> str:
@@ -63,7 +68,12 @@ def _first_line(text: str) -> str:
 
 
 def note_failure(run_dir: Path, error: BaseException) -> None:
-    """Leave a rank's own cause of failure for rank 0, which may only notice that a rank is gone."""
+    """Leave a rank's own cause of failure for rank 0, which may only notice that a rank is gone.
+
+    The loss of another rank is not a cause.
+    """
+    if _lost_peer(error) or _silent_peer(error):
+        return
     with suppress(OSError):
         (run_dir / NOTE_PATTERN.replace("*", str(rank()))).write_text(f"rank {rank()}: {type(error).__name__}: {error}")
 

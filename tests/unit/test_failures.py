@@ -55,15 +55,15 @@ def test_an_error_of_the_device_or_its_library_is_not_taken_for_a_lost_rank(text
     assert plain_failure(RuntimeError(text), TrainConfig()) is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711",
-        "[gloo/transport/tcp/pair.cc:547] Read error [10.0.0.2]:4711: Connection reset by peer",
-        "ncclRemoteError: remote process exited or there was a network error",
-        "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation to complete",
-    ],
-)
+LOST = [
+    "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711",
+    "[gloo/transport/tcp/pair.cc:547] Read error [10.0.0.2]:4711: Connection reset by peer",
+    "ncclRemoteError: remote process exited or there was a network error",
+    "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 600000ms for recv operation to complete",
+]
+
+
+@pytest.mark.parametrize("text", LOST)
 def test_a_lost_rank_keeps_the_original_message(text, monkeypatch):
     monkeypatch.setattr(failures, "world_size", lambda: 2)
     plain = str(plain_failure(RuntimeError(text), TrainConfig()))
@@ -76,3 +76,9 @@ def test_a_rank_s_cause_is_found_once_by_rank_0(tmp_path, monkeypatch):
     note_failure(tmp_path, ValueError("bad core"))
     assert noted_failures(tmp_path) == ["rank 3: ValueError: bad core"]
     assert noted_failures(tmp_path) == [] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", LOST)
+def test_a_rank_that_lost_another_leaves_no_cause(text, tmp_path):
+    note_failure(tmp_path, RuntimeError(text))
+    assert list(tmp_path.iterdir()) == []
