@@ -120,6 +120,7 @@ class Bench:
             "patches_per_image_val": options.batch_size,
             "val_batch_size": max(1, options.batch_size // world_size()),
             "base_features": options.base_features,
+            "compile": getattr(options, "compile", False),
             **RECIPE,
             **changed,
         }
@@ -133,7 +134,7 @@ class Bench:
         self.feeds = build_feeds(self.config, self.prepared, self.device)
         self.state = build_state(self.config, self.prepared, self.device, self.feeds.order.steps)
         self.loss = build_loss(self.config, self.prepared, self.device)
-        compiled = getattr(options, "compile", False)
+        compiled = self.config.runtime.compile
         self.forward = forward = torch.compile(self.state.model, dynamic=False) if compiled else self.state.model
         self.learner = self.state.learner
         self.learner.model = parallel(forward, self.device)

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     options.device = device.type
     check(options)
     prepare(options)
-    names = [OURS, *(() if options.without_monai else PEERS)]
+    names = [OURS, *(() if options.without_monai else options.peers)]
     formats = list(FORMATS) if options.memory_format == "both" else [options.memory_format]
     subjects = [(name, form) for name in names for form in formats]
     steps, memory, failures = {}, {}, []
@@ -125,6 +125,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile every network with torch.compile")
     parser.add_argument("--amp", action="store_true", help="mixed precision for every network (GPU only)")
     parser.add_argument("--optimizers", action="store_true", help="also time the variants of AdamW")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="MONAI's networks; default: all")
     parser.add_argument("--without_monai", action="store_true", help="measure our network only")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     return parser.parse_args(argv)

@@ -164,7 +164,7 @@ class RuntimeOptions:
     gpus: int | None = option(
         None, "GPUs of this machine to use; 0 = CPU; auto = all visible", minimum=0, metavar="N|auto", fixed=False
     )
-    compile: bool = option(False, "compile the model with torch.compile", fixed=False)
+    compile: bool = option(False, "compile the model, and on one rank the loss, with torch.compile", fixed=False)
     deterministic: bool = option(False, "deterministic kernels, slower")
     pinned_memory_mb: float = option(
         4096.0,

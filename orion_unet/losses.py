@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -206,14 +205,21 @@ class _Errors:
     def __init__(self, prediction: Tensor, target: Tensor) -> None:
         self.prediction = prediction
         self.target = target
+        self._plain: Tensor | None = None
+        self._squared: Tensor | None = None
 
-    @cached_property
+    # Not a cached_property, whose lock torch.compile cannot enter.
+    @property
     def plain(self) -> Tensor:
-        return self.prediction - self.target
+        if self._plain is None:
+            self._plain = self.prediction - self.target
+        return self._plain
 
-    @cached_property
+    @property
     def squared(self) -> Tensor:
-        return self.plain.square()
+        if self._squared is None:
+            self._squared = self.plain.square()
+        return self._squared
 
 
 def _moments(errors: _Errors) -> Tensor:

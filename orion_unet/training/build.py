@@ -150,7 +150,7 @@ def _precision(config: TrainConfig, device: torch.device) -> Precision:
 
 
 def build_loss(config: TrainConfig, prepared: Prepared, device: torch.device) -> CompositeLoss:
-    """The composite loss of the options."""
+    """The composite loss of the options, compiled if wanted and on one rank: several exchange sums within it."""
     weights = prepared.channel_weights
     loss = CompositeLoss(
         config.loss.weights,
@@ -158,8 +158,10 @@ def build_loss(config: TrainConfig, prepared: Prepared, device: torch.device) ->
         config.loss.target_variance,
         None if weights is None else torch.tensor(weights),
         mean_over_ranks if world_size() > 1 else None,
-    )
-    return loss.to(device)
+    ).to(device)
+    if config.runtime.compile and world_size() == 1:
+        loss.compile(dynamic=False)
+    return loss
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import fields
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from tiny_runs import TINY, command_line, losses, read_metrics, read_status, wei
 
 from orion_unet.checkpoint import load
 from orion_unet.cli.arguments import parse_train_config
-from orion_unet.config import GROUPS, ModelOptions
+from orion_unet.config import GROUPS, ModelOptions, TrainConfig
 from orion_unet.errors import InputError
+from orion_unet.losses import CompositeLoss
 from orion_unet.models.unet import SpatialUNet
-from orion_unet.training import engine
+from orion_unet.training import build, engine
+from orion_unet.training.build import build_loss
 from orion_unet.training.loop import Loop
 from orion_unet.training.loop import train as run
 
@@ -353,6 +356,19 @@ def test_a_compiled_model_trains_and_is_stored_under_its_own_names(train, monkey
     assert weights(compiled.dir).keys() == weights(plain.dir).keys()
     (one,), (two,) = read_metrics(compiled.dir), read_metrics(plain.dir)
     assert one["train"]["loss"] == pytest.approx(two["train"]["loss"], rel=1e-5)
+
+
+def test_the_loss_is_compiled_on_one_rank_and_not_on_several(monkeypatch):
+    config, prepared = TrainConfig.from_options({"compile": True}), SimpleNamespace(channel_weights=None)
+    compiled = []
+    monkeypatch.setattr(CompositeLoss, "compile", lambda self, dynamic: compiled.append(self))
+    loss = build_loss(config, prepared, torch.device("cpu"))
+    assert compiled == [loss]
+    monkeypatch.setattr(build, "world_size", lambda: 2)
+    build_loss(config, prepared, torch.device("cpu"))
+    monkeypatch.setattr(build, "world_size", lambda: 1)
+    build_loss(TrainConfig(), prepared, torch.device("cpu"))
+    assert compiled == [loss]
 
 
 def test_warm_up_and_cosine_shape_the_learning_rate(train, monkeypatch):

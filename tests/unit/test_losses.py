@@ -1,6 +1,7 @@
 """The composite loss: each term against torch's own loss or a calculation by hand; exact sums over batches."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -302,3 +303,35 @@ def test_shapes_that_would_broadcast_and_a_missing_mask_are_refused():
         alone("mse")(prediction, target[:, :1])
     with pytest.raises(ValueError, match="mask"):
         alone("boundary")(prediction, target)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_loss_is_one_graph_that_gives_the_same_values_gradients_and_culprits():
+    weights = {"mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.2, "variance": 0.1, "correlation": 0.3}
+    options = {"channel_weights": torch.tensor([1.0, 4.0, 1.0]), "target_variance": 0.2}
+    eager, compiled = CompositeLoss(weights, **options), CompositeLoss(weights, **options)
+    compiled.compile(dynamic=False, fullgraph=True)
+    for spoiled in (False, False, True):
+        prediction, target, mask = batch(height=64, width=80)
+        if spoiled:
+            target[1, 2, 3, 4] = math.nan
+        found = []
+        for loss in (eager, compiled):
+            p = prediction.clone().requires_grad_()
+            value, terms = loss(p, target, mask, mask.sum().double() + 7)
+            value.backward()
+            found.append((value.detach(), terms, p.grad))
+        (value, terms, gradient), (value_there, terms_there, gradient_there) = found
+        assert terms.keys() == terms_there.keys() == weights.keys()
+        assert {name: bool(term.isfinite()) for name, term in terms.items()} == {
+            name: bool(term.isfinite()) for name, term in terms_there.items()
+        }
+        torch.testing.assert_close(value_there, value, rtol=1e-5, atol=0, equal_nan=True)
+        for name, term in terms.items():
+            assert not terms_there[name].requires_grad
+            torch.testing.assert_close(terms_there[name], term, rtol=1e-5, atol=0, equal_nan=True, msg=name)
+        if not spoiled:
+            assert value > 0.1 and all(term > 0 for term in terms.values())
+            largest = float(gradient.abs().max())
+            torch.testing.assert_close(gradient_there, gradient, rtol=0, atol=1e-5 * largest)
