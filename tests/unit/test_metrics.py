@@ -208,7 +208,7 @@ def test_wrong_shapes_and_names_are_refused():
     prediction, target = images()
     with pytest.raises(ValueError, match="differ in shape"):
         MarkerSums(4).update(prediction, target[:, :1])
-    with pytest.raises(ValueError, match="differ in shape"):
+    with pytest.raises(ValueError, match="4 channels, not 5"):
         MarkerSums(5).update(prediction, target)
     with pytest.raises(ValueError, match="3 names for 4 channels"):
         MarkerSums(4).compute(["a", "b", "c"])
