@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
             results: dict[str, Any] = growth(Path(scratch), options)
         else:
             if not options.pairs_dir:
-                options.pairs_dir = made(Path(scratch) / "pairs", 4, max(512, 2 * options.patch_size), options.channels)
+                options.pairs_dir = made(Path(scratch) / "pairs", 4, side_of_a_core(options), options.channels)
             if options.profile:
                 print(profile(options))
                 return 0
@@ -77,6 +78,11 @@ def main(argv: list[str]) -> int:
             results = {f"{count} rank{'s' * (count > 1)}": on_ranks(count, options) for count in counts}
     print(json.dumps(results, indent=2) if options.json else table(results))
     return 0
+
+
+def side_of_a_core(options: argparse.Namespace) -> int:
+    """Pixels, so that one core has all patches of a validation."""
+    return max(2, math.isqrt(options.steps * options.batch_size - 1) + 1) * options.patch_size
 
 
 def made(folder: Path, cores: int, size: int, channels: int) -> str:
@@ -117,7 +123,8 @@ class Bench:
             "patch_size": options.patch_size,
             "batch_size": max(1, options.batch_size // world_size()),
             "patches_per_image": -(-options.steps * options.batch_size // train),
-            "patches_per_image_val": options.batch_size,
+            # As many batches as in training, so that starting the loader weighs no more than it does there.
+            "patches_per_image_val": options.steps * options.batch_size,
             "val_batch_size": max(1, options.batch_size // world_size()),
             "base_features": options.base_features,
             "compile": getattr(options, "compile", False),
