@@ -108,7 +108,7 @@ def run_section(name: str, command: Sequence[str], folder: Path, limit_s: float)
     problem = ""
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), MARK: mark},
+            command, cwd=ROOT, env={**os.environ, MARK: mark},
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:

@@ -64,7 +64,8 @@ class Check:
         self.quick = quick
         self.folder = folder
         self.rows_file, self.now_file = folder / f"{section}.jsonl", folder / f"{section}.now"
-        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.env = {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(folder / "cache")}
         if device == "cpu":
             self.env["CUDA_VISIBLE_DEVICES"] = ""
 
