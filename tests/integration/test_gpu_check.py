@@ -16,7 +16,9 @@ from orion_unet.cli.arguments import run_command
 from orion_unet.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = ("tests", "precision", "compile", "ranks", "norms", "speed", "predict", "profile", "memory")
+# The sections that are quick on a CPU. The others are whole benchmarks, each with a test of its own; the check runs
+# them all.
+SECTIONS = ("tests", "precision", "ranks", "profile", "memory")
 
 
 @pytest.fixture
@@ -39,9 +41,9 @@ def table(text):
 
 
 @pytest.mark.slow
-def test_the_whole_check_runs_on_a_cpu_and_reports_every_section(tmp_path):
+def test_the_check_runs_on_a_cpu_and_reports_every_section_asked_for(tmp_path):
     report = tmp_path / "report.md"
-    words = ["--device", "cpu", "--quick", "--output", "report.md"]
+    words = ["--device", "cpu", "--quick", "--output", "report.md", "--only", *SECTIONS]
     before = os.environ.get("OMP_NUM_THREADS")
     done = subprocess.run(
         [ROOT / "scripts" / "gpu_check.sh", *words],
@@ -61,15 +63,11 @@ def test_the_whole_check_runs_on_a_cpu_and_reports_every_section(tmp_path):
         "page locked batches are the plain ones",
         "a host that runs ahead does not fill the memory",
         "a batch that cannot fit",
-        "demo recipe, --compile",
     }
     found = {what: result for (_, what), result in results.items()}
     assert found["images are turned alike"] == "1 passed"
     assert "training loss 0." in found["demo recipe, AMP float16"]
     assert "0.00% from the loss of one without it" in found["two ranks through the launcher, gloo"]
-    assert "goal 0.95" in found["epoch"] and "goal 1.3" in found["step"]
-    assert "of the bare network (goal 0.85)" in found["prediction of a tiled TIFF"]
-    assert "| batch | channels_last |" in text and "used by the trainer" in text
     assert "aten::" in text.split("## profile")[1]
     assert str(tmp_path) not in text and str(ROOT) not in text
 
