@@ -141,6 +141,14 @@ class OptimisationOptions:
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", minimum=0)
     accumulate_steps: int = option(1, "batches whose gradients make one optimiser step", minimum=1)
     ema_decay: float = option(0.0, "decay of the averaged weights used in validation; 0 = off", minimum=0, below=1)
+    statistics_batches: int | None = option(
+        None,
+        "training batches over which the statistics of batch norm are measured anew before each validation; 0 = use "
+        "the running averages; auto = 16, or as in the run that is resumed",
+        minimum=0,
+        metavar="N|auto",
+        fixed=False,
+    )
     seed: int = option(42, "seed of everything random", minimum=0, maximum=2**63 - 1)
 
     @property

@@ -35,11 +35,14 @@ from orion_unet.training import run_folder
 from orion_unet.training.averages import ModelEma, RunningStatistics
 from orion_unet.training.console import Console
 from orion_unet.training.devices import autocast_dtype
-from orion_unet.training.engine import Learner, Precision, settle_buckets
+from orion_unet.training.engine import Learner, Precision, batch_norms, settle_buckets
 from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, automatic_rate, build_optimizer
 from orion_unet.training.prepare import Prepared, planned_steps
 from orion_unet.training.state import TrainState, check_resumable, restore
 from orion_unet.training.tensorboard import EventWriter
+
+# Batches over which statistics are measured by default.
+STATISTICS_BATCHES = 16
 
 
 @dataclass
@@ -85,6 +88,13 @@ class Run:
     def steps(self) -> int:
         """Batches of an epoch."""
         return self.feeds.order.steps
+
+    @property
+    def statistics_batches(self) -> int:
+        """Batches per rank that the statistics are measured over before each validation: at most those of an epoch,
+        0 where they are not measured or there are none."""
+        wanted = self.config.optimisation.statistics_batches or 0
+        return min(wanted, self.steps) if batch_norms(self.state.validated) else 0
 
     def rates(self, epoch: int) -> list[float]:
         """The learning rate of every batch of an epoch (from 1); batches of one optimiser step share one."""
@@ -262,9 +272,13 @@ def _from_another_folder(resume: str, run_dir: Path) -> bool:
     return Path(resume).resolve().parent != checkpoint_path(run_dir, LAST).resolve().parent
 
 
-def with_rate(config: TrainConfig, prepared: Prepared, earlier: dict[str, Any] | None) -> TrainConfig:
-    """The options with a learning rate: the one given, that of the run continued, or one that suits the length."""
-    if config.optimisation.learning_rate is not None:
-        return config
-    rate = earlier["options"]["learning_rate"] if earlier else automatic_rate(planned_steps(config, prepared))
-    return replace(config, optimisation=replace(config.optimisation, learning_rate=rate))
+def settled(config: TrainConfig, prepared: Prepared, earlier: dict[str, Any] | None) -> TrainConfig:
+    """The options with those left open decided: as in the run that is continued, or to suit this one."""
+    optimisation = config.optimisation
+    rate, batches = optimisation.learning_rate, optimisation.statistics_batches
+    if rate is None:
+        rate = earlier["options"]["learning_rate"] if earlier else automatic_rate(planned_steps(config, prepared))
+    if batches is None:
+        # Runs made before this option existed used the running averages.
+        batches = earlier["options"].get("statistics_batches", 0) if earlier else STATISTICS_BATCHES
+    return replace(config, optimisation=replace(optimisation, learning_rate=rate, statistics_batches=batches))

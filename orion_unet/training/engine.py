@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from orion_unet.data.transforms import Batch
@@ -346,6 +347,47 @@ def settle_buckets(learner: Learner, he: Tensor) -> None:
     learner.statistics.restore_where(torch.ones((), dtype=torch.bool, device=he.device))
     for buffer, before in counts:
         buffer.copy_(before)
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The layers of a model that normalise by running statistics in evaluation mode."""
+    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+
+
+@torch.no_grad()
+def measure_statistics(
+    model: nn.Module,
+    statistics: RunningStatistics,
+    batches: Iterable[Batch],
+    precision: Precision,
+    device: torch.device,
+) -> Generator[None, None, None]:
+    """Replace the running statistics of a model's batch norms by the mean over ``batches`` and ranks; yields after
+    each batch, and changes nothing else of the model.
+
+    Running averages mix the statistics of weights that no longer exist. At a high learning rate, or in the first
+    epochs, they describe none of them, and the validation judges a network that nobody trained. The mean and the
+    unbiased variance of each batch count alike, as in torch.optim.swa_utils.update_bn. Other layers work as in
+    evaluation: a dropped feature map would widen the variance. ``batches`` must be equally many on every rank.
+    """
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.train()
+        for done, batch in enumerate(batches):
+            for norm in norms:
+                # A cumulative mean; torch's own (momentum None) waits for the device in every layer.
+                norm.momentum = 1.0 / (done + 1)
+            with precision.autocast(device):
+                model(batch.he)
+            yield
+        statistics.average_over_ranks()
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
+            norm.momentum = momentum
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from orion_unet.errors import InputError
 from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import Heartbeat, MetricsWriter
 from orion_unet.training import report, run_folder
-from orion_unet.training.build import Run, build_run, carry_best_over, find_earlier, with_rate
+from orion_unet.training.build import Run, build_run, carry_best_over, find_earlier, settled
 from orion_unet.training.console import Console
 from orion_unet.training.devices import choose_device, keep_freed_memory, set_determinism
 from orion_unet.training.engine import (
@@ -39,6 +39,7 @@ from orion_unet.training.engine import (
     TrainSums,
     Validation,
     ValidationSums,
+    measure_statistics,
     train_steps,
     validate,
 )
@@ -72,7 +73,7 @@ def train(config: TrainConfig) -> int:
         console = Console()
         earlier = from_main_process(lambda: find_earlier(config, console))
         prepared = from_main_process(lambda: prepare_data(config, world_size(), earlier, console.progress))
-        config = with_rate(config, prepared, earlier)
+        config = settled(config, prepared, earlier)
         from_main_process(lambda: run_folder.make(run_dir))
         lock = RunLock(run_dir, console.say)
         from_main_process(lock.acquire)
@@ -155,7 +156,7 @@ class Loop:
         self.console.say(report.greeting(run, facts))
 
     def _epoch(self, epoch: int) -> None:
-        """Everything of an epoch, in order: train, save, validate, judge, write, save, draw, decide."""
+        """Everything of an epoch, in order: train, save, measure, validate, judge, write, save, draw, decide."""
         state, times = self.state, EpochTimes()
         started = time.perf_counter()
         rates = self.built.rates(epoch)
@@ -163,6 +164,7 @@ class Loop:
         # Whatever happens during the validation, the training of this epoch is kept.
         self._save_within_epoch(len(rates), trained)
         state.average_statistics()
+        self._measure_statistics(epoch)
         validation = self._validate(epoch, times)
         best = state.early_stopping.update(validation.loss, epoch)
         lowered = state.schedule.end_epoch(validation.loss)
@@ -227,6 +229,24 @@ class Loop:
         times.train_s, times.wait_s = time.perf_counter() - started, feed.wait_s
         times.patches = (len(rates) - first) * options.batch_size
         return sums
+
+    def _measure_statistics(self, epoch: int) -> None:
+        """Measure the statistics of the model to validate over the last training batches of the epoch."""
+        run, state = self.built, self.state
+        batches = run.statistics_batches
+        if not batches:
+            return
+        self._beat(state="validating", epoch=epoch)
+        # Read anew: a run continued after the last step has none of them left.
+        run.feeds.order.set_epoch(epoch, run.steps - batches)
+        measured = measure_statistics(
+            state.validated, state.validated_statistics, run.feeds.train, state.learner.precision, run.device
+        )
+        with closing(measured):
+            for _ in measured:
+                self._progress()
+                if any_rank(self.interrupts.requested()):
+                    raise self._interrupted()
 
     def _validate(self, epoch: int, times: EpochTimes) -> Validation:
         """The validation of an epoch, the same on every rank; ends the run between two batches where asked to."""

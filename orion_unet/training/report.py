@@ -10,7 +10,7 @@ from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import utc_now
 from orion_unet.training.build import Run
 from orion_unet.training.devices import describe_devices, device_warning, memory_bytes
-from orion_unet.training.engine import TrainSums, Validation
+from orion_unet.training.engine import TrainSums, Validation, batch_norms
 from orion_unet.training.optim import LITTLE_TRAVEL, MUCH_LOWER, automatic_rate
 from orion_unet.training.prepare import planned_steps
 from orion_unet.training.state import global_batch
@@ -48,6 +48,7 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
         f"recipe          {config.recipe}",
         f"steps           {steps} optimiser steps, learning rate up to {rate:.2g}",
         f"model           {known['parameters']:,} parameters",
+        f"batch norm      {_statistics(run)}",
         f"run folder      {run.dir}",
         f"monitor with    python monitor_training.py --output_dir {run.dir} --watch",
     ]
@@ -64,6 +65,16 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
     if run.resumed_from is not None:
         lines += _resumed(run, run.resumed_from)
     return "\n".join(lines)
+
+
+def _statistics(run: Run) -> str:
+    wanted, used = run.config.optimisation.statistics_batches or 0, run.statistics_batches
+    if not batch_norms(run.state.validated):
+        return f"none with --norm {run.config.model.norm}, so --statistics_batches has no effect"
+    if not wanted:
+        return "validated with running averages of its statistics"
+    all_of_it = f", all of an epoch (--statistics_batches {wanted})" if used < wanted else ""
+    return f"statistics measured anew over {used} batches before each validation{all_of_it}"
 
 
 def _resumed(run: Run, earlier: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from orion_unet.distributed import gather, rank, world_size
 from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
 from orion_unet.models.unet import SpatialUNet
+from orion_unet.training.averages import RunningStatistics
 from orion_unet.training.engine import Learner, TrainSums
 from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, align_moments
 from orion_unet.training.prepare import Prepared
@@ -39,6 +40,11 @@ class TrainState:
     def validated(self) -> nn.Module:
         """The model that is validated and kept as best: the averaged one where there is one."""
         return self.model if self.learner.ema is None else self.learner.ema.model
+
+    @property
+    def validated_statistics(self) -> RunningStatistics:
+        """Those of ``validated``."""
+        return self.learner.statistics if self.learner.ema is None else self.learner.ema.statistics
 
     def average_statistics(self) -> None:
         """Make the running statistics equal on all ranks, before they are used."""

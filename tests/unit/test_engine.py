@@ -23,6 +23,8 @@ from orion_unet.training.engine import (
     Requests,
     TrainSums,
     ValidationSums,
+    batch_norms,
+    measure_statistics,
     train_steps,
     validate,
 )
@@ -369,3 +371,44 @@ def test_validation_computes_terms_that_are_not_trained_on():
 def test_a_validation_that_is_not_finite_says_so():
     trained = Trained()
     assert not math.isfinite(trained.validation([spoiled(0)])[0].loss)
+
+
+def test_measured_statistics_are_those_of_torch_and_nothing_else_changes():
+    trained = Trained("batch", seed=3)
+    trained.epoch([batch(1), batch(2)])
+    batches = [batch(seed, size=3) for seed in (5, 6, 7)]
+    judge = copy.deepcopy(trained.model)
+    torch.optim.swa_utils.update_bn([one.he for one in batches], judge)
+    # Dropout in front of a norm would change what it sees.
+    trained.model.bottleneck[1].p = 0.5
+    before, statistics = trained.state(), trained.learner.statistics
+    statistics.flat.fill_(7.0)
+    assert len(list(measure_statistics(trained.model, statistics, batches, Precision(), CPU))) == 3
+    after, expected = trained.state(), judge.state_dict()
+    running = {name for name in after if name.endswith(("running_mean", "running_var"))}
+    assert_same(
+        {n: v for n, v in after.items() if n not in running}, {n: v for n, v in before.items() if n not in running}
+    )
+    for name in running:
+        torch.testing.assert_close(after[name], expected[name.removeprefix("model.")], rtol=1e-5, atol=1e-6)
+    norms = batch_norms(trained.model)
+    assert norms and {norm.momentum for norm in norms} == {0.1} and not any(norm.training for norm in norms)
+
+
+def test_a_measurement_broken_off_leaves_a_model_that_trains_as_before():
+    straight, broken_off = Trained("batch"), Trained("batch")
+    measured = measure_statistics(
+        broken_off.model, broken_off.learner.statistics, [batch(5), batch(6)], Precision(), CPU
+    )
+    next(measured)
+    measured.close()
+    for trained in (straight, broken_off):
+        trained.epoch([batch(1), batch(2)])
+    assert all(
+        torch.equal(p, q) for p, q in zip(straight.model.parameters(), broken_off.model.parameters(), strict=True)
+    )
+    assert {norm.momentum for norm in batch_norms(broken_off.model)} == {0.1}
+
+
+def test_only_batch_norms_have_statistics_to_measure():
+    assert batch_norms(Trained("group").model) == batch_norms(Trained("instance").model) == []
