@@ -182,12 +182,17 @@ def remove_hot_pixels(images: Tensor) -> Tensor:
 
 
 def _replace_isolated(images: Tensor, bright: Tensor) -> Tensor:
-    """Replace the isolated pixels among the bright ones, visiting only the bright pixels."""
-    padded = F.pad(bright.byte(), (1, 1, 1, 1))
-    image, channel, row, column = bright.nonzero(as_tuple=True)
-    around = [padded[image, channel, row + dy, column + dx] for dy, dx in NEIGHBOURHOOD]
-    isolated = torch.stack(around).sum(dim=0) == 1
-    image, channel, row, column = (index[isolated] for index in (image, channel, row, column))
+    """Replace the isolated pixels among the bright ones, visiting only the isolated pixels."""
+    # Bytes throughout: their sums are cheap, and listing every bright pixel is not.
+    one = bright.view(torch.uint8)
+    padded = F.pad(one, (1, 1, 1, 1))
+    rows = padded[..., :-2, :] + padded[..., 1:-1, :]
+    rows += padded[..., 2:, :]
+    around = rows[..., :-2] + rows[..., 1:-1]
+    around += rows[..., 2:]
+    # A bright pixel counts itself, so that 1 becomes 0 only where it is alone; below 0 a byte wraps to its largest.
+    isolated = one - torch.minimum(one, around - 1)
+    image, channel, row, column = isolated.nonzero(as_tuple=True)
     height, width = images.shape[-2:]
     values = [
         images[image, channel, (row + dy - 1).clamp(0, height - 1), (column + dx - 1).clamp(0, width - 1)]
