@@ -373,6 +373,7 @@ def measure_statistics(
     norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     model.eval()
+    statistics.keep()
     try:
         for norm in norms:
             norm.train()
@@ -384,6 +385,8 @@ def measure_statistics(
                 model(batch.he)
             yield
         statistics.average_over_ranks()
+        # Activations that overflow have no statistics; the running averages come from weights that had some.
+        statistics.restore_where(~torch.isfinite(statistics.flat).all())
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()

@@ -17,6 +17,7 @@ from tiny_runs import TINY, command_line, losses, read_metrics, read_status, wei
 from orion_unet.checkpoint import load
 from orion_unet.cli.arguments import parse_train_config
 from orion_unet.config import GROUPS, ModelOptions, TrainConfig
+from orion_unet.demo.make import make_demo
 from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
 from orion_unet.models.unet import SpatialUNet
@@ -194,6 +195,7 @@ EFFECTS = {
     "grad_clip": {"grad_clip": 0.01},
     "accumulate_steps": {"accumulate_steps": 3},
     "ema_decay": {"ema_decay": 0.9},
+    "statistics_batches": {"statistics_batches": 0},
     "seed": {"seed": 43},
 }
 # The others, and the tests that show what they do.
@@ -254,6 +256,67 @@ def test_an_option_changes_the_training(options, train, plain_losses):
     assert strict_json(made.dir / "config.json")["options"].items() >= options.items()
 
 
+@pytest.mark.parametrize(
+    ("options", "used", "said"),
+    [
+        ({"statistics_batches": 2}, 2, "statistics measured anew over 2 batches before each validation"),
+        (
+            {"statistics_batches": 40},
+            6,
+            "over 6 batches before each validation, all of an epoch (--statistics_batches 40)",
+        ),
+        ({"statistics_batches": 0}, 0, "validated with running averages of its statistics"),
+        ({"norm": "group"}, 0, "none with --norm group, so --statistics_batches has no effect"),
+        ({"batch_size": 1, "patches_per_image": 1}, 3, "measured anew over 3 batches"),
+        ({"batch_size": 3, "patches_per_image": 1, "ema_decay": 0.9}, 1, "measured anew over 1 batches"),
+    ],
+)
+def test_statistics_are_measured_over_the_last_batches_of_the_epoch(options, used, said, train, monkeypatch, capsys):
+    seen = []
+    forward = SpatialUNet.forward
+
+    def watched(model, he):
+        if not model.training and any(layer.training for layer in model.modules()):
+            seen.append(he.clone())
+        elif model.training:
+            trained.append(he.clone())
+        return forward(model, he)
+
+    trained = []
+    monkeypatch.setattr(SpatialUNet, "forward", watched)
+    made = train(epochs=2, **options)
+    assert said in capsys.readouterr().out
+    half = len(trained) // 2
+    expected = [*trained[:half][half - used :], *trained[half:][half - used :]]
+    assert len(seen) == len(expected) == 2 * used
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert all(math.isfinite(record["val"]["loss"]) for record in read_metrics(made.dir))
+    assert strict_json(made.dir / "config.json")["options"]["statistics_batches"] == options.get(
+        "statistics_batches", 16
+    )
+
+
+def test_validation_is_calm_from_the_first_epoch_where_running_averages_are_not(train, tmp_path):
+    make_demo(tmp_path / "demo", cores=6, size=160, seed=3)
+    hasty = {
+        "pairs_dir": str(tmp_path / "demo"), "epochs": 1, "learning_rate": 3e-2, "seed": 3, "patches_per_image": 8,
+        "batch_size": 4,
+    }  # fmt: skip
+    averaged, measured = train("averaged", statistics_batches=0, **hasty), train("measured", **hasty)
+    (before,), (after,) = read_metrics(averaged.dir), read_metrics(measured.dir)
+    assert before["train"] == after["train"]
+    # The averages are those of weights long gone.
+    assert before["val"]["metrics"]["r2"] < -1 and after["val"]["metrics"]["r2"] > -0.1
+
+
+def test_a_resumed_run_keeps_how_it_was_validated(train):
+    train(epochs=1, statistics_batches=0)
+    made = train(epochs=2, resume="auto")
+    assert strict_json(made.dir / "config.json")["options"]["statistics_batches"] == 0
+    made = train(epochs=3, resume="auto", statistics_batches=4)
+    assert strict_json(made.dir / "config.json")["options"]["statistics_batches"] == 4
+
+
 def test_every_checkpoint_knows_its_cores_by_their_content_and_the_baselines_they_give(train):
     made = train(epochs=1)
     config = strict_json(made.dir / "config.json")
@@ -286,7 +349,7 @@ def test_noise_removal_changes_what_is_learned_from_hot_pixels(train, pairs):
         array[rng.integers(0, 80, 30), rng.integers(0, 72, 30)] = 65535
         np.save(path, array)
     # Networks that start at a half and stay there: only the measured pixels can differ.
-    still = {"epochs": 1, "learning_rate": 1e-30, "output_start": "half"}
+    still = {"epochs": 1, "learning_rate": 1e-30, "output_start": "half", "statistics_batches": 0}
     noisy, cleaned = train("noisy", **still), train("cleaned", noise_removal=True, **still)
     (before,), (after,) = read_metrics(noisy.dir), read_metrics(cleaned.dir)
     # One pixel in 200 was hot, and those are the farthest from a half.

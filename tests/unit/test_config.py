@@ -65,6 +65,7 @@ DEFAULTS = {
         "grad_clip": 1.0,
         "accumulate_steps": 1,
         "ema_decay": 0.0,
+        "statistics_batches": None,
         "seed": 42,
     },
     "runtime": {
@@ -174,7 +175,9 @@ def test_help_shows_every_option_with_its_default(capsys):
         assert entry, name
         written = f"{value:g}" if isinstance(value, float) else str(value)
         usual = "none" if value is None else {"True": "on", "False": "off"}.get(written, written)
-        usual = {"gpus": "auto", "num_workers": "auto", "grid_stride": "patch_size"}.get(name, usual)
+        usual = {"gpus": "auto", "num_workers": "auto", "statistics_batches": "auto", "grid_stride": "patch_size"}.get(
+            name, usual
+        )
         assert entry[1] == usual, name
         assert (f"--no_{name}" in entry[0]) == isinstance(value, bool)
 
@@ -392,11 +395,11 @@ PUBLISHED = {
     "epochs": 30, "batch_size": 12, "val_split": 0.2, "learning_rate": 1e-4, "scheduler": "plateau", "lr_factor": 0.5,
     "lr_patience": 5, "mse_weight": 0.8, "l1_weight": 0.3, "boundary_weight": 0.1, "focal_weight": 0.0,
     "variance_weight": 0.1, "correlation_weight": 0.0, "early_stopping_patience": 10, "use_amp": True,
-    "use_boundary_guidance": True, "noise_removal": True,
+    "use_boundary_guidance": True, "noise_removal": True, "statistics_batches": 0,
 }  # fmt: skip
 STABLE = {
     **PUBLISHED, "learning_rate": None, "scheduler": "cosine", "warmup_epochs": 0.5, "ema_decay": 0.95,
-    "correlation_weight": 0.1,
+    "correlation_weight": 0.1, "statistics_batches": None,
 }  # fmt: skip
 DEMO = {
     **STABLE, "pairs_dir": "demo_pairs", "output_dir": "runs/demo", "patch_size": 128, "patches_per_image": 16,
