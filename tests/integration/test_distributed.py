@@ -13,6 +13,8 @@ from tiny_runs import LAUNCH, ROOT, environments, read_metrics, read_status, tra
 
 from orion_unet.checkpoint import load
 
+pytestmark = pytest.mark.slow
+
 # All ranks must be gone so many seconds after one of them.
 GONE_S = 90
 
@@ -115,7 +117,6 @@ def torchrun():
     return [beside] if beside.exists() else [sys.executable, "-m", "torch.distributed.run"]
 
 
-@pytest.mark.slow
 def test_a_run_under_torchrun_logs_what_one_rank_with_the_double_batch_logs(call, train, pairs, tmp_path):
     options = {
         "norm": "group",
@@ -144,7 +145,6 @@ def test_a_run_under_torchrun_logs_what_one_rank_with_the_double_batch_logs(call
     assert not [name for name in stored if name.startswith("module.")]
 
 
-@pytest.mark.slow
 def test_bad_input_under_our_launcher_is_one_message_and_2(start, pairs, tmp_path):
     command = start(*trainer(*LAUNCH, 2, pairs_dir=pairs, output_dir=tmp_path / "run", patch_size=128))
     ended = command.end()
@@ -156,7 +156,6 @@ def test_bad_input_under_our_launcher_is_one_message_and_2(start, pairs, tmp_pat
     assert command.others() == []
 
 
-@pytest.mark.slow
 def test_a_killed_rank_ends_all_ranks_and_the_status_says_failed(start, pairs, tmp_path):
     run_dir = tmp_path / "run"
     options = {"pairs_dir": pairs, "output_dir": run_dir, "epochs": 5000, "early_stopping_patience": 0}
@@ -174,7 +173,6 @@ def test_a_killed_rank_ends_all_ranks_and_the_status_says_failed(start, pairs, t
     load(run_dir / "checkpoints" / "last.pt", to_resume=True)
 
 
-@pytest.mark.slow
 def test_an_error_on_one_machine_ends_all_with_its_own_cause(start, pairs, tmp_path):
     # The second machine lacks the data: it fails on its first patch, after the first has checked everything.
     second = tmp_path / "second"

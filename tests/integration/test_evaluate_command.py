@@ -29,6 +29,8 @@ from orion_unet.evaluation.scored_folder import FolderOptions, open_folder
 from orion_unet.inference.model import load_trained
 from orion_unet.inference.predict import predict
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("Hoechst", "CD3_e", "$CD20$")
 
 

@@ -55,7 +55,6 @@ def launch(call):
     return lambda *words, **env: call(LAUNCHER, *words, **{"PYTHON": sys.executable, **env})
 
 
-@pytest.mark.slow
 def test_the_recipe_trains_end_to_end_and_the_last_option_wins(launch, demo, tmp_path):
     given = {**SMALL, "patches_per_image": 6, "epochs": 2, "weight_decay": 0.01}
     words = ["--epochs", 9, "--output_dir", "elsewhere", *command_line({**given, "pairs_dir": demo})]
@@ -78,7 +77,6 @@ def test_the_recipe_trains_end_to_end_and_the_last_option_wins(launch, demo, tmp
         assert word in ended.out
 
 
-@pytest.mark.slow
 def test_two_machines_train_together_from_another_folder_with_relative_paths(start, demo, tmp_path):
     (tmp_path / "cores").symlink_to(demo)
     options = {**SMALL, "epochs": 1, "batch_size": 3, "pairs_dir": "cores", "output_dir": "here/run"}
@@ -327,6 +325,8 @@ esac
 """
 PIP = r"""
 import pathlib, re, sys, tomllib
+
+pytestmark = pytest.mark.slow
 site, wanted = pathlib.Path(sys.argv[1]), re.fullmatch(r"\.\[(.*)\]", sys.argv[2])[1]
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
 pins = dict(re.findall(r"^([^#\s]+)==(\S+)$", pathlib.Path("constraints.txt").read_text(), re.MULTILINE))

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 tifffile = pytest.importorskip("tifffile")
 pytest.importorskip("imagecodecs")
 

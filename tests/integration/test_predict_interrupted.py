@@ -16,6 +16,8 @@ from predictions import contents, image, predictor, write_checkpoint
 from orion_unet.inference import working_file
 from orion_unet.inference.tiling import TiledPrediction
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model(tmp_path):

@@ -12,6 +12,8 @@ import torch
 from orion_unet import distributed as d
 from orion_unet.cli.arguments import end_process, run_command
 from orion_unet.errors import RunError
+
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 """
 

@@ -1,7 +1,6 @@
 """The composite loss: each term against torch's own loss or a calculation by hand; exact sums over batches."""
 
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -305,13 +304,12 @@ def test_shapes_that_would_broadcast_and_a_missing_mask_are_refused():
         alone("boundary")(prediction, target)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_loss_is_one_graph_that_gives_the_same_values_gradients_and_culprits():
     weights = {"mse": 0.8, "l1": 0.3, "boundary": 0.1, "focal": 0.2, "variance": 0.1, "correlation": 0.3}
     options = {"channel_weights": torch.tensor([1.0, 4.0, 1.0]), "target_variance": 0.2}
     eager, compiled = CompositeLoss(weights, **options), CompositeLoss(weights, **options)
-    compiled.compile(dynamic=False, fullgraph=True)
+    # What torch traces and differentiates ahead of time; the kernels it then writes are torch's own affair.
+    compiled.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     for spoiled in (False, False, True):
         prediction, target, mask = batch(height=64, width=80)
         if spoiled:
