@@ -124,8 +124,11 @@ def case_lost_rank(folder: Path, scale: Scale) -> str:
                 assert re.search(r"\(.*(Connection|Broken pipe).*\)$", words), f"not the transport's words: {words}"
         assert_no_process(run)
         if victim == 0:
-            # Nobody was left to say that the run failed.
-            assert monitor(run)["state"] == "crashed", read_status(run)
+            # Nobody was left to say that the run failed: the monitor believes it when the heartbeat is late.
+            limit = time.monotonic() + 30
+            while (state := monitor(run)["state"]) != "crashed":
+                assert time.monotonic() < limit, f"the monitor says {state}: {read_status(run)}"
+                time.sleep(0.5)
         else:
             status = read_status(run)
             assert status["state"] == "failed" and status["message"].startswith("lost another rank"), status

@@ -69,6 +69,7 @@ def recipes() -> list[Recipe]:
         found.append(_recipe(f"former, {name}", "ablation", *(other for other in former if other is not change)))
     found += [_recipe(f"published, {name}", "improvement", options) for name, options in IMPROVEMENTS.items()]
     found.append(_recipe("stable", "stable", STABLE))
+    found += [_recipe(name, "statistics", *changes) for name, *changes in judged(former)]
     found += [_recipe(f"stable, {name}", "variation", STABLE, options) for name, options in VARIATIONS.items()]
     found.append(_recipe("BasicUNet, MSE, Adam", "peer", PEER))
     rates = {name: STABLE[name] for name in ("learning_rate", "scheduler", "warmup_epochs")}
@@ -89,6 +90,23 @@ def recipes() -> list[Recipe]:
     return found
 
 
+def judged(former: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Recipes that differ in how batch norm's statistics come about: name, and changes of published."""
+    found: list[tuple[Any, ...]] = [
+        ("stable, running averages", STABLE, AVERAGED),
+        ("former, measured statistics", *former, MEASURED),
+        ("published, measured statistics", MEASURED),
+    ]
+    for rate in ("1e-3", "3e-3", "1e-2"):
+        for name, how in (("measured statistics", MEASURED), ("running averages", AVERAGED)):
+            found.append((f"constant rate {rate}, {name}", BARE, {"learning_rate": float(rate)}, how))
+    return found
+
+
+AVERAGED: dict[str, Any] = {"statistics_batches": 0}
+MEASURED: dict[str, Any] = {"statistics_batches": 16}
+# A plain training in small batches: no warm-up, no schedule, no averaged weights.
+BARE: dict[str, Any] = {"scheduler": "constant", "batch_size": 4, "early_stopping_patience": 0}
 # Single changes of published. A learning rate of None is --learning_rate auto.
 IMPROVEMENTS: dict[str, dict[str, Any]] = {
     "learning rate 1e-3": {"learning_rate": 1e-3},

@@ -31,6 +31,7 @@ DIVERGED = 3
 GROUPS = {
     "main": "Former and published",
     "stable": "Stable",
+    "statistics": "How batch norm's statistics come about",
     "ablation": "From former towards published, one change at a time",
     "improvement": "Single changes of published",
     "variation": "Single changes of stable",
@@ -63,6 +64,8 @@ def measures(result: dict[str, Any], level: float) -> dict[str, float]:
         "gap": _difference(val[-1], train[-1]),
         "relative gap": _difference(val[-1], train[-1]) / float(val[-1]),
         "best loss": float(val.min()),
+        "largest rise": largest_rise(val),
+        "lowest r2": lowest(_column(result["epochs"], "val_r2")),
         "epochs to level": (float(reached[0] + 1) if len(reached) else math.inf) if comparable else math.nan,
         "mse": mean(scores.get("mse", [])),
         "pearson": mean(scores.get("pearson", [])),
@@ -71,17 +74,33 @@ def measures(result: dict[str, Any], level: float) -> dict[str, float]:
     }
 
 
+def largest_rise(val: np.ndarray) -> float:
+    """Largest V of an epoch over the lowest V of the epochs before it, over the whole run: 1 if V only falls."""
+    if len(val) < 2:
+        return math.nan
+    return max(1.0, float((val[1:] / np.minimum.accumulate(val)[:-1]).max()))
+
+
+def lowest(r2: np.ndarray) -> float:
+    """The lowest r2 of any epoch after the first; of the first where there is no other."""
+    known = r2[1:] if len(r2) > 1 else r2
+    return float(known.min()) if len(known) and np.isfinite(known).all() else math.nan
+
+
 def over_slides(measured: list[dict[str, float]]) -> dict[str, float]:
     """Mean over the held-out slides, for one seed; counts of the trainings that were warned of or diverged."""
     found = {name: float(np.mean([one[name] for one in measured])) for name in MEASURES}
+    # A promise about every epoch is as good as the worst slide.
+    found["largest rise"] = max(one["largest rise"] for one in measured)
+    found["lowest r2"] = min(one["lowest r2"] for one in measured)
     counted = {name: float(sum(one[name] > 0 for one in measured)) for name in ("warnings", "diverged")}
     unknown = any(math.isnan(one["warnings"]) for one in measured)
     return found | counted | {"trainings": len(measured)} | ({"warnings": math.nan} if unknown else {})
 
 
 MEASURES = (
-    "movement", "noise", "improvement", "relative improvement", "gap", "relative gap", "best loss", "epochs to level",
-    "mse", "pearson", "pearson boxes", "warnings", "diverged",
+    "movement", "noise", "improvement", "relative improvement", "gap", "relative gap", "best loss", "largest rise",
+    "lowest r2", "epochs to level", "mse", "pearson", "pearson boxes", "warnings", "diverged",
 )  # fmt: skip
 
 
@@ -140,6 +159,8 @@ def write_report(
         "be compared.",
         f"- Movement (largest minus smallest) and noise (standard deviation about a line): of V, over the last {LAST} "
         "epochs.",
+        "- Largest rise: V of an epoch over the lowest V before it, the largest of the whole run and of all slides; "
+        "lowest r2: of any epoch but the first, the lowest of all slides.",
         "- Improvement: fall of L from the first to the last epoch, in brackets as a share of the first L. Gap: V − L "
         "in the last epoch, in brackets as a share of V.",
         "- Epochs to the level: until the validation squared error is below that of the regression from colours.",
@@ -209,14 +230,14 @@ def table(
         lines += [
             f"### {title} ({each}, {count} each)", "",
             "| recipe | squared error | Pearson | Pearson, 8 × 8 boxes | movement of V | noise of V | "
-            "improvement of L | gap V − L | best V | epochs to the level | warned |",
-            "| --- |" + " --- |" * 10,
+            "largest rise of V | lowest r2 | improvement of L | gap V − L | best V | epochs to the level | warned |",
+            "| --- |" + " --- |" * 12,
         ]  # fmt: skip
         if group == "main":
             for name, scores in beside.items():
                 lines.append(
                     f"| *{name}* | {scores['mse']:.5f} | {text(scores['pearson'])} | {text(scores['pearson_boxes'])} |"
-                    + " |" * 7
+                    + " |" * 9
                 )
         lines += [_row(name, measured) for name, measured in rows] + [""]
     return lines
@@ -231,6 +252,8 @@ def _row(name: str, rows: list[dict[str, float]]) -> str:
         spread(rows, "pearson boxes", ranged=False),
         spread(rows, "movement", 4),
         spread(rows, "noise", 4, ranged=False),
+        spread(rows, "largest rise", 2),
+        spread(rows, "lowest r2", 2),
         f"{spread(rows, 'improvement', ranged=False)} ({share(rows, 'relative improvement')})",
         f"{spread(rows, 'gap', ranged=False)} ({share(rows, 'relative gap')})",
         spread(rows, "best loss", 4, ranged=False),
