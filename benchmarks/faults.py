@@ -531,6 +531,8 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(CASES), help="cases, separated by commas; default: all")
     parser.add_argument("--no_write", action="store_true", help="do not write benchmarks/results/faults.md")
     options = parser.parse_args()
+    # Under nohup, every run would inherit that it is to ignore a terminal that goes away.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     rows, failed = [], False
     for name in options.only.split(","):
         folder = Path(tempfile.mkdtemp(prefix=f"faults_{name}_"))
