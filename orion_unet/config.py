@@ -451,6 +451,25 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
+class RegisterOptions:
+    """registration: which pairs, by which marker, and what is kept"""
+
+    folder: str = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", positional=True)
+    output_dir: Path = option(None, "folder to fill; made if it does not exist", metavar="OUT", required=True)
+    register_on: str | None = option(
+        None,
+        "channel of the nuclear stain; default: the first named like one (Hoechst, DAPI, DRAQ5, ...)",
+        metavar="MARKER",
+    )
+    min_correlation: float = option(
+        0.2, "correlation of haematoxylin and nuclear marker that a core must reach", minimum=-1, maximum=1
+    )
+    max_shift: float = option(64.0, "longest shift of a core", unit="pixels", above=0)
+    jobs: int | None = option(None, "processes; auto = the usable cores of the machine", minimum=1, metavar="N|auto")
+    overwrite: bool = option(False, "register again what OUT holds, and replace it")
+
+
+@dataclass(frozen=True)
 class DemoOptions:
     """demo: generated tissue"""
 

@@ -16,7 +16,7 @@ ENTRIES = ("train_spatial_orion_unet.py", "monitor_training.py")
 LAYERS = (
     ("__main__", *(Path(entry).stem for entry in ENTRIES)),
     ("cli",),
-    ("training", "evaluation", "inspection", "monitor", "demo"),
+    ("training", "evaluation", "inspection", "preparation", "monitor", "demo"),
     ("inference",),
     ("data", "checkpoint", "metrics"),
     (
@@ -24,7 +24,7 @@ LAYERS = (
         *("correlation", "patch_sums", "errors", "extras", "findings", "options", "text", "__init__"),
     ),
 )
-ROOMS_APART = {"training", "evaluation", "inspection", "monitor", "demo"}
+ROOMS_APART = {"training", "evaluation", "inspection", "preparation", "monitor", "demo"}
 TORCH_FREE = {"monitor", "run_log", "recipes", "config", "findings", "options", "text"}
 
 

@@ -49,11 +49,7 @@ def register(density: np.ndarray, marker: np.ndarray) -> Registration:
         return Registration(np.nan, np.nan, (0, 0), np.nan)
     reach = min(LONGEST_SHIFT, min(density.shape) // 4)
     size = [side + reach for side in density.shape]
-    rows = np.fft.fftfreq(size[0])[:, None]
-    columns = np.fft.rfftfreq(size[1])
-    frequency = (rows**2 + columns**2).astype(np.float32)
-    nuclei = np.exp(-2 * (np.pi * FINEST) ** 2 * frequency) - np.exp(-2 * (np.pi * COARSEST) ** 2 * frequency)
-    first, second = (np.fft.rfft2(image - image.mean(), s=size) * nuclei for image in (density, marker))
+    first, second = (_spectrum(image, size) for image in (density, marker))
     # At (dy, dx) this is the sum of density(y + dy, x + dx) * marker(y, x): the marker moved by (dy, dx).
     matched = np.fft.irfft2(first * second.conj(), s=size)
     offsets = np.arange(-reach, reach + 1)
@@ -64,6 +60,23 @@ def register(density: np.ndarray, marker: np.ndarray) -> Registration:
     spread = float(map_[away].std())
     peak = float(map_.max() - map_[away].mean()) / spread if spread > 0 else np.nan
     return Registration(plain, correlate(*overlap(density, marker, down, right)), (down, right), peak)
+
+
+def nuclei(image: np.ndarray) -> np.ndarray:
+    """An image (H, W) with only its details of the size of nuclei: a difference of Gaussians, float32."""
+    size = [side + round(3 * COARSEST) for side in image.shape]
+    found: np.ndarray = np.fft.irfft2(_spectrum(image, size), s=size)[: image.shape[0], : image.shape[1]]
+    return found.astype(np.float32)
+
+
+def _spectrum(image: np.ndarray, size: list[int]) -> np.ndarray:
+    """Spectrum of an image padded to ``size`` with its mean, after the difference of Gaussians."""
+    rows = np.fft.fftfreq(size[0])[:, None]
+    columns = np.fft.rfftfreq(size[1])
+    frequency = (rows**2 + columns**2).astype(np.float32)
+    passed = np.exp(-2 * (np.pi * FINEST) ** 2 * frequency) - np.exp(-2 * (np.pi * COARSEST) ** 2 * frequency)
+    found: np.ndarray = np.fft.rfft2(image - image.mean(), s=size) * passed
+    return found
 
 
 def overlap(still: np.ndarray, moved: np.ndarray, down: int, right: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,197 @@
+"""Registers a folder of pairs that exist: every core moved onto its markers, or rejected with the reason."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orion_unet.config import DataOptions, RegisterOptions
+from orion_unet.data.channels import NAMES_FILE, nuclear_channel
+from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX, PairTable, find_pairs
+from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
+from orion_unet.data.split import GROUPS_FILE
+from orion_unet.distributed import usable_cores
+from orion_unet.errors import InputError, RunError
+from orion_unet.preparation.one_pair import KEPT, Judgement, Registered, register_pair
+from orion_unet.run_log import parse_object, write_atomic
+from orion_unet.text import csv_bytes
+
+TABLE = "registration.csv"
+RECORD = "registration.jsonl"
+"""File with one line per finished core, from which an interrupted registration goes on."""
+CARRIED = (NAMES_FILE, GROUPS_FILE, "dataset.json")
+
+
+@dataclass(frozen=True)
+class RegisteredFolder:
+    """Outcome of ``register_folder``: the rows of all cores, how many were found done, and the nuclear marker."""
+
+    table: PairTable
+    scales: Scales
+    rows: list[Registered]
+    found: int
+    nuclear: int
+
+    @property
+    def kept(self) -> list[Registered]:
+        """Rows of the cores that were written."""
+        return [row for row in self.rows if row.state == KEPT]
+
+
+def register_folder(data: DataOptions, given: RegisterOptions, progress: Progress = no_progress) -> RegisteredFolder:
+    """Register every pair of ``data.pairs_dir`` into ``given.output_dir``, over ``given.jobs`` processes.
+
+    Writes the kept pairs, registration.csv, and what belongs to the folder (names, groups, dataset.json). A core whose
+    files and options have not changed since an earlier call is not registered again. Raises InputError for pairs that
+    training would refuse, without a nuclear marker, and for a folder that cannot be used; RunError where the disk fails
+    or is too small.
+    """
+    table = find_pairs(data)
+    nuclear = _nuclear(table, given.register_on)
+    output = given.output_dir
+    _make(output, table, given.overwrite)
+    scales = measure_scales(table, False, progress)
+    judgement = Judgement(nuclear, given.min_correlation, given.max_shift)
+    done = _done(output, table, judgement)
+    missing = [core for core in range(len(table)) if str(table.names[core]) not in done]
+    _check_space(output, table, missing)
+    step = progress(len(missing), "registering cores")
+    try:
+        for name in CARRIED:
+            if (table.folder / name).is_file():
+                write_atomic(output / name, (table.folder / name).read_bytes())
+        for core, row in _register(table, scales, missing, judgement, given):
+            done[row.core] = row
+            _note(output, table, core, judgement, row)
+            step()
+        rows = [done[str(name)] for name in table.names]
+        columns = list(rows[0].record())
+        write_atomic(output / TABLE, csv_bytes(columns, [list(row.record().values()) for row in rows]))
+    except OSError as error:
+        raise RunError(
+            f"--output_dir {output}: cannot be written ({error.strerror or error}); what is registered is kept, and "
+            "the same command goes on from there"
+        ) from error
+    return RegisteredFolder(table, scales, rows, len(table) - len(missing), nuclear)
+
+
+def _nuclear(table: PairTable, given: str | None) -> int:
+    names = table.channel_names
+    if given is not None:
+        if given not in names:
+            raise InputError(f"--register_on {given}: no such channel; there are {', '.join(names)}")
+        return names.index(given)
+    found = nuclear_channel(names)
+    if found is None:
+        raise InputError(
+            f"{table.folder}: no channel has the name of a nuclear stain; name the one that shows nuclei with "
+            f"--register_on, of {', '.join(names)}"
+        )
+    return found
+
+
+def _register(
+    table: PairTable, scales: Scales, missing: list[int], judgement: Judgement, given: RegisterOptions
+) -> Iterator[tuple[int, Registered]]:
+    jobs = min(given.jobs or usable_cores(), len(missing))
+    if jobs <= 1:
+        for core in missing:
+            yield core, register_pair(table, scales, core, judgement, given.output_dir)
+        return
+    # Forked processes would share torch's threads, which do not survive a fork.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        tasks = {pool.submit(register_pair, table, scales, core, judgement, given.output_dir): core for core in missing}
+        try:
+            for task in as_completed(tasks):
+                yield tasks[task], task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _make(output: Path, table: PairTable, overwrite: bool) -> None:
+    """Make the folder; raises InputError where it is the source, or has pairs that did not come from here."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        itself = output.samefile(table.folder)
+        there = {path.name for path in output.iterdir()}
+    except OSError as error:
+        raise InputError(f"--output_dir {output}: cannot be used ({error.strerror or error})") from None
+    if itself:
+        raise InputError(f"--output_dir {output}: is the folder of the pairs itself; choose another one")
+    cores = {name for name in there if name.endswith((HE_SUFFIX, ORION_SUFFIX)) and not name.startswith(".")}
+    expected = {table.path(core, modality).name for core in range(len(table)) for modality in ("he", "orion")}
+    if cores - expected or (cores and RECORD not in there and not overwrite):
+        raise InputError.listing(
+            f"--output_dir {output} has pairs that were not registered from {table.folder}:",
+            sorted(cores - expected or cores),
+            "Choose another folder, or move them away.",
+            limit=5,
+        )
+    if overwrite:
+        for name in cores | ({RECORD, TABLE} & there):
+            (output / name).unlink(missing_ok=True)
+
+
+def _origin(table: PairTable, core: int, judgement: Judgement) -> dict[str, Any]:
+    """What a result depends on: the source files, by size and modification time, and the options."""
+    files = {}
+    for modality in ("he", "orion"):
+        try:
+            found = table.path(core, modality).stat()
+        except OSError as error:
+            raise InputError(f"{table.path(core, modality)}: cannot be read any more ({error.strerror})") from None
+        files[modality] = [found.st_size, found.st_mtime_ns]
+    options = [judgement.nuclear, judgement.min_correlation, judgement.max_shift]
+    return {"folder": str(table.folder.resolve()), "files": files, "options": options}
+
+
+def _done(output: Path, table: PairTable, judgement: Judgement) -> dict[str, Registered]:
+    """The cores that an earlier call has finished, from the same files with the same options."""
+    try:
+        lines = (output / RECORD).read_bytes().splitlines()
+    except FileNotFoundError:
+        return {}
+    position = {str(name): core for core, name in enumerate(table.names)}
+    found = {}
+    for line in lines:
+        document = parse_object(line) or {}
+        row, core = document.get("row"), position.get(str(document.get("core")))
+        if core is None or not isinstance(row, dict) or document.get("origin") != _origin(table, core, judgement):
+            continue
+        try:
+            registered = Registered(**row)
+        except TypeError:
+            continue
+        paths = [output / table.path(core, modality).name for modality in ("he", "orion")]
+        if registered.state != KEPT or all(path.is_file() for path in paths):
+            found[registered.core] = registered
+    return found
+
+
+def _note(output: Path, table: PairTable, core: int, judgement: Judgement, row: Registered) -> None:
+    if row.state != KEPT:
+        # An earlier call, with other options, may have kept it.
+        for modality in ("he", "orion"):
+            (output / table.path(core, modality).name).unlink(missing_ok=True)
+    line = json.dumps({"core": row.core, "origin": _origin(table, core, judgement), "row": row.record()}) + "\n"
+    with open(output / RECORD, "ab") as file:
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_space(output: Path, table: PairTable, missing: list[int]) -> None:
+    needed = sum(table.path(core, modality).stat().st_size for core in missing for modality in ("he", "orion"))
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise RunError(
+            f"--output_dir {output}: too little disk space, up to {needed / 1e9:.1f} GB are needed and "
+            f"{free / 1e9:.1f} GB free; free some space or choose a folder on another disk"
+        )

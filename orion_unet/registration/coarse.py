@@ -1,0 +1,156 @@
+"""How a whole H&E lies on its markers: which way round, turned, scaled and shifted, found on thumbnails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from orion_unet.registration.blocks import (
+    LEAST_BLOCKS,
+    agreeing,
+    block_centres,
+    block_shifts,
+    sampled,
+    similarity,
+)
+from orion_unet.registration.fine import LEAST_PEAK
+from orion_unet.registration.shift import COARSEST, nuclei
+from orion_unet.registration.transform import Affine
+
+# Longest side of the images on which all orientations are tried [pixels].
+SEARCHED_SIDE = 320
+# Turns [degrees] and scales tried about each of the eight orientations, then about the best of these.
+TURNS, FINER_TURNS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0), (-1.0, -0.5, 0.0, 0.5, 1.0)
+SCALES, FINER_SCALES = (0.95, 1.0, 1.05), (0.975, 1.0, 1.025)
+ROUNDS = 5
+# The peak of the orientation found, over that of the best other one, at least.
+LEAST_LEAD = 1.25
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """``affine`` takes a point of the marker thumbnail to the density thumbnail.
+
+    ``orientation`` says in words which way round the H&E lies. ``peak`` is the height of the best match above all
+    other shifts, in standard deviations. ``reason`` says why the result is not to be trusted; it is empty where it is.
+    """
+
+    affine: Affine
+    peak: float
+    orientation: str
+    reason: str = ""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the alignment may be used."""
+        return not self.reason
+
+
+def find_coarse(density: np.ndarray, marker: np.ndarray, expected_scale: float = 1.0) -> Coarse:
+    """Find how thumbnails of haematoxylin density (h, w) and nuclear marker (H, W) fit, of any two sizes.
+
+    ``expected_scale`` is pixels of the density in a pixel of the marker, from the pixel sizes. Every quarter turn is
+    tried, plain and mirrored, with turns of up to 7 degrees and scales within 7 % of the expected one.
+    """
+    if min(np.ptp(density), np.ptp(marker)) <= 0 or min(*density.shape, *marker.shape) < 32:
+        return Coarse(Affine.identity(), 0.0, UPRIGHT, "no structure to compare, or images under 32 pixels")
+    shrink = max(1.0, max(*marker.shape, *(side / expected_scale for side in density.shape)) / SEARCHED_SIDE)
+    still = torch.from_numpy(nuclei(_shrunk(density, shrink * expected_scale)))
+    moving = torch.from_numpy(nuclei(_shrunk(marker, shrink)))
+    best: dict[str, tuple[float, Affine]] = {}
+    for name, orientation in _orientations(still.shape):
+        tried = [_matched(still, moving, orientation, turn, scale) for turn in TURNS for scale in SCALES]
+        best[name] = max(tried, key=lambda found: found[0][0])[0]
+        turn, scale = max(tried, key=lambda found: found[0][0])[1]
+        finer = [_matched(still, moving, orientation, turn + t, scale * s) for t in FINER_TURNS for s in FINER_SCALES]
+        best[name] = max(best[name], max(finer, key=lambda found: found[0][0])[0], key=lambda found: found[0])
+    name = max(best, key=lambda name: best[name][0])
+    peak, affine = best[name]
+    others = max(found for other, (found, _) in best.items() if other != name)
+    # From the small images to the thumbnails: both ends of the map grow, by different factors.
+    affine = _grown(shrink, shrink * expected_scale, affine)
+    if peak < LEAST_PEAK or peak < LEAST_LEAD * others:
+        reason = f"no match: the best of eight orientations has a peak of {peak:.1f}, the next one of {others:.1f}"
+        return Coarse(affine, peak, name, reason)
+    return Coarse(_refined(density, marker, affine), peak, name)
+
+
+UPRIGHT = "as the markers"
+
+
+def _orientations(shape: tuple[int, ...]) -> list[tuple[str, Affine]]:
+    """Name, and map from an upright image to one of this shape (h, w) that lies otherwise: all eight."""
+    height, width = (side - 1 for side in shape)
+    # Each is a 2 x 2 matrix of 0 and ±1, and the corner from which the points count.
+    turns = {
+        UPRIGHT: np.array([[1, 0], [0, 1]]),
+        "turned by 90°": np.array([[0, 1], [-1, 0]]),
+        "turned by 180°": np.array([[-1, 0], [0, -1]]),
+        "turned by 270°": np.array([[0, -1], [1, 0]]),
+    }
+    found = []
+    for mirror, flip in (("", np.eye(2)), ("mirrored left to right", np.diag([1, -1]))):
+        for name, turn in turns.items():
+            matrix = turn @ flip
+            corner = np.where(matrix.sum(1) < 0, (height, width), 0)
+            words = mirror if name == UPRIGHT and mirror else f"{mirror} and {name}" if mirror else name
+            found.append((words, Affine(np.column_stack([matrix, corner]).astype(float))))
+    return found
+
+
+def _matched(
+    still: torch.Tensor, moving: torch.Tensor, orientation: Affine, turn: float, scale: float
+) -> tuple[tuple[float, Affine], tuple[float, float]]:
+    """The peak of the best shift and its map, and the turn and scale that were tried."""
+    # The density, turned upright on a canvas of its own size.
+    upright = np.abs(orientation.matrix[:, :2].round().astype(int)).T @ np.array(still.shape)
+    angle = np.radians(turn)
+    turned = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    centre = (upright - 1) / 2
+    about = Affine(np.column_stack([turned, centre - turned @ centre])).then(orientation)
+    image = sampled(still, tuple(int(side) for side in upright), about)
+    size = [int(a) + b for a, b in zip(upright, moving.shape, strict=True)]
+    spectrum = torch.fft.rfft2(image, s=size) * torch.fft.rfft2(moving, s=size).conj()
+    shown = torch.fft.irfft2(spectrum, s=size)
+    place = divmod(int(shown.argmax()), size[1])
+    distances = [(torch.arange(side) - at).abs() for side, at in zip(size, place, strict=True)]
+    # Shifts count in a circle.
+    rows, columns = (torch.minimum(far, side - far) > COARSEST for far, side in zip(distances, size, strict=True))
+    beyond = shown[rows[:, None] | columns]
+    peak = float((shown.max() - beyond.mean()) / beyond.std().clamp_min(1e-12))
+    down, right = (at - side if at >= limit else at for at, side, limit in zip(place, size, upright, strict=True))
+    return (peak, Affine.shift(float(down), float(right)).then(about)), (turn, scale)
+
+
+def _grown(marker: float, density: float, affine: Affine) -> Affine:
+    """The map between images whose sides are ``marker`` and ``density`` times as long."""
+    # The centre of the first pixel of a shrunken image is in the middle of the pixels it was made of.
+    down, up = (Affine(np.column_stack([np.eye(2) * factor, np.full(2, (factor - 1) / 2)]))
+                for factor in (marker, density))  # fmt: skip
+    return down.inverse().then(affine).then(up)
+
+
+def _shrunk(image: np.ndarray, factor: float) -> np.ndarray:
+    """An image (h, w) shrunk by the factor, as means over areas; enlarged where the factor is under 1."""
+    size = tuple(max(8, round(side / factor)) for side in image.shape)
+    given = torch.from_numpy(np.ascontiguousarray(image, np.float32))[None, None]
+    mode = "area" if factor >= 1 else "bilinear"
+    return torch.nn.functional.interpolate(given, size=size, mode=mode)[0, 0].numpy()
+
+
+def _refined(density: np.ndarray, marker: np.ndarray, affine: Affine) -> Affine:
+    """The map, made finer by the shifts of blocks of the thumbnails."""
+    mirrored = affine.mirrored
+    still, moving = (torch.from_numpy(nuclei(image)) for image in (density, marker))
+    points = block_centres(marker.shape).reshape(-1, 2)
+    for _ in range(ROUNDS):
+        # On the marker's pixels, so that the shifts are in them.
+        shifts, weights = block_shifts(sampled(still, marker.shape, affine), moving, points)
+        kept = agreeing(points, shifts, weights)
+        if kept.sum() < LEAST_BLOCKS:
+            break
+        affine = similarity(points[kept], points[kept] + shifts[kept], weights[kept]).then(affine)
+    assert affine.mirrored == mirrored
+    return affine
