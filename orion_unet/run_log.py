@@ -101,23 +101,29 @@ def write_json(path: Path, document: Mapping[str, Any], durable: bool = True) ->
     write_atomic(path, (text + "\n").encode("utf-8", "backslashreplace"), durable)
 
 
+def append_line(path: Path, document: Mapping[str, Any]) -> None:
+    """Add a line of strict JSON in one call, flushed and fsynced; a partial line that a killed writer left is ended
+    first. Raises OSError."""
+    line = json.dumps(strict(document), ensure_ascii=False, allow_nan=False) + "\n"
+    with open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode("utf-8", "backslashreplace"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class MetricsWriter:
-    """Appends one line of strict JSON per finished epoch to metrics.jsonl, flushed and fsynced."""
+    """Appends one line of strict JSON per finished epoch to metrics.jsonl."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_FILE
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record in one call, after ending a partial line that a killed writer may have left."""
-        line = json.dumps({"schema": SCHEMA, **strict(record)}, ensure_ascii=False, allow_nan=False) + "\n"
-        with open(self.path, "ab+") as file:
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    line = "\n" + line
-            file.write(line.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
+        """Write one record."""
+        append_line(self.path, {"schema": SCHEMA, **record})
 
 
 class Heartbeat:

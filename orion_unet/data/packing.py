@@ -7,7 +7,6 @@ the file. In (C, H, W), a patch of 20 channels has 20 times as many pieces, each
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from orion_unet.data.channels import NAMES_FILE
 from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX, PairTable, find_pairs
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.errors import InputError, RunError
-from orion_unet.run_log import fsync_folder, parse_object, write_atomic
+from orion_unet.run_log import append_line, fsync_folder, parse_object, write_atomic
 
 RECORD_FILE = "packed.jsonl"
 """File in the packed folder with one line per packed file, which names its source."""
@@ -254,25 +253,12 @@ def _pack_file(table: PairTable, job: _Job, output: Path, bar: tqdm[Any]) -> Non
             raise InputError(f"{job.source}: changed while it was being packed; pack again when nothing writes to it")
         # Remove the old file, then update the record, then rename: so a file under its name always matches the record.
         job.target.unlink(missing_ok=True)
-        _note(output, job)
+        append_line(output / RECORD_FILE, {"file": job.target.name, "origin": job.origin})
         os.replace(job.temporary, job.target)
         fsync_folder(output)
     finally:
         with suppress(OSError):
             job.temporary.unlink(missing_ok=True)
-
-
-def _note(output: Path, job: _Job) -> None:
-    line = json.dumps({"file": job.target.name, "origin": job.origin}) + "\n"
-    with open(output / RECORD_FILE, "ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            # End the partial line that a killed writer left.
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _bands(table: PairTable, job: _Job) -> Iterator[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.config import DataOptions
+from orion_unet.data.alignment import register_command
 from orion_unet.data.channels import nuclear_channel
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
@@ -165,8 +167,15 @@ def inspect_folder(
         marker=nuclear or most_varied(names, sample),
         sampled_pixels=sample.shape[1],
         notes=[*table.warnings, *split_warnings, *_notes(table, split, nuclear, cores)],
-        findings=find_all(channels, cores, twins, nuclear),
+        findings=find_all(channels, cores, twins, nuclear, _advice(table, nuclear)),
     )
+
+
+def _advice(table: PairTable, nuclear: str | None) -> str:
+    """The command that registers the pairs, on the marker that was looked at."""
+    stained = nuclear_channel(table.channel_names)
+    named = nuclear is None or (stained is not None and table.channel_names[stained] == nuclear)
+    return register_command(table) + ("" if named else f" --register_on {shlex.quote(str(nuclear))}")
 
 
 def _formats(table: PairTable) -> dict[tuple[str, str, str], int]:

@@ -21,12 +21,16 @@ NAMED = 8
 
 
 def find_all(
-    channels: Sequence[ChannelRow], cores: Sequence[CoreView], twins: Sequence[Twins], nuclear: str | None
+    channels: Sequence[ChannelRow],
+    cores: Sequence[CoreView],
+    twins: Sequence[Twins],
+    nuclear: str | None,
+    register_command: str = "",
 ) -> list[Finding]:
-    """Every warning, the worst first."""
+    """Every warning, the worst first; ``register_command`` is the advice for pairs that are off register."""
     return [
         *_twins(twins),
-        *(_registration(cores, nuclear) if nuclear else ()),
+        *(_registration(cores, nuclear, register_command) if nuclear else ()),
         *_channels(channels),
         *_constant(channels, cores),
         *_stain(cores),
@@ -101,7 +105,7 @@ def too_small(cores: Sequence[CoreView]) -> str:
     )
 
 
-def _registration(cores: Sequence[CoreView], nuclear: str) -> Iterator[Finding]:
+def _registration(cores: Sequence[CoreView], nuclear: str, command: str) -> Iterator[Finding]:
     moved = [
         f"{core.name} by {found.shift[0]:+d}, {found.shift[1]:+d} (r {found.correlation:.2f}, then "
         f"{found.best_correlation:.2f})"
@@ -113,8 +117,8 @@ def _registration(cores: Sequence[CoreView], nuclear: str) -> Iterator[Finding]:
             "shifted",
             f"In {len(moved)} of {len(cores)} cores {nuclear} is displaced against the haematoxylin. Moving it down "
             f"and right by these pixels would align it: {named(moved)}.",
-            "Register the ORION images to the H&E again. A network cannot learn a shift that differs from core to "
-            "core, and one that is the same everywhere blurs its predictions.",
+            f"Register the pairs: {command}. A network cannot learn a shift that differs from core to core, and one "
+            "that is the same everywhere blurs its predictions.",
         )
     wrong = [core.name for core in cores if mismatched(core)]
     if wrong:

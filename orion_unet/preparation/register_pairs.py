@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,7 +18,7 @@ from orion_unet.data.split import GROUPS_FILE
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError, RunError
 from orion_unet.preparation.one_pair import KEPT, Judgement, Registered, register_pair
-from orion_unet.run_log import parse_object, write_atomic
+from orion_unet.run_log import append_line, parse_object, write_atomic
 from orion_unet.text import csv_bytes
 
 TABLE = "registration.csv"
@@ -180,11 +178,8 @@ def _note(output: Path, table: PairTable, core: int, judgement: Judgement, row: 
         # An earlier call, with other options, may have kept it.
         for modality in ("he", "orion"):
             (output / table.path(core, modality).name).unlink(missing_ok=True)
-    line = json.dumps({"core": row.core, "origin": _origin(table, core, judgement), "row": row.record()}) + "\n"
-    with open(output / RECORD, "ab") as file:
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    origin = _origin(table, core, judgement)
+    append_line(output / RECORD, {"core": row.core, "origin": origin, "row": row.record()})
 
 
 def _check_space(output: Path, table: PairTable, missing: list[int]) -> None:

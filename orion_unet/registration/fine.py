@@ -16,12 +16,9 @@ from orion_unet.registration.blocks import (
     sampled,
     similarity,
 )
-from orion_unet.registration.shift import LEAST_SIDE, Registration, correlate, nuclei, register
+from orion_unet.registration.shift import LEAST_PEAK, LEAST_SIDE, Registration, correlate, nuclei, register
 from orion_unet.registration.transform import Affine, Field
 
-# Below this height above all other shifts, a match may be chance. Of 8 pairs of 256 pixels and 45 of 512, the lowest
-# peak was 11.6; of pairs of foreign images the highest was 4.9, of turned and mirrored ones 6.4.
-LEAST_PEAK = 8.0
 # A region that would have to turn or be scaled by more is moved only.
 LARGEST_ROTATION_DEG, LARGEST_SCALING = 6.0, 0.06
 # Standard deviation of the Gaussian that smooths the field, in blocks; weight of "no displacement" against one block.

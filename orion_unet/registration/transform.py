@@ -141,7 +141,7 @@ def _sampled(
     """The H&E (h, w, 3) at points (h, w, 2) of it, and which of them are inside."""
     limit = np.array(he_shape) - 1
     # Half a pixel beyond the outermost centres still belongs to the image.
-    inside: np.ndarray = ((points >= -0.5) & (points <= limit + 0.5)).all(axis=-1)
+    inside = np.asarray(((points >= -0.5) & (points <= limit + 0.5)).all(axis=-1))
     sigma = (scale - 1) / 2 if scale > 1 else 0.0
     margin = MARGIN + math.ceil(3 * sigma)
     low = np.clip(np.floor(points.min((0, 1))).astype(int) - margin, 0, limit)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.config import TrainConfig
+from orion_unet.data.alignment import alignment_warning
 from orion_unet.data.channels import parse_channel_weights
 from orion_unet.data.colour_regression import known_colour_regression
 from orion_unet.data.digests import core_digests
@@ -67,6 +68,8 @@ def prepare_data(
         )
     if normalization.empty:
         warnings.append(f"no signal in the training cores, trained as empty: {', '.join(normalization.empty)}")
+    if not earlier and (misaligned := alignment_warning(table, scales)):
+        warnings.append(misaligned)
     reader = PatchReader(table, scales, data.patch_size)
     places = validation_patches(reader, split.val, data, config.optimisation.seed)
     digests = core_digests(table, [*split.train.tolist(), *split.val.tolist()])

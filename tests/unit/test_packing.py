@@ -147,7 +147,7 @@ def test_names_and_groups_come_along(write_pairs, open_pairs, tmp_path):
     assert (tmp_path / "packed" / "groups.csv").read_bytes() == (source / "groups.csv").read_bytes()
 
 
-@pytest.mark.parametrize("moment", ["_bands", "_note", "replace"])
+@pytest.mark.parametrize("moment", ["_bands", "append_line", "replace"])
 def test_an_interrupted_pack_goes_on_where_it_was_left(write_pairs, tmp_path, monkeypatch, moment):
     source, output = write_pairs(cores=3, channels=5, orion_layout="chw"), tmp_path / "packed"
     place = packing.os if moment == "replace" else packing
