@@ -47,6 +47,13 @@ class HeImage(ABC):
         region = self.stored(top, left, max(bottom - top, 0), max(right - left, 0))
         return region.astype(np.float32) / np.float32(self.white)
 
+    def nearest_level(self, factor: float) -> HeImage:
+        """The smallest copy in the file that is at most ``factor`` times smaller: the image itself where there is none.
+
+        It is valid until the image is closed, and need not be closed.
+        """
+        return self
+
     def close(self) -> None:  # noqa: B027 (most have nothing to close)
         """Close the file."""
 

@@ -1,4 +1,4 @@
-"""Opens the H&E images of every format; the ending of the name chooses the reader."""
+"""Opens the H&E and marker images of every format; the ending of the name chooses the reader."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from orion_unet.errors import InputError
 from orion_unet.extras import needed
 from orion_unet.run_log import open_regular
 from orion_unet.slides.images import ArrayImage, HeImage
+from orion_unet.slides.marker_tiff import open_marker_tiff
+from orion_unet.slides.marker_zarr import open_marker_zarr
+from orion_unet.slides.markers import ArrayMarkers, MarkerImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
 from orion_unet.slides.tiff import open_tiff
 from orion_unet.slides.whole_slide import open_whole_slide
@@ -47,6 +50,11 @@ def require_readers(paths: Iterable[Path]) -> None:
 
 def open_npy(path: Path) -> HeImage:
     """A .npy file as a memory map; raises InputError if it is damaged or not an H&E."""
+    return ArrayImage(path, _map_npy(path))
+
+
+def _map_npy(path: Path) -> Callable[[], np.ndarray]:
+    """What maps a .npy file; it raises InputError if the file is damaged."""
 
     def open_array() -> np.ndarray:
         try:
@@ -60,7 +68,29 @@ def open_npy(path: Path) -> HeImage:
             raise InputError(f"{path}: is an archive of arrays (.npz), not one array")
         return array
 
-    return ArrayImage(path, open_array)
+    return open_array
+
+
+def open_markers(path: str | Path) -> MarkerImage:
+    """Open a marker image: .npy, .tif (OME-TIFF, tiled or striped, pyramidal) or an OME-Zarr folder (.zarr).
+
+    Raises InputError if it is missing, damaged or of another format, or if a package that reads it is not installed.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".zarr":
+        if not path.is_dir():
+            raise InputError(f"{path}: cannot be read (no such folder)")
+        needed("zarr")
+        return open_marker_zarr(path)
+    if suffix not in MARKER_SUFFIXES:
+        raise InputError(f"{path}: cannot be read as markers; use {', '.join(MARKER_SUFFIXES)}")
+    require_readers([path])
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return ArrayMarkers(path, _map_npy(path)) if suffix == ".npy" else open_marker_tiff(path)
 
 
 def open_picture(path: Path) -> HeImage:
@@ -119,3 +149,4 @@ KINDS = {
     **dict.fromkeys((".ndpi", ".mrxs", ".scn", ".bif", ".svslide"), WHOLE_SLIDE),
 }
 SUFFIXES = tuple(KINDS)
+MARKER_SUFFIXES = (".npy", ".tif", ".tiff", ".zarr")

@@ -2,130 +2,63 @@
 
 from __future__ import annotations
 
-import os
 import re
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.pixel_size import MICROMETRES, UNKNOWN_PIXEL_SIZE, PixelSize, positive, square_pixel
+from orion_unet.slides.segments import JPEGS, Segments
 
-# The next region overlaps this one, so some of its decoded tiles are kept. A single tile or strip may exceed
-# CACHE_BYTES; above LARGEST_SEGMENT the slide is one compressed piece, which cannot be read by region.
-CACHE_BYTES, LARGEST_SEGMENT = 1 << 27, 1 << 29
-# TIFF's codes for colours and compressions.
+# TIFF's codes for colours and a compression.
 GRAY, RGB, YCBCR = 1, 2, 6
-JPEGS, YCBCR_JPEG_2000 = (6, 7, 34892, 33007), 33003
+YCBCR_JPEG_2000 = 33003
+# A level is smaller by more than this factor, and its proportions differ by less than this fraction (rounding).
+SMALLER, SAME_PROPORTIONS = 1.2, 0.02
+# A level may be smaller than what is asked for by this factor: sides are rounded.
+LOOSE = 1.01
 
 
 class TiffImage(HeImage):
-    """Level 0 of a TIFF whose pixels are in one page (interleaved or planar) or in one page per channel."""
+    """One level of a TIFF whose pixels are in one page (interleaved or planar) or in one page per channel.
+
+    ``levels`` are the pages of its further levels, the largest first.
+    """
 
     is_slide = True
 
-    def __init__(self, path: Path, tiff: Any, planes: list[Any], pixel_size: PixelSize) -> None:
-        page = self._page = planes[0].keyframe
-        white = float(np.iinfo(page.dtype).max)
-        super().__init__(path, (page.imagelength, page.imagewidth), white, pixel_size)
-        self._tiff, self._planes = tiff, planes
-        self._planar = len(planes) > 1 or (page.planarconfig == 2 and page.samplesperpixel > 1)
-        if page.is_tiled:
-            self._side = (page.tilelength, page.tilewidth)
-        else:
-            self._side = (min(page.rowsperstrip, page.imagelength), page.imagewidth)
-        self._grid = tuple(-(-length // side) for length, side in zip(self.shape, self._side, strict=True))
-        self._check()
-        self._kept: dict[tuple[int, int, int], np.ndarray] = {}
-        self._decoders = ThreadPoolExecutor(max_workers=min(8, usable_cores()))
-
-    def _check(self) -> None:
-        """Raise InputError if reading would need unbounded memory, or if the file ends before its pixels do."""
-        samples = 1 if self._planar else self._page.samplesperpixel
-        segment = self._side[0] * self._side[1] * samples * self._page.dtype.itemsize
-        if segment > LARGEST_SEGMENT:
-            raise InputError(
-                f"{self.path}: its pixels are compressed in pieces of {segment / 1e9:.1f} GB, too large to be read by "
-                "region: save it as a tiled TIFF"
-            )
-        per_page = self._grid[0] * self._grid[1] * (3 if self._planar and len(self._planes) == 1 else 1)
-        size = self._tiff.filehandle.size
-        for plane in self._planes:
-            offsets, counts = plane.dataoffsets, plane.databytecounts
-            if min(len(offsets), len(counts)) < per_page:
-                raise InputError(f"{self.path}: is damaged, it lists {len(offsets)} of its {per_page} tiles or strips")
-            if max(map(sum, zip(offsets, counts, strict=False))) > size:
-                raise InputError(f"{self.path}: is truncated, its pixels continue past the end of the file")
+    def __init__(
+        self, path: Path, tiff: Any, planes: list[Any], pixel_size: PixelSize, levels: Sequence[list[Any]] = ()
+    ) -> None:
+        white = float(np.iinfo(planes[0].keyframe.dtype).max)
+        # Scanners leave out tiles of empty glass.
+        self._segments = Segments(path, tiff, planes, int(white))
+        super().__init__(path, self._segments.shape, white, pixel_size)
+        self._tiff, self._levels = tiff, levels
+        self._opened: list[Segments] = []
 
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        # Scanners leave out tiles of empty glass.
-        region = np.full((height, width, 3), int(self.white), self._page.dtype)
-        if 0 in region.shape:
-            return region
-        rows = range(y // self._side[0], -(-(y + height) // self._side[0]))
-        columns = range(x // self._side[1], -(-(x + width) // self._side[1]))
-        places = list(product(rows, range(3 if self._planar else 1), columns))
-        decoded: dict[tuple[int, int, int], np.ndarray] = {}
-        for place, pixels in zip(places, self._decoders.map(self._segment, places), strict=True):
-            if pixels is None:
-                continue
-            decoded[place] = pixels
-            row, channel, column = place
-            top, left = row * self._side[0], column * self._side[1]
-            up, down = max(top, y), min(top + pixels.shape[0], y + height)
-            start, end = max(left, x), min(left + pixels.shape[1], x + width)
-            part = pixels[up - top : down - top, start - left : end - left]
-            if self._planar:
-                region[up - y : down - y, start - x : end - x, channel] = part[..., 0]
-            else:
-                region[up - y : down - y, start - x : end - x] = part[..., :3]
-        self._keep(decoded)
-        return region
+        return self._segments.read((0, 1, 2), y, x, height, width)
 
-    def _segment(self, place: tuple[int, int, int]) -> np.ndarray | None:
-        """Decoded tile or strip (h, w, samples) at (row, channel, column); None if the file leaves it out."""
-        if place in self._kept:
-            return self._kept[place]
-        row, channel, column = place
-        one_page = len(self._planes) == 1
-        plane = self._planes[0 if one_page else channel]
-        index = row * self._grid[1] + column
-        if one_page:
-            index += channel * self._grid[0] * self._grid[1]
-        offset, count = plane.dataoffsets[index], plane.databytecounts[index]
-        if not count:
-            return None
-        tables = {"jpegtables": plane.jpegtables, "jpegheader": self._page.jpegheader}
-        try:
-            data = os.pread(self._tiff.filehandle.fileno(), count, offset)
-            if len(data) < count:
-                raise ValueError("the file ends here")
-            pixels = self._page.decode(data, index, **(tables if self._page.compression in JPEGS else {}))[0]
-        except Exception as error:
-            # On damaged bytes a decoder can raise almost anything.
-            raise InputError(
-                f"{self.path}: is damaged or truncated at row {row * self._side[0]}, column "
-                f"{column * self._side[1]} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            ) from None
-        return None if pixels is None else pixels[0]
-
-    def _keep(self, decoded: dict[tuple[int, int, int], np.ndarray]) -> None:
-        """Keep the lowest tiles of this region, at least one: the next region begins among them."""
-        self._kept, held = {}, 0
-        for place, pixels in reversed(decoded.items()):
-            held += pixels.nbytes
-            if held > CACHE_BYTES and self._kept:
-                break
-            self._kept[place] = pixels
+    def nearest_level(self, factor: float) -> HeImage:
+        for planes in reversed(self._levels):
+            if self.shape[0] / planes[0].keyframe.imagelength <= factor * LOOSE:
+                # A damaged level is left out; a larger one serves.
+                with suppress(InputError):
+                    level = TiffImage(self.path, self._tiff, planes, UNKNOWN_PIXEL_SIZE)
+                    self._opened.append(level._segments)
+                    return level
+        return self
 
     def close(self) -> None:
-        self._decoders.shutdown()
+        for segments in (self._segments, *self._opened):
+            segments.close()
         self._tiff.close()
 
 
@@ -145,7 +78,7 @@ def open_tiff(path: Path) -> HeImage:
             # libvips copies the description of its input to every page of a pyramid, and tifffile believes it.
             tiff.close()
             tiff = tifffile.TiffFile(path)
-            series = _first_page(tiff)
+            series = first_page(tiff)
         return _open(path, tiff, series)
     except Exception as error:
         tiff.close()
@@ -154,7 +87,7 @@ def open_tiff(path: Path) -> HeImage:
         raise InputError(f"{path}: is damaged or of a kind that cannot be read ({error})") from None
 
 
-def _first_page(tiff: Any) -> Any:
+def first_page(tiff: Any) -> Any:
     """A series of the first page alone; raises ValueError if a later page is larger."""
     import tifffile
 
@@ -170,12 +103,36 @@ def _open(path: Path, tiff: Any, series: Any) -> HeImage:
     refused = _refusal(series, page, planes)
     if refused:
         raise InputError(f"{path}: {refused}")
-    pixel_size = _pixel_size(tiff, page)
+    pixel_size = tiff_pixel_size(tiff, page)
     if series.dataoffset is not None and (len(planes) == 3 or page.samplesperpixel == 3):
         image = _mapped(path, tiff, series, page, planes, pixel_size)
         tiff.close()
         return image
-    return TiffImage(path, tiff, planes, pixel_size)
+    return TiffImage(path, tiff, planes, pixel_size, smaller_levels(tiff, series, len(planes)))
+
+
+def smaller_levels(tiff: Any, series: Any, planes: int) -> list[list[Any]]:
+    """The pages of every smaller copy of the same image, the largest first: the levels of the series, else later pages
+    of the file, as many of a size as there are planes, in the same proportions."""
+    page = series.keyframe
+    found = [[level.keyframe] if planes == 1 else list(level.pages) for level in series.levels[1:]]
+    if not found:
+        by_size: dict[tuple[int, int], list[Any]] = {}
+        for other in tiff.pages:
+            size = (int(other.keyframe.imagelength), int(other.keyframe.imagewidth))
+            by_size.setdefault(size, []).append(other)
+        found = [pages for pages in by_size.values() if len(pages) == planes]
+    levels = []
+    for pages in found:
+        if None in pages:
+            continue
+        first = pages[0].keyframe
+        same = first.samplesperpixel == page.samplesperpixel and first.dtype == page.dtype
+        down, across = page.imagelength / first.imagelength, page.imagewidth / first.imagewidth
+        # Labels and overviews of the glass have other proportions.
+        if same and down > SMALLER and abs(down / across - 1) < SAME_PROPORTIONS:
+            levels.append(pages)
+    return sorted(levels, key=lambda pages: -int(pages[0].keyframe.imagelength))
 
 
 def _refusal(series: Any, page: Any, planes: list[Any]) -> str:
@@ -200,8 +157,16 @@ def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pi
     """Maps pixels that are stored uncompressed and in one piece."""
     planar = len(planes) == 3 or page.planarconfig == 2
     size = (page.imagelength, page.imagewidth)
-    shape = (3, *size) if planar else (*size, 3)
-    dtype = page.dtype.newbyteorder(tiff.byteorder)
+    opener = mapped_array(path, tiff, series, (3, *size) if planar else (*size, 3))
+    image = ArrayImage(path, opener, "chw" if planar else "hwc", pixel_size)
+    image.is_slide = True
+    return image
+
+
+def mapped_array(path: Path, tiff: Any, series: Any, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    """What opens a memory map of pixels that are stored uncompressed and in one piece; raises InputError where the
+    file ends before they do."""
+    dtype = series.keyframe.dtype.newbyteorder(tiff.byteorder)
     offset = int(series.dataoffset)
     if offset + int(np.prod(shape)) * dtype.itemsize > tiff.filehandle.size:
         raise InputError(f"{path}: is truncated, its pixels continue past the end of the file")
@@ -212,12 +177,10 @@ def _mapped(path: Path, tiff: Any, series: Any, page: Any, planes: list[Any], pi
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read any more, it has changed or gone ({error})") from None
 
-    image = ArrayImage(path, open_array, "chw" if planar else "hwc", pixel_size)
-    image.is_slide = True
-    return image
+    return open_array
 
 
-def _pixel_size(tiff: Any, page: Any) -> PixelSize:
+def tiff_pixel_size(tiff: Any, page: Any) -> PixelSize:
     """The first size that OME-XML, ImageScope's description and the resolution tags (ImageJ's, too) state.
 
     If none states a size to believe, the first doubt.

@@ -427,14 +427,14 @@ def test_a_picture_too_large_to_decode_whole_is_refused_with_advice(tmp_path, mo
 
 
 def test_a_slide_compressed_in_one_huge_piece_is_refused_with_advice(tmp_path, monkeypatch):
-    monkeypatch.setattr("orion_unet.slides.tiff.LARGEST_SEGMENT", LEVELS.nbytes - 1)
+    monkeypatch.setattr("orion_unet.slides.segments.LARGEST_SEGMENT", LEVELS.nbytes - 1)
     write_tiff(tmp_path / "slide.tif", LEVELS, {**RGB, "rowsperstrip": 150, "compression": "deflate"})
     with pytest.raises(InputError, match="tiled TIFF"):
         open_he(tmp_path / "slide.tif")
 
 
 def test_of_the_last_region_the_lowest_tiles_are_kept_within_the_cache_and_read_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr("orion_unet.slides.tiff.CACHE_BYTES", 5 * 64 * 32 * 3)
+    monkeypatch.setattr("orion_unet.slides.segments.CACHE_BYTES", 5 * 64 * 32 * 3)
     path = write_tiff(tmp_path / "slide.tif", *TIFFS["tiles"])
     with open_he(path) as image:
         image.read(0, 0, 110, 131)

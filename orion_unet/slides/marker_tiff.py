@@ -1,0 +1,115 @@
+"""Reads the markers of a TIFF or OME-TIFF: a page per channel or one page of many samples, tiled or striped."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orion_unet.errors import InputError
+from orion_unet.slides.markers import ArrayMarkers, MarkerImage
+from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize
+from orion_unet.slides.segments import Segments
+from orion_unet.slides.tiff import LOOSE, first_page, mapped_array, smaller_levels, tiff_pixel_size
+
+
+class TiffMarkers(MarkerImage):
+    """One level of a TIFF whose channels are pages, or samples of one page."""
+
+    def __init__(
+        self,
+        path: Path,
+        tiff: Any,
+        planes: list[Any],
+        names: Sequence[str] = (),
+        pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE,
+        levels: Sequence[list[Any]] = (),
+    ) -> None:
+        self._segments = Segments(path, tiff, planes, 0)
+        shape = (self._segments.channels, *self._segments.shape)
+        super().__init__(path, shape, self._segments.dtype, names, pixel_size)
+        self._tiff, self._levels = tiff, levels
+        self._opened: list[Segments] = []
+
+    def read(self, channels: Sequence[int], y: int, x: int, height: int, width: int) -> np.ndarray:
+        return np.ascontiguousarray(self._segments.read(channels, y, x, height, width).transpose(2, 0, 1), self.dtype)
+
+    def nearest_level(self, factor: float) -> MarkerImage:
+        for planes in reversed(self._levels):
+            if self.shape[1] / planes[0].keyframe.imagelength <= factor * LOOSE:
+                with suppress(InputError):
+                    level = TiffMarkers(self.path, self._tiff, planes)
+                    self._opened.append(level._segments)
+                    return level
+        return self
+
+    def close(self) -> None:
+        for segments in (self._segments, *self._opened):
+            segments.close()
+        self._tiff.close()
+
+
+def open_marker_tiff(path: Path) -> MarkerImage:
+    """Open the markers of a TIFF at full resolution; raises InputError if it is damaged or a stack of another kind."""
+    import tifffile
+
+    try:
+        tiff = tifffile.TiffFile(path)
+    except Exception as error:
+        # On damaged bytes tifffile can raise almost anything.
+        raise InputError(f"{path}: is damaged, truncated or no TIFF ({error})") from None
+    try:
+        try:
+            series = tiff.series[0].levels[0]
+        except Exception:
+            series = first_page(tiff)
+        return _open(path, tiff, series)
+    except Exception as error:
+        tiff.close()
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is damaged or of a kind that cannot be read ({error})") from None
+
+
+def _open(path: Path, tiff: Any, series: Any) -> MarkerImage:
+    planes = list(series.pages)
+    page = series.keyframe
+    if page.imagedepth > 1 or None in planes or (len(planes) > 1 and page.samplesperpixel > 1):
+        raise InputError(f"{path}: is a stack of shape {series.shape} ({series.axes}), not one image of markers")
+    # Axes other than these would be time points, or depths, taken for markers.
+    stacked = [axis for axis, side in zip(series.axes, series.shape, strict=True) if axis in "TZ" and side > 1]
+    if stacked and (len(stacked) > 1 or "C" in series.axes):
+        raise InputError(f"{path}: has axes {series.axes} of shape {series.shape}; markers are one plane per channel")
+    names = _ome_channel_names(tiff.ome_metadata) if tiff.is_ome else []
+    count = len(planes) if len(planes) > 1 else int(page.samplesperpixel)
+    if len(names) != count:
+        names = []
+    pixel_size = tiff_pixel_size(tiff, page)
+    if series.dataoffset is not None:
+        planar = len(planes) > 1 or page.planarconfig == 2 or page.samplesperpixel == 1
+        size = (page.imagelength, page.imagewidth)
+        shape = (count, *size) if planar else (*size, count)
+        opener = mapped_array(path, tiff, series, shape)
+        levels = smaller_levels(tiff, series, len(planes))
+        if not levels:
+            tiff.close()
+            return ArrayMarkers(path, opener, "chw" if planar else "hwc", names, pixel_size)
+    return TiffMarkers(path, tiff, planes, names, pixel_size, smaller_levels(tiff, series, len(planes)))
+
+
+def _ome_channel_names(xml: str | None) -> list[str]:
+    """The names of the channels of the first image, empty where one is missing or stands twice."""
+    try:
+        root = ElementTree.fromstring(xml or "")
+    except ElementTree.ParseError:
+        return []
+    image = next((element for element in root.iter() if element.tag.rpartition("}")[2] == "Image"), None)
+    if image is None:
+        return []
+    channels = [element for element in image.iter() if element.tag.rpartition("}")[2] == "Channel"]
+    names = [(channel.get("Name") or "").strip() for channel in channels]
+    return names if all(names) and len(set(names)) == len(names) else []
