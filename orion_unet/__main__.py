@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": ("predict", "predict the markers of H&E images and slides"),
     "evaluate": ("evaluate", "score a model against measured markers"),
     "register": ("register", "move the H&E of pairs that exist onto their markers"),
+    "prepare": ("prepare", "turn slides into registered pairs to train on"),
     "check-data": ("check_data", "look at a folder of pairs before training on it"),
     "pack": ("pack", "rewrite a set larger than memory so that patches read fast"),
     "make-demo": ("make_demo", "draw a small data set to try everything on"),

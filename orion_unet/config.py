@@ -451,6 +451,72 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
+class PrepareOptions:
+    """preparation: which slides, and where the pairs go"""
+
+    slides: Path = option(
+        None,
+        "CSV with columns slide,he,orion and, where need be, patient,markers,he_pixel_size_um,orion_pixel_size_um; "
+        "its paths are relative to it",
+        metavar="SLIDES.csv",
+        positional=True,
+    )
+    output_dir: Path = option(None, "folder of pairs; made if it does not exist", metavar="PAIRS", required=True)
+    markers: Path | None = option(
+        None,
+        "names of the channels: markers.csv as MCMICRO has it (marker_name, background, remove), or one a line; "
+        "default: those of the OME metadata",
+        metavar="FILE",
+    )
+    pixel_size_um: float | None = option(
+        None, "side of a pixel of the pairs; default: the ORION image's own", unit="micrometres", above=0
+    )
+    regions: str = option(
+        "tissue",
+        "what becomes a pair: squares of tissue, cores of a microarray, or the whole slide in squares",
+        choices=("tissue", "tma", "whole"),
+        section="regions",
+    )
+    region_size: int = option(
+        2048, "side of a region", unit="pixels of the pairs", minimum=128, maximum=16384, section="regions"
+    )
+    regions_per_slide: int | None = option(
+        None,
+        "at most so many regions, spread over the tissue; default: all",
+        minimum=1,
+        metavar="N",
+        section="regions",
+    )
+    seed: int = option(42, "seed of the choice of regions", minimum=0, maximum=2**63 - 1, section="regions")
+    register: str = option(
+        "auto",
+        "auto: move the H&E onto the markers; check: only reject regions that are off; off: trust the slides",
+        choices=("auto", "check", "off"),
+        section="registration",
+    )
+    register_on: str | None = option(
+        None,
+        "channel of the nuclear stain; default: the first named like one (Hoechst, DAPI, DRAQ5, ...)",
+        metavar="MARKER",
+        section="registration",
+    )
+    min_correlation: float = option(
+        0.2,
+        "correlation of haematoxylin and nuclear marker that a region must reach",
+        minimum=-1,
+        maximum=1,
+        section="registration",
+    )
+    format: str = option("npy", "how the pairs are stored", choices=("npy", "ome-zarr"), section="output")
+    jobs: int | None = option(
+        None, "processes; auto = the usable cores of the machine", minimum=1, metavar="N|auto", section="output"
+    )
+    dry_run: bool = option(False, "say what would be made and how large it is, and make nothing", section="output")
+    skip_bad: bool = option(False, "go on without slides that cannot be used; exit with 2 at the end", section="output")
+    overwrite: bool = option(False, "replace the pairs of an earlier prepare with other options", section="output")
+
+
+@dataclass(frozen=True)
 class RegisterOptions:
     """registration: which pairs, by which marker, and what is kept"""
 

@@ -58,8 +58,8 @@ def open_marker_zarr(path: Path) -> MarkerImage:
     import zarr
 
     try:
-        group = zarr.open_group(str(path), mode="r")
-        attributes = dict(group.attrs)
+        group: Any = zarr.open_group(str(path), mode="r")
+        attributes: Any = dict(group.attrs)
         attributes = attributes.get("ome", attributes)
         multiscale = attributes["multiscales"][0]
         axes = "".join(axis["name"] for axis in multiscale["axes"])

@@ -118,8 +118,9 @@ def smaller_levels(tiff: Any, series: Any, planes: int) -> list[list[Any]]:
     found = [[level.keyframe] if planes == 1 else list(level.pages) for level in series.levels[1:]]
     if not found:
         by_size: dict[tuple[int, int], list[Any]] = {}
-        for other in tiff.pages:
-            size = (int(other.keyframe.imagelength), int(other.keyframe.imagewidth))
+        for page_or_frame in tiff.pages:
+            other = page_or_frame.aspage()
+            size = (int(other.imagelength), int(other.imagewidth))
             by_size.setdefault(size, []).append(other)
         found = [pages for pages in by_size.values() if len(pages) == planes]
     levels = []
