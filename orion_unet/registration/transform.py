@@ -37,6 +37,16 @@ class Affine:
         """Every point moves down and right."""
         return Affine(np.array([[1.0, 0.0, down], [0.0, 1.0, right]]))
 
+    @staticmethod
+    def scaling(factor: float) -> Affine:
+        """Every pixel becomes ``factor`` pixels along a side; the outer edges of the images coincide."""
+        # Points count from the centre of the first pixel.
+        return Affine(np.column_stack([np.eye(2) * factor, np.full(2, (factor - 1) / 2)]))
+
+    def between(self, marker: float, he: float) -> Affine:
+        """The map between whole images, of one between thumbnails smaller by the factors ``marker`` and ``he``."""
+        return Affine.scaling(marker).inverse().then(self).then(Affine.scaling(he))
+
     def points(self, points: np.ndarray) -> np.ndarray:
         """Points (..., 2) of the marker image as points (..., 2) of the H&E."""
         return points @ self.matrix[:, :2].T + self.matrix[:, 2]
