@@ -1,4 +1,4 @@
-"""Progress of a long prediction: a bar on a terminal, otherwise a line every half minute."""
+"""Progress of long work: a bar on a terminal, otherwise a line every half minute."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Progress:
         else:
             print(text, flush=True)
 
-    def start(self, name: str, tiles: int, done: int) -> None:
-        """Begin an image, of which ``done`` tiles were predicted earlier."""
+    def start(self, name: str, tiles: int, done: int, unit: str = "tile") -> None:
+        """Begin an image, of which ``done`` tiles (or other units) were done earlier."""
         self._name, self._tiles, self._before, self._done = clean(name), tiles, done, done
         self._began = self._said = time.monotonic()
         if self.on_terminal:
-            self._bar = tqdm(total=tiles, initial=done, desc=self._name, unit="tile", leave=False, dynamic_ncols=True)
+            self._bar = tqdm(total=tiles, initial=done, desc=self._name, unit=unit, leave=False, dynamic_ncols=True)
 
     def advance(self, tiles: int) -> None:
         """Count ``tiles`` more."""

@@ -43,12 +43,18 @@ class SlidePlan:
     names: tuple[str, ...]
     nuclear: int
     dtype: str
+    he_itemsize: int
     pixel_size_um: float
     step: float
     affine: Affine
     orientation: str
     regions: list[Region]
     missing: list[str] = field(default_factory=list)
+
+    def nbytes(self, region: Region) -> int:
+        """Bytes of a region's pair, uncompressed."""
+        pixels = round(region.height / self.step) * round(region.width / self.step)
+        return pixels * (len(self.channels) * np.dtype(self.dtype).itemsize + 3 * self.he_itemsize)
 
     def document(self) -> dict[str, Any]:
         """What dataset.json says about the source."""
@@ -107,9 +113,19 @@ def plan_slide(slide: Slide, options: PrepareOptions) -> SlidePlan:
         if not regions:
             raise InputError(f"{slide.he}: no square of {side} pixels is half tissue; lower --region_size")
         return SlidePlan(
-            slide, panel.channels, panel.names, nuclear, orion.dtype.name, own_um * step, step, affine, orientation,
-            regions, missing,
-        )  # fmt: skip
+            slide=slide,
+            channels=panel.channels,
+            names=panel.names,
+            nuclear=nuclear,
+            dtype=orion.dtype.name,
+            he_itemsize=1 if he.white == 255 else 2,
+            pixel_size_um=own_um * step,
+            step=step,
+            affine=affine,
+            orientation=orientation,
+            regions=regions,
+            missing=missing,
+        )
 
 
 def contrast(marker: np.ndarray) -> np.ndarray:

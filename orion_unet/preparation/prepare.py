@@ -1,0 +1,271 @@
+"""Slides to pairs: every slide planned, every region prepared, over processes, and the tables of the folder."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orion_unet.config import PrepareOptions
+from orion_unet.data.channels import NAMES_FILE
+from orion_unet.data.split import GROUPS_FILE
+from orion_unet.distributed import usable_cores
+from orion_unet.errors import InputError, RunError
+from orion_unet.inference.progress import Progress
+from orion_unet.preparation.one_pair import KEPT
+from orion_unet.preparation.one_region import PreparedRegion, prepare_region
+from orion_unet.preparation.regions import Region
+from orion_unet.preparation.slide_overview import OverviewOf, write_overview
+from orion_unet.preparation.slide_plan import SlidePlan, plan_slide
+from orion_unet.preparation.slide_table import Slide, read_slide_table
+from orion_unet.preparation.state import FOLDER, State, origin
+from orion_unet.preparation.writing import pair_paths
+from orion_unet.run_log import write_atomic, write_json
+from orion_unet.slides.images import HeImage
+from orion_unet.slides.markers import MarkerImage
+from orion_unet.slides.open import open_he, open_markers
+from orion_unet.text import csv_bytes
+
+REGIONS, REJECTED, DATASET = "regions.csv", "rejected.csv", "dataset.json"
+
+
+@dataclass(frozen=True)
+class PreparedFolder:
+    """Outcome of ``prepare_slides``: the plans, the rows of all regions, how many were found done, what failed, and
+    the size in bytes of all pairs if every region is kept."""
+
+    plans: list[SlidePlan]
+    rows: list[PreparedRegion]
+    found: int
+    failures: list[str]
+    nbytes: int
+
+    @property
+    def kept(self) -> list[PreparedRegion]:
+        """Rows of the regions that became pairs."""
+        return [row for row in self.rows if row.state == KEPT]
+
+
+def prepare_slides(options: PrepareOptions, progress: Progress | None = None) -> PreparedFolder:
+    """Turn the slides of a CSV into a folder of pairs; with ``dry_run`` only find out what would be made.
+
+    Raises InputError that lists every slide that cannot be used (with ``skip_bad`` only if none can), and RunError
+    where the disk is full or fails. What is finished is kept, and the same call goes on from there.
+    """
+    progress = progress or Progress()
+    slides = read_slide_table(options.slides)
+    output = Path(options.output_dir)
+    state = State(output)
+    if options.overwrite and not options.dry_run:
+        _clear(output, state)
+    plans, failures, new = _plans(slides, options, state, progress)
+    if failures and not (options.skip_bad and plans):
+        advice = "Correct them, or go on without them with --skip_bad." if plans else ""
+        raise InputError.listing(f"{options.slides}: these slides cannot be used:", failures, advice)
+    done = state.done(options.format)
+    wanted = [(plan, region) for plan in plans for region in plan.regions]
+    missing = [(plan, region) for plan, region in wanted if region.core not in done]
+    nbytes = sum(plan.nbytes(region) for plan, region in wanted)
+    _check_folder(output, {region.core for _, region in wanted} | state.known_cores(), options)
+    _check_space(output, sum(plan.nbytes(region) for plan, region in missing))
+    if options.dry_run:
+        return PreparedFolder(plans, [], len(wanted) - len(missing), failures, nbytes)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for plan in plans:
+            if plan.slide.name in new:
+                state.keep_plan(plan, origin(plan.slide, options))
+        progress.start("preparing regions", len(wanted), len(wanted) - len(missing), "region")
+        damaged: dict[str, str] = {}
+        for plan, outcome in _prepare(missing, options):
+            if isinstance(outcome, str):
+                damaged.setdefault(plan.slide.name, outcome)
+            else:
+                done[outcome.core] = outcome
+                state.note(outcome)
+            progress.advance(1)
+        progress.end()
+        rows = [done[region.core] for _, region in wanted if region.core in done]
+        _write_tables(output, plans, rows)
+        changed = {plan.slide.name for plan, _ in missing}
+        for plan in plans:
+            of_slide = OverviewOf(plan, [row for row in rows if row.slide == plan.slide.name], options)
+            if plan.slide.name in changed or not of_slide.path.exists():
+                write_overview(of_slide)
+    except OSError as error:
+        raise RunError(
+            f"--output_dir {output}: cannot be written ({error.strerror or error}); what is prepared is kept, and the "
+            "same command goes on from there"
+        ) from error
+    failures += [f"slide {name}: {reason}" for name, reason in damaged.items()]
+    return PreparedFolder(plans, rows, len(wanted) - len(missing), failures, nbytes)
+
+
+def _plans(
+    slides: list[Slide], options: PrepareOptions, state: State, progress: Progress
+) -> tuple[list[SlidePlan], list[str], set[str]]:
+    """Plans of all slides that can be used, what is wrong with the others, and the names of those planned now."""
+    found: dict[str, SlidePlan | str] = {}
+    new = []
+    for slide in slides:
+        try:
+            known = state.plan(slide, origin(slide, options))
+        except InputError as error:
+            found[slide.name] = str(error)
+            continue
+        if known is not None:
+            found[slide.name] = known
+        else:
+            new.append(slide)
+    progress.start("looking at slides", len(slides), len(slides) - len(new), "slide")
+    for task, outcome in _over_processes(_try_plan, [(slide, options) for slide in new], options.jobs):
+        found[task[0].name] = outcome
+        progress.advance(1)
+    progress.end()
+    plans = [plan for slide in slides if isinstance(plan := found[slide.name], SlidePlan)]
+    failures = [f"slide {name}: {text}" for name in found if isinstance(text := found[name], str)]
+    if plans:
+        plans, unlike = _alike(plans)
+        failures += unlike
+    return plans, failures, {slide.name for slide in new}
+
+
+def _alike(plans: list[SlidePlan]) -> tuple[list[SlidePlan], list[str]]:
+    """The plans with the channels in the order of the first slide; those of another panel or pixel size refused."""
+    first, kept, failures = plans[0], [], []
+    for plan in plans:
+        name = f"slide {plan.slide.name}"
+        if set(plan.names) != set(first.names):
+            only = sorted(set(plan.names) ^ set(first.names))
+            failures.append(f"{name}: has another panel than slide {first.slide.name}; not in both: {', '.join(only)}")
+        elif plan.dtype != first.dtype:
+            failures.append(f"{name}: has {plan.dtype} pixels, slide {first.slide.name} has {first.dtype}")
+        elif not np.isclose(plan.pixel_size_um, first.pixel_size_um, rtol=0.01):
+            failures.append(
+                f"{name}: has {plan.pixel_size_um:g} µm a pixel, slide {first.slide.name} has {first.pixel_size_um:g}; "
+                "choose one size for all with --pixel_size_um"
+            )
+        else:
+            order = tuple(plan.channels[plan.names.index(marker)] for marker in first.names)
+            kept.append(replace(plan, channels=order, names=first.names))
+    return kept, failures
+
+
+def _try_plan(slide: Slide, options: PrepareOptions) -> SlidePlan | str:
+    try:
+        return plan_slide(slide, options)
+    except InputError as error:
+        return str(error)
+
+
+def _prepare(
+    missing: list[tuple[SlidePlan, Region]], options: PrepareOptions
+) -> Iterator[tuple[SlidePlan, PreparedRegion | str]]:
+    tasks = [(plan, region, options) for plan, region in missing]
+    for task, outcome in _over_processes(_try_region, tasks, options.jobs):
+        yield task[0], outcome
+
+
+def _over_processes(
+    work: Callable[..., Any], tasks: list[tuple[Any, ...]], jobs: int | None
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every task with its result, as they finish; in this process where there is one job."""
+    jobs = min(jobs or usable_cores(), len(tasks))
+    if jobs <= 1:
+        for task in tasks:
+            yield task, work(*task)
+        _close_images()
+        return
+    # Forked processes would share torch's threads, which do not survive a fork.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(work, *task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# The slide whose regions this process prepares: opening one reads its whole index.
+_OPEN: dict[str, tuple[HeImage, MarkerImage]] = {}
+
+
+def _close_images() -> None:
+    for images in _OPEN.values():
+        for image in images:
+            image.close()
+    _OPEN.clear()
+
+
+def _try_region(plan: SlidePlan, region: Region, options: PrepareOptions) -> PreparedRegion | str:
+    try:
+        if plan.slide.name not in _OPEN:
+            _close_images()
+            _OPEN[plan.slide.name] = (open_he(plan.slide.he), open_markers(plan.slide.orion))
+        return prepare_region(plan, region, options, *_OPEN[plan.slide.name])
+    except InputError as error:
+        return str(error)
+
+
+def _clear(output: Path, state: State) -> None:
+    """Remove the pairs that an earlier prepare made here, and its record; nothing else."""
+    for core in state.known_cores():
+        for format in ("npy", "ome-zarr"):
+            for path in pair_paths(output, core, format).values():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+
+
+def _check_folder(output: Path, ours: set[str], options: PrepareOptions) -> None:
+    """Raise InputError where the folder has pairs of another origin."""
+    try:
+        names = {path.name for path in output.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"--output_dir {output}: cannot be used ({error.strerror or error})") from None
+    endings = [path.name for form in ("npy", "ome-zarr") for path in pair_paths(output, "", form).values()]
+    mine = {f"{core}{ending}" for core in ours for ending in endings}
+    others = sorted(n for n in names - mine if n.endswith(tuple(endings)) and not n.startswith("."))
+    if others:
+        headline = f"--output_dir {output} has pairs that were not made from {options.slides}:"
+        raise InputError.listing(headline, others, "Choose another folder, or move them away.", limit=5)
+
+
+def _check_space(output: Path, needed: int) -> None:
+    place = output
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise RunError(
+            f"--output_dir {output}: too little disk space, up to {needed / 1e9:.1f} GB are needed and "
+            f"{free / 1e9:.1f} GB free; free some space, choose a folder on another disk, or fewer regions with "
+            "--regions_per_slide"
+        )
+
+
+def _write_tables(output: Path, plans: list[SlidePlan], rows: list[PreparedRegion]) -> None:
+    first = plans[0]
+    kept = [row for row in rows if row.state == KEPT]
+    groups = {plan.slide.name: plan.slide.group for plan in plans}
+    write_atomic(output / NAMES_FILE, "".join(f"{name}\n" for name in first.names).encode())
+    write_atomic(output / GROUPS_FILE, csv_bytes(["core", "group"], [[row.core, groups[row.slide]] for row in kept]))
+    columns = list(PreparedRegion.__dataclass_fields__)
+    write_atomic(output / REGIONS, csv_bytes(columns, [list(row.record().values()) for row in rows], digits=8))
+    lost = [[row.core, row.slide, row.reason] for row in rows if row.state != KEPT]
+    lost += [[f"{plan.slide.name}_{place}", plan.slide.name, "no core at this place of the lattice"]
+             for plan in plans for place in plan.missing]  # fmt: skip
+    write_atomic(output / REJECTED, csv_bytes(["core", "slide", "reason"], lost))
+    source = [plan.document() for plan in plans]
+    document = {"schema": 1, "pixel_size_um": first.pixel_size_um, "source": source}
+    write_json(output / DATASET, document)
