@@ -60,15 +60,23 @@ def tissue_regions(areas: Areas, shape: tuple[int, int], side: int) -> list[tupl
 
 
 def whole_regions(areas: Areas, shape: tuple[int, int], side: int) -> list[tuple[int, int, int, int, float]]:
-    """The slide in squares, those at the lower and right edge cut off, left out where they have no tissue."""
+    """The slide in squares, left out where they have no tissue. At the lower and right edge, what is left over of a
+    square stands alone, or belongs to the one before where it is less than half."""
     found = []
-    for y in range(0, shape[0], side):
-        for x in range(0, shape[1], side):
-            height, width = min(side, shape[0] - y), min(side, shape[1] - x)
+    for y, height in _cuts(shape[0], side):
+        for x, width in _cuts(shape[1], side):
             share = areas.share(y, x, height, width)
             if share > 0:
                 found.append((y, x, height, width, share))
     return found
+
+
+def _cuts(length: int, side: int) -> list[tuple[int, int]]:
+    """Start and length of every piece."""
+    starts = list(range(0, length, side))
+    if len(starts) > 1 and length - starts[-1] < side / 2:
+        starts.pop()
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], length], strict=True)]
 
 
 def spread(

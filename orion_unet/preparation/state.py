@@ -64,7 +64,7 @@ class State:
             return None
         if document.get("origin") != source:
             raise InputError(
-                f"slide {slide.name}: {self._output} has pairs that were made of other files or with other options; "
+                f"{self._output} has pairs that were made of other files or with other options; "
                 "add --overwrite, or choose another folder"
             )
         stored = document["plan"]

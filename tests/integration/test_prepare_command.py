@@ -1,0 +1,275 @@
+"""prepare end to end on small generated slides, and the traps of public slides."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from orion_unet.cli import prepare
+from orion_unet.config import DataOptions
+from orion_unet.data.pairs import find_pairs
+from orion_unet.demo.make import MARKERS, draw_core
+from orion_unet.errors import InputError
+from orion_unet.slides.open import open_he, open_markers
+
+tifffile = pytest.importorskip("tifffile")
+ndimage = pytest.importorskip("scipy.ndimage")
+SIDE = 768
+UM = {"PhysicalSizeX": 0.325, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.325, "PhysicalSizeYUnit": "µm"}
+QUICK = ["--register", "off", "--jobs", "1", "--region_size", "256", "--regions_per_slide", "2"]
+
+
+@pytest.fixture(scope="module")
+def core():
+    he, orion = draw_core(5, SIDE)
+    return he, np.ascontiguousarray(orion.transpose(2, 0, 1))
+
+
+def write_he(path, he, size=UM, **options):
+    kind = {"tile": (128, 128), "compression": "jpeg"} | options
+    tifffile.imwrite(path, he, photometric="rgb", metadata={"axes": "YXS", **size}, ome=True, **kind)
+
+
+def write_orion(path, orion, names=MARKERS, size=UM, **options):
+    kind = {"tile": (128, 128), "compression": "zstd"} | options
+    about = {"axes": "CYX", **({"Channel": {"Name": list(names)}} if names else {}), **size}
+    tifffile.imwrite(path, orion, photometric="minisblack", metadata=about, ome=True, **kind)
+
+
+@pytest.fixture
+def slides(tmp_path, core):
+    """A folder with one good slide, and the CSV that lists it."""
+    write_he(tmp_path / "he.ome.tif", core[0])
+    write_orion(tmp_path / "orion.ome.tif", core[1])
+    return listed(tmp_path, "A,he.ome.tif,orion.ome.tif")
+
+
+def listed(folder, *rows, columns="slide,he,orion"):
+    path = folder / "slides.csv"
+    path.write_text("\n".join([columns, *rows, ""]))
+    return path
+
+
+def run(slides, *words):
+    return prepare.main([str(slides), "--output_dir", str(slides.parent / "pairs"), *words])
+
+
+def rows_of(folder, name="regions.csv"):
+    with open(folder / "pairs" / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stored(folder, row):
+    """The H&E and the markers of a pair."""
+    return [np.load(folder / "pairs" / f"{row['core']}_{name}.npy") for name in ("HE", "ORION")]
+
+
+def place(row):
+    y, x, height, width = (int(row[name]) for name in ("y", "x", "height", "width"))
+    return np.s_[y : y + height, x : x + width]
+
+
+def test_a_slide_becomes_a_folder_of_pairs_that_training_reads(slides, tmp_path, core, capsys):
+    assert run(slides, *QUICK) == 0
+    table = find_pairs(DataOptions(pairs_dir=str(tmp_path / "pairs")))
+    assert table.channel_names == tuple(MARKERS)
+    assert len(table) == 2
+    for row in rows_of(tmp_path):
+        he, orion = stored(tmp_path, row)
+        np.testing.assert_array_equal(orion, core[1].transpose(1, 2, 0)[place(row)])
+        with open_he(tmp_path / "he.ome.tif") as image:
+            np.testing.assert_array_equal(he, image.stored(0, 0, SIDE, SIDE)[place(row)])
+    document = json.loads((tmp_path / "pairs" / "dataset.json").read_text())
+    assert (document["schema"], document["pixel_size_um"]) == (1, pytest.approx(0.325))
+    assert [row["group"] for row in rows_of(tmp_path, "groups.csv")] == ["A", "A"]
+    assert (tmp_path / "pairs" / "A_overview.png").stat().st_size > 10_000
+    assert "2 of 2 regions are pairs" in capsys.readouterr().out
+
+
+def test_a_finished_prepare_does_nothing_and_an_interrupted_one_goes_on(slides, tmp_path, monkeypatch, capsys):
+    from orion_unet.preparation import prepare as module
+
+    genuine, calls = module.prepare_region, []
+
+    def counted(plan, region, *rest):
+        calls.append(region.core)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return genuine(plan, region, *rest)
+
+    monkeypatch.setattr(module, "prepare_region", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(slides, *QUICK)
+    assert len(list((tmp_path / "pairs").glob("*.npy"))) == 2
+    first = (tmp_path / "pairs" / "A_r0001_HE.npy").stat().st_mtime_ns
+    assert run(slides, *QUICK) == 0
+    assert calls == ["A_r0001", "A_r0002", "A_r0002"]
+    monkeypatch.setattr(module, "plan_slide", None)
+    assert run(slides, *QUICK) == 0
+    assert len(calls) == 3
+    assert (tmp_path / "pairs" / "A_r0001_HE.npy").stat().st_mtime_ns == first
+    assert "2 of them before" in capsys.readouterr().out
+
+
+def test_other_options_need_overwrite_which_replaces_only_what_prepare_made(slides, tmp_path):
+    run(slides, *QUICK)
+    (tmp_path / "pairs" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="with other options; add --overwrite"):
+        run(slides, *QUICK, "--seed", "3", "--regions_per_slide", "1")
+    assert run(slides, *QUICK, "--regions_per_slide", "1", "--overwrite") == 0
+    assert len(list((tmp_path / "pairs").glob("*.npy"))) == 2
+    assert (tmp_path / "pairs" / "notes.txt").read_text() == "mine"
+
+
+def test_pairs_of_another_origin_are_never_mixed_with_these(slides, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    np.save(tmp_path / "pairs" / "other_HE.npy", np.zeros(3))
+    with pytest.raises(InputError, match="other_HE"):
+        run(slides, *QUICK)
+
+
+def test_a_dry_run_says_what_would_be_made_and_makes_nothing(slides, tmp_path, capsys):
+    assert run(slides, *QUICK, "--dry_run") == 0
+    size = 2 * 256 * 256 * (2 * len(MARKERS) + 3) / 1e6
+    assert f"would make 2 pairs of {len(MARKERS)} markers" in (said := capsys.readouterr().out)
+    assert f"{size:.1f} MB" in said
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_too_little_disk_is_said_before_anything_is_written(slides, tmp_path, monkeypatch):
+    from orion_unet.errors import RunError
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(RunError, match="too little disk space"):
+        run(slides, *QUICK)
+    assert not list((tmp_path / "pairs").glob("*.npy")) if (tmp_path / "pairs").exists() else True
+
+
+TRAPS = {
+    "1.0 without a unit": ({"PhysicalSizeX": 1.0, "PhysicalSizeY": 1.0}, "1 without a unit"),
+    "axes that differ": ({**UM, "PhysicalSizeY": 0.34}, "0.325 µm across and 0.34 µm down"),
+    "no size": ({}, "states no pixel size"),
+}
+
+
+@pytest.mark.parametrize(("size", "message"), TRAPS.values(), ids=TRAPS)
+def test_an_he_whose_pixel_size_cannot_be_believed_needs_the_column(size, message, tmp_path, core, monkeypatch):
+    write_he(tmp_path / "he.ome.tif", core[0], size, **({"resolution": None} if size else {}))
+    write_orion(tmp_path / "orion.ome.tif", core[1])
+    with pytest.raises(InputError) as raised:
+        run(listed(tmp_path, "A,he.ome.tif,orion.ome.tif"), *QUICK)
+    assert message in str(raised.value)
+    assert "column he_pixel_size_um" in str(raised.value)
+    columns = "slide,he,orion,he_pixel_size_um"
+    assert run(listed(tmp_path, "A,he.ome.tif,orion.ome.tif,0.325", columns=columns), *QUICK) == 0
+
+
+def test_an_he_of_planes_whose_names_are_out_of_order_keeps_its_pixels(tmp_path, core):
+    """The public release has planar, deflated H&E with channels called R, B, G over pixels in the order R, G, B."""
+    meta = {"axes": "CYX", "Channel": {"Name": ["R", "B", "G"]}, **UM}
+    planes = np.ascontiguousarray(core[0].transpose(2, 0, 1))
+    options = {"photometric": "minisblack", "compression": "zlib", "tile": (128, 128), "ome": True}
+    tifffile.imwrite(tmp_path / "he.ome.tif", planes, metadata=meta, **options)
+    write_orion(tmp_path / "orion.ome.tif", core[1])
+    assert run(listed(tmp_path, "A,he.ome.tif,orion.ome.tif"), *QUICK) == 0
+    for row in rows_of(tmp_path):
+        np.testing.assert_array_equal(stored(tmp_path, row)[0], core[0][place(row)])
+
+
+def test_channels_that_the_list_removes_are_not_written(slides, tmp_path, core):
+    lines = [f"{name},{'TRUE' if index in (1, 4) else ''}" for index, name in enumerate(MARKERS)]
+    (tmp_path / "markers.csv").write_text("\n".join(["marker_name,remove", *lines]))
+    assert run(slides, *QUICK, "--markers", str(tmp_path / "markers.csv")) == 0
+    kept = [index for index in range(len(MARKERS)) if index not in (1, 4)]
+    row = rows_of(tmp_path)[0]
+    np.testing.assert_array_equal(stored(tmp_path, row)[1], core[1][kept].transpose(1, 2, 0)[place(row)])
+    assert (tmp_path / "pairs" / "channel_names.txt").read_text().split("\n")[:-1] == [MARKERS[i] for i in kept]
+
+
+def test_every_slide_at_fault_is_listed_and_the_others_go_on_when_asked(slides, tmp_path, core):
+    blank = np.full((SIDE, SIDE, 3), 245, np.uint8)
+    write_he(tmp_path / "blank.ome.tif", blank)
+    write_orion(tmp_path / "few.ome.tif", core[1][:4], MARKERS[:4])
+    listed(
+        tmp_path, "A,he.ome.tif,orion.ome.tif", "B,nowhere.tif,orion.ome.tif", "C,blank.ome.tif,orion.ome.tif",
+        "D,he.ome.tif,few.ome.tif", "E,orion.ome.tif,orion.ome.tif",
+    )  # fmt: skip
+    with pytest.raises(InputError) as raised:
+        run(slides, *QUICK)
+    for words in ("slide B: ", "slide C: ", "shows no tissue", "slide D: has another panel", "slide E: ", "--skip_bad"):
+        assert words in str(raised.value)
+    assert not (tmp_path / "pairs").exists()
+    with pytest.raises(InputError, match="these slides failed, the others are done"):
+        run(slides, *QUICK, "--skip_bad")
+    assert {row["slide"] for row in rows_of(tmp_path)} == {"A"}
+
+
+def test_pairs_of_another_pixel_size_are_means_over_areas(slides, tmp_path, core):
+    assert run(slides, *QUICK, "--pixel_size_um", "0.65", "--region_size", "128") == 0
+    row = rows_of(tmp_path)[0]
+    _, orion = stored(tmp_path, row)
+    y, x = (round(float(row[name])) for name in ("y", "x"))
+    source = core[1][:, y : y + 256, x : x + 256].reshape(-1, 128, 2, 128, 2).mean((2, 4))
+    assert np.abs(orion.transpose(2, 0, 1) - source).max() <= 0.5
+    assert json.loads((tmp_path / "pairs" / "dataset.json").read_text())["pixel_size_um"] == pytest.approx(0.65)
+
+
+def test_pairs_as_ome_zarr_have_the_same_pixels_names_and_size(slides, tmp_path, core):
+    pytest.importorskip("zarr")
+    assert run(slides, *QUICK, "--format", "ome-zarr") == 0
+    row = rows_of(tmp_path)[0]
+    with open_markers(tmp_path / "pairs" / f"{row['core']}_ORION.ome.zarr") as image:
+        assert image.channel_names == tuple(MARKERS)
+        assert image.pixel_size_um == pytest.approx(0.325)
+        found = image.read(range(len(MARKERS)), 0, 0, 256, 256)
+    np.testing.assert_array_equal(found, core[1][(slice(None), *place(row))])
+
+
+@pytest.mark.slow
+def test_a_turned_cropped_he_with_a_fold_is_moved_where_it_fits_and_rejected_where_not(tmp_path, core):
+    """The H&E is turned by 90 and 2 degrees, shifted, larger on one side and cropped on another; a region is folded."""
+    he, orion = core
+    folded = he.copy()
+    folded[:384, :384] = he[:384, :384][::-1, ::-1]
+    angle = np.radians(2.0)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    middle = (np.array(he.shape[:2]) - 1) / 2
+    offset = middle - turn @ middle + (6.4, -9.3)
+    moved = [ndimage.affine_transform(folded[..., c], turn, offset, order=3, mode="nearest") for c in range(3)]
+    turned = np.pad(np.rot90(np.stack(moved, -1)), ((60, 0), (0, 0), (0, 0)), mode="edge")[:, 30:]
+    write_he(tmp_path / "he.ome.tif", np.ascontiguousarray(turned), compression="lzw")
+    write_orion(tmp_path / "orion.ome.tif", orion)
+    slides = listed(tmp_path, "A,he.ome.tif,orion.ome.tif")
+    assert run(slides, "--jobs", "1", "--regions", "whole", "--region_size", "384") == 0
+    rows = rows_of(tmp_path)
+    states = {(int(float(row["y"])) >= 350, int(float(row["x"])) >= 350): row for row in rows}
+    assert len(rows) == 4
+    assert states[False, False]["state"] == "rejected"
+    assert rows_of(tmp_path, "rejected.csv")[0]["reason"]
+    for row in rows:
+        if row["state"] == "kept":
+            written, markers = stored(tmp_path, row)
+            np.testing.assert_array_equal(markers, orion.transpose(1, 2, 0)[place(row)])
+            assert written.shape[:2] == markers.shape[:2]
+            inner = np.s_[8:-8, 8:-8]
+            expected = he[place(row)][inner].astype(float)
+            assert np.corrcoef(written[inner].astype(float).ravel(), expected.ravel())[0, 1] > 0.97
+            assert float(row["residual_px"]) < 0.5
+    assert sum(row["state"] == "kept" for row in rows) == 3
+
+
+@pytest.mark.slow
+def test_slides_of_different_tissue_are_refused_and_checking_rejects_what_is_off(slides, tmp_path, core):
+    other, _ = draw_core(99, SIDE)
+    write_he(tmp_path / "other.ome.tif", other)
+    listed(tmp_path, "A,other.ome.tif,orion.ome.tif")
+    with pytest.raises(InputError, match="are they the same tissue"):
+        run(slides, "--jobs", "1")
+    write_he(tmp_path / "he.ome.tif", np.roll(core[0], 5, axis=0))
+    listed(tmp_path, "A,he.ome.tif,orion.ome.tif")
+    with pytest.raises(InputError, match="no region could be kept"):
+        run(slides, *QUICK[2:], "--register", "check", "--min_correlation", "-1")
+    assert "off by 5" in rows_of(tmp_path, "rejected.csv")[0]["reason"]
