@@ -111,7 +111,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nothing": ("register", {"degrees": 0, "scale": 1, "shift": 0, "warp": 0}),
     "shift to 40": ("register", {"degrees": 0, "scale": 1, "shift": 40, "warp": 0}),
     "shift to 20, turn to 1°, warp to 4": ("register", {"degrees": 1, "scale": 1, "shift": 20, "warp": 4}),
-    "shift to 100, turn to 5°, any quarter turn and mirror": ("whole", {"degrees": 5, "scale": 1, "shift": 100, "warp": 0}),
+    "any quarter turn and mirror, shift to 100, turn to 5°": (
+        "whole", {"degrees": 5, "scale": 1, "shift": 100, "warp": 0},
+    ),
     "the same, scale 0.5": ("whole", {"degrees": 5, "scale": 0.5, "shift": 100, "warp": 0}),
     "the same, scale 2": ("whole", {"degrees": 5, "scale": 2, "shift": 100, "warp": 0}),
     "the same, scale 1, warp to 4": ("whole", {"degrees": 5, "scale": 1, "shift": 100, "warp": 4}),
@@ -166,8 +168,8 @@ def strangers(count: int) -> str:
         fine += refine(density(he), marker).trusted
         coarse += find_coarse(density(he), marker).trusted
     return (
-        f"Of {count} pairs of different generated tissue, {fine} were kept by the alignment of a region, {coarse} by that "
-        "of a whole slide.\n"
+        f"Of {count} pairs of different generated tissue, {fine} were kept by the alignment of a region, {coarse} by "
+        "that of a whole slide.\n"
     )
 
 
@@ -285,8 +287,8 @@ def trained(folder: Path, output: Path, seeds: int) -> str:
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     how = "each group held out in turn" if len(groups) == 2 else "a third of the groups held out"
     steps = EPOCHS * (max(1, PATCHES_PER_EPOCH // len(cores["train"])) * len(cores["train"]) // 12)
-    return "\n".join([f"Pearson on held-out cores, mean over markers and {seeds} seeds ({how}; about {steps} steps):", "",
-                      *lines, ""])  # fmt: skip
+    title = f"Pearson on held-out cores, mean over markers and {seeds} seeds ({how}; about {steps} steps):"
+    return "\n".join([title, "", *lines, ""])
 
 
 def _recipe() -> dict[str, Any]:
