@@ -40,6 +40,16 @@ class DataOptions:
     exclude_channels: str | None = option(
         None, "markers to leave out, by name or index, separated by commas", metavar="NAMES", fixed=False
     )
+    pixel_size_um: float | None = option(
+        None,
+        "side of a pixel of the pairs; default: that of dataset.json in the pairs folder, else unknown",
+        unit="micrometres",
+        above=0,
+        maximum=20,
+        inherited=False,
+        fixed=False,
+        follows=True,
+    )
     he_layout: str = option("auto", "axis order of the H&E files", choices=("auto", "hwc", "chw"), fixed=False)
     orion_layout: str = option("auto", "axis order of the ORION files", choices=("auto", "hwc", "chw"), fixed=False)
     patch_size: int = option(256, "side of a square patch", unit="pixels", minimum=16, maximum=4096)
@@ -386,7 +396,7 @@ class PredictOptions:
     normalized: bool = option(False, "keep [0, 1] instead of the unit of the training data", section="output")
     markers: str | None = option(None, "write these markers only; default: all", metavar="NAME,...", section="output")
     pixel_size_um: float | None = option(
-        None, "side of a pixel; default: the input's", unit="micrometres", above=0, section="output"
+        None, "side of a pixel of the input; default: as its file states", unit="micrometres", above=0, section="input"
     )
     overview: bool = option(True, "draw NAME_overview.png, the H&E beside the markers", section="output")
     overwrite: bool = option(False, "replace outputs that exist", section="output")
