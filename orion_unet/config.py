@@ -40,6 +40,16 @@ class DataOptions:
     exclude_channels: str | None = option(
         None, "markers to leave out, by name or index, separated by commas", metavar="NAMES", fixed=False
     )
+    pixel_size_um: float | None = option(
+        None,
+        "side of a pixel of the pairs; default: that of dataset.json in the pairs folder, else unknown",
+        unit="micrometres",
+        above=0,
+        maximum=20,
+        inherited=False,
+        fixed=False,
+        follows=True,
+    )
     he_layout: str = option("auto", "axis order of the H&E files", choices=("auto", "hwc", "chw"), fixed=False)
     orion_layout: str = option("auto", "axis order of the ORION files", choices=("auto", "hwc", "chw"), fixed=False)
     patch_size: int = option(256, "side of a square patch", unit="pixels", minimum=16, maximum=4096)
@@ -128,7 +138,12 @@ class OptimisationOptions:
     batch_size: int = option(12, "training patches per GPU and step", minimum=1, fixed=False)
     val_batch_size: int = option(8, "validation patches per GPU and step", minimum=1, fixed=False)
     learning_rate: float | None = option(
-        1e-4, "peak learning rate; auto = from the number of optimiser steps", above=0, maximum=1, metavar="N|auto"
+        1e-4,
+        "peak learning rate; auto = from the number of optimiser steps",
+        above=0,
+        maximum=1,
+        metavar="N|auto",
+        follows=True,
     )
     weight_decay: float = option(2e-4, "decoupled weight decay; norms and biases have none", minimum=0)
     scheduler: str = option("plateau", "learning-rate schedule", choices=("plateau", "cosine", "constant"))
@@ -148,6 +163,8 @@ class OptimisationOptions:
         minimum=0,
         metavar="N|auto",
         fixed=False,
+        follows=True,
+        before=0,
     )
     seed: int = option(42, "seed of everything random", minimum=0, maximum=2**63 - 1)
 
@@ -267,13 +284,13 @@ class TrainConfig:
     def changes_from(self, earlier: dict[str, Any]) -> list[str]:
         """Differences from the options of a run to be resumed that would silently change what it trains."""
         now = self.options()
-        # A run made before an option existed used its default; an option left open follows the run.
+        # An option left open follows the run.
         fixed = [f for group in GROUPS.values() for f in fields(group) if f.metadata["fixed"]]
         return [
-            f"--{f.name}: {earlier.get(f.name, f.default)} in the run, {now[f.name]} now"
+            f"--{f.name}: {earlier.get(f.name, f.metadata['before'])} in the run, {now[f.name]} now"
             for f in fixed
-            if earlier.get(f.name, f.default) != now[f.name]
-            and not (now[f.name] is None and f.metadata["metavar"] == "N|auto")
+            if earlier.get(f.name, f.metadata["before"]) != now[f.name]
+            and not (f.metadata["follows"] and now[f.name] is None)
         ]
 
     def problems(self) -> list[str]:
@@ -314,8 +331,7 @@ def load_options(path: str | Path) -> tuple[dict[str, Any], str]:
         raise InputError(f"--config {path}: is not the config.json of a run (it has no 'options')")
     known = declared_options()
     problems = [f"{name}: no such option in this version" for name in stored if name not in known]
-    # Options that the run did not know yet had no other effect than their defaults.
-    options = {name: f.default for name, f in known.items() if f.metadata["inherited"]}
+    options = {name: f.metadata["before"] for name, f in known.items() if f.metadata["inherited"]}
     for name, value in stored.items():
         if name in known and known[name].metadata["inherited"]:
             if _has_type(value, str(known[name].type)):
@@ -380,7 +396,7 @@ class PredictOptions:
     normalized: bool = option(False, "keep [0, 1] instead of the unit of the training data", section="output")
     markers: str | None = option(None, "write these markers only; default: all", metavar="NAME,...", section="output")
     pixel_size_um: float | None = option(
-        None, "side of a pixel; default: the input's", unit="micrometres", above=0, section="output"
+        None, "side of a pixel of the input; default: as its file states", unit="micrometres", above=0, section="input"
     )
     overview: bool = option(True, "draw NAME_overview.png, the H&E beside the markers", section="output")
     overwrite: bool = option(False, "replace outputs that exist", section="output")

@@ -29,6 +29,8 @@ def option(
     const: Any = None,
     inherited: bool = True,
     fixed: bool = True,
+    follows: bool = False,
+    before: Any = None,
 ) -> Any:
     """Declare one option: default, help text, unit and range. The parameters are those of the declaration.
 
@@ -36,7 +38,9 @@ def option(
     option, ``tuple[...]`` takes several words. ``const`` is the value of an option that is given without one.
     ``section`` is the heading in the help, where it is not the dataclass's own. An option that is not ``inherited`` is
     left out when ``--config`` loads an earlier run, because it concerns that one start and not the experiment. An
-    option that is not ``fixed`` may change when a run is resumed.
+    option that is not ``fixed`` may change when a run is resumed. An option that ``follows`` may be left open, as
+    None: it is decided at the start, and a resumed run keeps what it had. ``before`` is what runs did that were
+    made before the option existed, where that is not its default.
     """
     metadata = {
         "text": text,
@@ -53,6 +57,8 @@ def option(
         "const": const,
         "inherited": inherited,
         "fixed": fixed,
+        "follows": follows,
+        "before": default if before is None else before,
     }
     return field(default=default, metadata=metadata)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from orion_unet.data.channels import NAMES_FILE
+from orion_unet.data.dataset import DATASET_FILE, dataset_document
 from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.demo.stains import MARKERS, Stain, render_he, render_orion, stain_dyes
@@ -29,6 +30,8 @@ __all__ = ["DEMO_FILE", "MARKERS", "draw_core", "holds_demo", "make_demo"]
 DEMO_FILE = "demo.json"
 """Record of the files that make-demo has made and of their settings. Only these files are ever replaced."""
 CORES_PER_PATIENT = 2
+PIXEL_SIZE_UM = 0.325
+"""Side of a pixel that the drawn nuclei correspond to; that of ORION's scanners."""
 VERSION = 1
 """Raise this when the same seed draws different pixels."""
 
@@ -48,7 +51,7 @@ def draw_core(seed: int, size: int, patient: int | None = None) -> tuple[NDArray
 
 
 def make_demo(folder: Path, cores: int = 12, size: int = 512, seed: int = 0, overwrite: bool = False) -> list[str]:
-    """Fill a folder with paired cores, channel_names.txt and groups.csv (two cores per patient).
+    """Fill a folder with paired cores, channel_names.txt, groups.csv (two cores per patient) and dataset.json.
 
     Returns the names of the cores. If the folder already has this set, nothing changes; an interrupted set is
     completed. ``overwrite`` replaces an earlier demo set and nothing else.
@@ -62,6 +65,8 @@ def make_demo(folder: Path, cores: int = 12, size: int = 512, seed: int = 0, ove
         record = _claim(folder, settings, overwrite)
         groups = [f"{name},patient_{i // CORES_PER_PATIENT:02d}" for i, name in enumerate(names)]
         _add(folder, record, NAMES_FILE, "\n".join([*MARKERS, ""]).encode())
+        dataset = dataset_document(PIXEL_SIZE_UM, "make-demo: generated tissue")
+        _add(folder, record, DATASET_FILE, (json.dumps(dataset, indent=2) + "\n").encode())
         _add(folder, record, GROUPS_FILE, "\n".join(["core,group", *groups, ""]).encode())
         missing = [i for i, name in enumerate(names) if not all(_holds(folder, record, file) for file in _pair(name))]
         for i in tqdm(missing, desc="drawing cores", unit="core", disable=None):
@@ -81,7 +86,7 @@ def holds_demo(folder: Path, cores: int, size: int, seed: int) -> bool:
     Raises InputError for numbers out of range.
     """
     settings, record = _settings(cores, size, seed), _read_record(folder)
-    wanted = [NAMES_FILE, GROUPS_FILE, *(file for name in _names(cores) for file in _pair(name))]
+    wanted = [NAMES_FILE, GROUPS_FILE, DATASET_FILE, *(file for name in _names(cores) for file in _pair(name))]
     return (
         record is not None
         and all(record.get(key) == value for key, value in settings.items())
@@ -134,7 +139,7 @@ def _claim(folder: Path, settings: dict[str, int], overwrite: bool) -> dict[str,
     # Read after the listing, so that the record covers all files that another process was making at that moment.
     record = _read_record(folder)
     made = {} if record is None else {**record["files"], DEMO_FILE: ""}
-    reserved = (NAMES_FILE, GROUPS_FILE, DEMO_FILE)
+    reserved = (NAMES_FILE, GROUPS_FILE, DATASET_FILE, DEMO_FILE)
     others = [
         name for name in found if name not in made and (name in reserved or name.endswith((HE_SUFFIX, ORION_SUFFIX)))
     ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orion_unet.config import DataOptions
 from orion_unet.data.channels import NAMES_FILE, excluded_channels
+from orion_unet.data.dataset import DATASET_FILE, stated_pixel_size
 from orion_unet.data.normalization import Normalization, fit_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.patches import PatchPlace, PatchReader, grid_starts
@@ -20,6 +21,7 @@ from orion_unet.data.transforms import BatchTransform
 from orion_unet.errors import InputError
 from orion_unet.evaluation.known_cores import KnownCores, recognise_cores
 from orion_unet.inference.model import TrainedModel
+from orion_unet.inference.resampled import SAME
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.slides.images import ArrayImage, HeImage
 
@@ -117,6 +119,7 @@ def open_folder(
     cores of the training. Raises InputError."""
     data = _data_options(model, pairs_dir, options)
     table = find_pairs(data)
+    _check_pixel_size(model, table.folder)
     stored = table.channel_names
     excluded = {stored[index] for index in excluded_channels(options.exclude_channels, stored)}
     names = tuple(name for name in model.names if name not in excluded)
@@ -138,6 +141,17 @@ def open_folder(
     transform = BatchTransform(table, formats, normalization, model.config.data.noise_removal, model.device)
     warnings = (*table.warnings, *known.warnings)
     return ScoredFolder(model, table, scales, names, channels, normalization, transform, known, warnings)
+
+
+def _check_pixel_size(model: TrainedModel, folder: Path) -> None:
+    """Raise InputError where the pairs have other pixels than the training: their markers would have to be
+    interpolated, and the score would be that of the interpolation."""
+    own, trained = stated_pixel_size(folder), model.pixel_size_um
+    if own is not None and trained is not None and abs(own / trained - 1) > SAME:
+        raise InputError(
+            f"--pairs_dir {folder}: its {DATASET_FILE} states pixels of {own:g} µm, and the model was trained on "
+            f"{trained:g} µm; measured markers are not interpolated, so prepare the pairs at the size of the training"
+        )
 
 
 def _data_options(model: TrainedModel, pairs_dir: Path, options: FolderOptions) -> DataOptions:

@@ -40,6 +40,11 @@ class TrainedModel:
     digests: dict[str, str] = field(default_factory=dict)
     colour_regression: ColourRegression | None = None
 
+    @property
+    def pixel_size_um(self) -> float | None:
+        """Side of a pixel of the training data in micrometres; None if unknown."""
+        return self.config.data.pixel_size_um
+
     @torch.inference_mode()
     def predict(self, he: Tensor) -> Tensor:
         """Markers (B, C, H, W) float32 in [0, 1] on the model's device, from H&E (B, 3, H, W) float in [0, 1].

@@ -31,6 +31,7 @@ from orion_unet.inference.outputs import (
 )
 from orion_unet.inference.overview import box_size, thumbnail, write_overview
 from orion_unet.inference.progress import Progress
+from orion_unet.inference.resampled import ResampledImage, on_model_grid
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
@@ -68,10 +69,17 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
         progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} images were finished before")
     if listed is not None:
         write_names(*listed)
-    failed = 0
+    failed, warned = 0, False
     for job in waiting:
         try:
-            with open_he(job.source) as image:
+            with open_he(job.source) as opened:
+                image = _fitted(model, opened, job, options, progress)
+                if opened.pixel_size_um and not model.pixel_size_um and not warned:
+                    warned = True
+                    progress.say(
+                        "note: the model does not know the pixel size that it was trained at, so images are predicted "
+                        "as they are"
+                    )
                 _predict_image(model, image, job, kept, options, progress)
         except InputError as error:
             if len(jobs) == 1:
@@ -117,7 +125,29 @@ def _decisive(model: TrainedModel, options: PredictOptions) -> dict[str, Any]:
         "tta": options.tta,
         "tile": options.tile,
         "overlap": options.overlap,
+        # Without a pixel size of the training, that of the input changes no value.
+        "pixel_size_um": options.pixel_size_um if model.pixel_size_um else None,
     }
+
+
+def _fitted(model: TrainedModel, image: HeImage, job: Job, options: PredictOptions, progress: Progress) -> HeImage:
+    """The image on the pixel grid of the training, where both sizes are known; says what was done, or is missing."""
+    own = options.pixel_size_um or image.pixel_size_um
+    assumed = f", and taken to be the {model.pixel_size_um:g} µm of the training" if model.pixel_size_um else ""
+    if own is None and image.pixel_size_doubt:
+        progress.say(
+            f"warning: {job.name}: the pixel size of the file is not used ({image.pixel_size_doubt}){assumed}; give "
+            "--pixel_size_um"
+        )
+    elif own is None and (assumed or options.format == "ome-tiff"):
+        progress.say(f"warning: {job.name}: its pixel size is unknown{assumed}; give --pixel_size_um")
+    fitted = on_model_grid(image, own, model.pixel_size_um)
+    if fitted is not image:
+        progress.say(
+            f"{job.name}: resampled from {own:g} to the {model.pixel_size_um:g} µm of the training, "
+            f"{fitted.shape[1]:,} x {fitted.shape[0]:,} pixels; the prediction has these pixels"
+        )
+    return fitted
 
 
 def _predict_image(
@@ -133,14 +163,6 @@ def _predict_image(
         augmented=options.tta,
         batch_size=options.batch_size,
     )
-    if (options.pixel_size_um or image.pixel_size_um) is None:
-        if image.pixel_size_doubt:
-            progress.say(
-                f"warning: {job.name}: the pixel size of the file is not used ({image.pixel_size_doubt}); "
-                "give --pixel_size_um"
-            )
-        elif options.format == "ome-tiff":
-            progress.say(f"warning: {job.name}: its pixel size is unknown; give --pixel_size_um")
     unit = Unit(model.normalization, kept, options.normalized)
     quantized = options.format == "ome-tiff" and options.dtype == "uint16"
     shape = (len(kept), *image.shape)
@@ -189,7 +211,9 @@ def _write_outputs(
     options: PredictOptions,
 ) -> None:
     """Write the output under its final name, and its overview."""
-    pixel_size_um = options.pixel_size_um or image.pixel_size_um
+    # A resampled image has the pixel size of the training, whatever was given for the input.
+    resampled = isinstance(image, ResampledImage)
+    pixel_size_um = image.pixel_size_um if resampled else options.pixel_size_um or image.pixel_size_um
     # First, because the working file may become the output.
     pictures = _thumbnails(image, working, unit) if job.overview else None
     if options.format == "npy":

@@ -19,6 +19,9 @@ from orion_unet.registration.blocks import (
 from orion_unet.registration.shift import LEAST_PEAK, LEAST_SIDE, Registration, correlate, nuclei, register
 from orion_unet.registration.transform import Affine, Field
 
+# A match with a lower peak is compared with all other ways round. Of 540 foreign and mirrored real pairs, the highest
+# peak was 8.7.
+SURE_PEAK = 14.0
 # A region that would have to turn or be scaled by more is moved only.
 LARGEST_ROTATION_DEG, LARGEST_SCALING = 6.0, 0.06
 # Standard deviation of the Gaussian that smooths the field, in blocks; weight of "no displacement" against one block.
@@ -67,7 +70,7 @@ def refine(density: np.ndarray, marker: np.ndarray) -> Fine:
     cross-correlation, to fractions of a pixel; a similarity is fitted to them, and what is left becomes the field.
     """
     whole = register(density, marker)
-    reason = _doubt(whole, density.shape)
+    reason = _doubt(whole, density.shape) or _better_otherwise(whole, density, marker)
     if reason or whole.shift is None:
         shift = (0.0, 0.0) if whole.shift is None else whole.shift
         nowhere = (np.nan, np.nan, whole.peak, 0, reason or "no shift could be found")
@@ -111,6 +114,18 @@ def _doubt(whole: Registration, shape: tuple[int, ...]) -> str:
     if whole.peak < LEAST_PEAK:
         return f"no match: the peak of {whole.peak:.1f} may be chance, {LEAST_PEAK:g} is needed"
     return ""
+
+
+def _better_otherwise(whole: Registration, density: np.ndarray, marker: np.ndarray) -> str:
+    """A reason against a weak match: the density fits better mirrored or turned. Empty for a clear match."""
+    if whole.peak >= SURE_PEAK:
+        return ""
+    turns = range(4) if density.shape[0] == density.shape[1] else (0, 2)
+    others = [np.rot90(image, turn) for image in (density, density[:, ::-1]) for turn in turns][1:]
+    best = max(register(np.ascontiguousarray(other), marker).peak for other in others)
+    if best <= whole.peak:
+        return ""
+    return f"no match: mirrored or turned it fits better (peak {best:.1f}) than as it is ({whole.peak:.1f})"
 
 
 def _within_bounds(found: Affine, points: np.ndarray, wanted: np.ndarray) -> Affine:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orion_unet import checkpoint
 from orion_unet.checkpoint import BEST, LAST, checkpoint_path
-from orion_unet.config import TrainConfig
+from orion_unet.config import TrainConfig, declared_options
 from orion_unet.data.device_batches import DeviceBatches
 from orion_unet.data.loaders import (
     BatchLoader,
@@ -41,8 +42,12 @@ from orion_unet.training.prepare import Prepared, planned_steps
 from orion_unet.training.state import TrainState, check_resumable, restore
 from orion_unet.training.tensorboard import EventWriter
 
-# Batches over which statistics are measured by default.
-STATISTICS_BATCHES = 16
+# What a new run takes for the options that are left open.
+FRESH: dict[str, Callable[[TrainConfig, Prepared], Any]] = {
+    "learning_rate": lambda config, prepared: automatic_rate(planned_steps(config, prepared)),
+    "statistics_batches": lambda config, prepared: 16,
+    "pixel_size_um": lambda config, prepared: prepared.pixel_size_um,
+}
 
 
 @dataclass
@@ -274,11 +279,11 @@ def _from_another_folder(resume: str, run_dir: Path) -> bool:
 
 def settled(config: TrainConfig, prepared: Prepared, earlier: dict[str, Any] | None) -> TrainConfig:
     """The options with those left open decided: as in the run that is continued, or to suit this one."""
-    optimisation = config.optimisation
-    rate, batches = optimisation.learning_rate, optimisation.statistics_batches
-    if rate is None:
-        rate = earlier["options"]["learning_rate"] if earlier else automatic_rate(planned_steps(config, prepared))
-    if batches is None:
-        # Runs made before this option existed used the running averages.
-        batches = earlier["options"].get("statistics_batches", 0) if earlier else STATISTICS_BATCHES
-    return replace(config, optimisation=replace(optimisation, learning_rate=rate, statistics_batches=batches))
+    options = config.options()
+    for name, declared in declared_options().items():
+        if declared.metadata["follows"] and options[name] is None:
+            if earlier is not None:
+                options[name] = earlier["options"].get(name, declared.metadata["before"])
+            else:
+                options[name] = FRESH[name](config, prepared)
+    return TrainConfig.from_options(options, config.recipe)

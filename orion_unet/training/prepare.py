@@ -12,6 +12,7 @@ from orion_unet.config import TrainConfig
 from orion_unet.data.alignment import alignment_warning
 from orion_unet.data.channels import parse_channel_weights
 from orion_unet.data.colour_regression import known_colour_regression
+from orion_unet.data.dataset import pixel_size
 from orion_unet.data.digests import core_digests
 from orion_unet.data.normalization import Normalization, known_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
@@ -39,6 +40,7 @@ class Prepared:
     digests: dict[str, str]
     colour_regression: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    pixel_size_um: float | None = None
 
 
 def prepare_data(
@@ -51,6 +53,7 @@ def prepare_data(
     """
     data = config.data
     table = find_pairs(data)
+    size_um = pixel_size(table.folder, data.pixel_size_um)
     split, warnings = make_split(table, data, config.optimisation.seed, earlier["split"] if earlier else None)
     channel_weights = parse_channel_weights(config.loss.channel_weights, table.kept_names)
     _check_batches(config, split, ranks)
@@ -75,7 +78,9 @@ def prepare_data(
     digests = core_digests(table, [*split.train.tolist(), *split.val.tolist()])
     regression = known_colour_regression(table, scales, normalization, split.train, data, progress)
     warnings = table.warnings + warnings
-    return Prepared(table, split, scales, normalization, places, channel_weights, digests, regression, warnings)
+    return Prepared(
+        table, split, scales, normalization, places, channel_weights, digests, regression, warnings, size_um
+    )
 
 
 def _check_batches(config: TrainConfig, split: Split, ranks: int) -> None:

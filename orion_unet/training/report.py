@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from orion_unet.config import TrainConfig
 from orion_unet.distributed import world_size
 from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import utc_now
@@ -45,6 +46,7 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
         f"{len(run.prepared.table.kept_names)} markers, loader processes per rank: {run.feeds.workers}",
         f"patches         {run.steps * global_batch(config)} training per epoch ({run.steps} steps), "
         f"{len(run.prepared.validation)} validation, {config.data.patch_size} x {config.data.patch_size} pixels",
+        f"pixel size      {_pixel_size(config)}",
         f"recipe          {config.recipe}",
         f"steps           {steps} optimiser steps, learning rate up to {rate:.2g}",
         f"model           {known['parameters']:,} parameters",
@@ -65,6 +67,13 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
     if run.resumed_from is not None:
         lines += _resumed(run, run.resumed_from)
     return "\n".join(lines)
+
+
+def _pixel_size(config: TrainConfig) -> str:
+    size = config.data.pixel_size_um
+    if size is None:
+        return "unknown, so predictions cannot be fitted to it (--pixel_size_um, or dataset.json beside the pairs)"
+    return f"{size:g} µm"
 
 
 def _statistics(run: Run) -> str:

@@ -17,6 +17,8 @@ from orion_unet.cli.launch import stop_timeout
 from orion_unet.config import GROUPS, OutputOptions, RuntimeOptions, TrainConfig
 from orion_unet.demo.make import make_demo
 
+pytestmark = pytest.mark.slow
+
 LAUNCHER = ROOT / "train_stable_learning.sh"
 RECIPE = {
     "epochs": 30,
@@ -325,8 +327,6 @@ esac
 """
 PIP = r"""
 import pathlib, re, sys, tomllib
-
-pytestmark = pytest.mark.slow
 site, wanted = pathlib.Path(sys.argv[1]), re.fullmatch(r"\.\[(.*)\]", sys.argv[2])[1]
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
 pins = dict(re.findall(r"^([^#\s]+)==(\S+)$", pathlib.Path("constraints.txt").read_text(), re.MULTILINE))

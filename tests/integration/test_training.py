@@ -209,6 +209,7 @@ SHOWN_BY = {
     "split_file": "test_a_split_file_repeats_an_earlier_split",
     "groups_csv": "test_groups_stay_together",
     "channel_names": "test_the_best_checkpoint_is_all_it_takes_to_predict",
+    "pixel_size_um": "tests/integration/test_pixel_size.py",
     "he_layout": "test_a_declared_layout_is_believed",
     "orion_layout": "test_a_declared_layout_is_believed",
     "grid_stride": "test_the_stride_of_the_grid_sets_the_number_of_patches",

@@ -5,6 +5,8 @@ import sys
 import pytest
 from tiny_runs import environments
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import sys, time
 from datetime import timedelta
@@ -12,8 +14,6 @@ import torch
 from orion_unet import distributed as d
 from orion_unet.cli.arguments import end_process, run_command
 from orion_unet.errors import RunError
-
-pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 """
 

@@ -20,6 +20,7 @@ DEFAULTS = {
         "groups_csv": None,
         "channel_names": None,
         "exclude_channels": None,
+        "pixel_size_um": None,
         "he_layout": "auto",
         "orion_layout": "auto",
         "patch_size": 256,
@@ -149,7 +150,7 @@ def test_an_option_takes_a_value_and_the_last_one_wins(name):
     first, last = ("first", "last") if text else (str(FLAT[name] or 16), "16" if name == "patch_size" else number)
     found = options(f"--{name}", first, f"--{name}={last}")[name]
     assert found == (last if text else float(last))
-    assert text or type(found) is (float if isinstance(FLAT[name], float) else int)
+    assert text or type(found) is (float if isinstance(FLAT[name], float) or name == "pixel_size_um" else int)
 
 
 @pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in CHOICES for choice in CHOICES[name]])
@@ -175,9 +176,13 @@ def test_help_shows_every_option_with_its_default(capsys):
         assert entry, name
         written = f"{value:g}" if isinstance(value, float) else str(value)
         usual = "none" if value is None else {"True": "on", "False": "off"}.get(written, written)
-        usual = {"gpus": "auto", "num_workers": "auto", "statistics_batches": "auto", "grid_stride": "patch_size"}.get(
-            name, usual
-        )
+        usual = {
+            "gpus": "auto",
+            "num_workers": "auto",
+            "statistics_batches": "auto",
+            "grid_stride": "patch_size",
+            "pixel_size_um": "that",
+        }.get(name, usual)
         assert entry[1] == usual, name
         assert (f"--no_{name}" in entry[0]) == isinstance(value, bool)
 
@@ -299,7 +304,7 @@ def test_a_runs_config_comes_back_and_options_beside_it_win(tmp_path):
 
 
 def test_what_concerns_one_start_only_is_not_inherited(tmp_path):
-    one_start = ("output_dir", "overwrite", "resume")
+    one_start = ("output_dir", "overwrite", "resume", "pixel_size_um")
     stored = {**FLAT, "epochs": 3}
     file = write_config(tmp_path / "config.json", {**stored, "overwrite": True, "output_dir": "runs/earlier"})
     assert load_options(file) == ({name: value for name, value in stored.items() if name not in one_start}, "none")
@@ -308,7 +313,8 @@ def test_what_concerns_one_start_only_is_not_inherited(tmp_path):
 
 def test_a_config_may_hold_a_part_of_the_options_and_whole_numbers_for_fractions(tmp_path):
     file = write_config(tmp_path / "config.json", {"grad_clip": 5, "epochs": 3})
-    assert options("--config", file) == {**FLAT, "grad_clip": 5, "epochs": 3}
+    # The part that is missing is what runs did before the option existed.
+    assert options("--config", file) == {**FLAT, "grad_clip": 5, "epochs": 3, "statistics_batches": 0}
 
 
 @pytest.mark.parametrize(

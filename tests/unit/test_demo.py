@@ -1,6 +1,7 @@
 """The demo data: reproducible, as sparse as real data, each marker where it belongs, and never in anyone's way."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -128,8 +129,9 @@ def test_a_folder_holds_pairs_names_and_groups_of_two(tmp_path):
     folder = tmp_path / "new" / "demo"
     assert names == ["core_000", "core_001", "core_002"]
     pairs = {f"{name}_{kind}.npy" for name in names for kind in ("HE", "ORION")}
-    assert set(contents(folder)) == pairs | {"channel_names.txt", "groups.csv", "demo.json"}
+    assert set(contents(folder)) == pairs | {"channel_names.txt", "groups.csv", "dataset.json", "demo.json"}
     assert (folder / "channel_names.txt").read_text().split("\n") == [*MARKERS, ""]
+    assert json.loads((folder / "dataset.json").read_text())["pixel_size_um"] == 0.325
     rows = list(csv.DictReader((folder / "groups.csv").open()))
     assert [(row["core"], row["group"]) for row in rows] == list(
         zip(names, ["patient_00", "patient_00", "patient_01"], strict=True)
@@ -170,7 +172,7 @@ def test_an_interrupted_set_has_no_half_file_and_is_completed(tmp_path, monkeypa
         make_demo(broken, cores=3, size=64)
     expected = contents(whole)
     files = {name: content for name, content in contents(broken).items() if name != "demo.json"}
-    assert len(files) == 6 and all(content == expected[name] for name, content in files.items())
+    assert len(files) == 7 and all(content == expected[name] for name, content in files.items())
     assert not holds_demo(broken, 3, 64, 0)
 
     monkeypatch.undo()

@@ -7,6 +7,7 @@ import pytest
 from scipy import ndimage
 
 from orion_unet.demo.make import draw_core
+from orion_unet.registration import fine
 from orion_unet.registration.coarse import UPRIGHT, _orientations, find_coarse
 from orion_unet.registration.fine import LARGEST_DISPLACEMENT, refine
 from orion_unet.registration.stains import haematoxylin
@@ -133,6 +134,15 @@ def test_a_moved_he_is_found_to_half_a_pixel(degrees, scale, shift, warp, core):
     assert found.residual_px < 0.5 and found.residual_95_px < 1.5
     assert found.correlation > max(found.correlation_before - 1e-3, 0.5)
     assert found.field.largest <= LARGEST_DISPLACEMENT
+
+
+def test_a_weak_match_is_compared_with_all_other_ways_round(core, monkeypatch):
+    he, marker = core
+    monkeypatch.setattr(fine, "SURE_PEAK", math.inf)
+    monkeypatch.setattr(fine, "LEAST_PEAK", 0.0)
+    assert refine(density(he), marker).trusted
+    for turned_he in (he[:, ::-1], np.rot90(he), he[::-1, ::-1]):
+        assert "mirrored or turned it fits better" in refine(density(np.ascontiguousarray(turned_he)), marker).reason
 
 
 def test_foreign_mirrored_and_empty_pairs_are_not_trusted(core):

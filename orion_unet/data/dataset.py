@@ -1,0 +1,63 @@
+"""dataset.json: what a folder of pairs says of itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from orion_unet.errors import InputError
+from orion_unet.run_log import SCHEMA
+from orion_unet.slides.pixel_size import LARGEST_UM, SMALLEST_UM
+
+DATASET_FILE = "dataset.json"
+# Two statements of one pixel size may differ by rounding, as a fraction.
+ROUNDING = 0.01
+
+
+def dataset_document(pixel_size_um: float | None, source: str) -> dict[str, Any]:
+    """Content of dataset.json: side of a pixel in micrometres, and where the pairs come from."""
+    return {"schema": SCHEMA, "pixel_size_um": pixel_size_um, "source": source}
+
+
+def stated_pixel_size(folder: Path) -> float | None:
+    """Side of a pixel in micrometres from the folder's dataset.json; None without the file, or where it states none.
+
+    Raises InputError if the file cannot be used.
+    """
+    path = folder / DATASET_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error}); repair it or remove it") from None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise InputError(f"{path}: is not a dataset.json of schema {SCHEMA}; repair it or remove it")
+    stated = document.get("pixel_size_um")
+    if stated is None:
+        return None
+    if isinstance(stated, bool) or not isinstance(stated, int | float) or not math.isfinite(stated):
+        raise InputError(f"{path}: pixel_size_um is {stated!r}, not a number of micrometres")
+    if not SMALLEST_UM <= stated <= LARGEST_UM:
+        raise InputError(
+            f"{path}: pixel_size_um is {stated:g}; microscopes have pixels of {SMALLEST_UM:g} to {LARGEST_UM:g} µm"
+        )
+    return float(stated)
+
+
+def pixel_size(folder: Path, given: float | None) -> float | None:
+    """Side of a pixel of the pairs in micrometres: ``--pixel_size_um``, else that of dataset.json, else None.
+
+    Raises InputError if the two contradict each other by more than 1 %.
+    """
+    stated = stated_pixel_size(folder)
+    if given is not None and stated is not None and abs(given - stated) > ROUNDING * stated:
+        raise InputError(
+            f"--pixel_size_um {given:g} contradicts the {stated:g} of {folder / DATASET_FILE}: leave the option out, "
+            "or correct the file"
+        )
+    return stated if given is None else given

@@ -1,0 +1,57 @@
+"""An image on the pixel grid that a model was trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from orion_unet.errors import InputError
+from orion_unet.registration.transform import Affine, move
+from orion_unet.slides.images import HeImage
+from orion_unet.slides.pixel_size import PixelSize
+
+# Pixel sizes that differ by less are taken for the same: the sizes that scanners state are about as exact, and the edge
+# of a nucleus of 10 µm moves by 0.1 µm.
+SAME = 0.02
+# A network never saw what it would be shown beyond this factor.
+LARGEST_FACTOR = 4.0
+
+
+class ResampledImage(HeImage):
+    """An image with pixels of another size, resampled by region: bicubic, and smoothed first where it gets coarser.
+
+    The upper left corners of the two images coincide; the last row and column may extend half a pixel beyond the image.
+    """
+
+    def __init__(self, image: HeImage, pixel_size_um: float, wanted_um: float) -> None:
+        factor = pixel_size_um / wanted_um
+        height, width = (max(1, round(side * factor)) for side in image.shape)
+        super().__init__(image.path, (height, width), image.white, PixelSize(wanted_um))
+        self.is_slide = image.is_slide
+        self._image = image
+        # Centres of pixels are half a pixel from the corner, on both grids.
+        offset = 0.5 / factor - 0.5
+        self._affine = Affine(np.array([[1 / factor, 0.0, offset], [0.0, 1 / factor, offset]]))
+
+    def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
+        if height <= 0 or width <= 0:
+            return self._image.stored(0, 0, 0, 0)
+        return move(self._image.stored, self._image.shape, self._affine, None, (y, x, height, width))[0]
+
+
+def on_model_grid(image: HeImage, pixel_size_um: float | None, model_um: float | None) -> HeImage:
+    """The image, resampled where its pixel size is known, that of the model too, and they differ by more than 2 %.
+
+    Raises InputError if they differ by more than a factor of 4.
+    """
+    if pixel_size_um is None or model_um is None:
+        return image
+    factor = pixel_size_um / model_um
+    if abs(factor - 1) <= SAME:
+        return image
+    if not 1 / LARGEST_FACTOR <= factor <= LARGEST_FACTOR:
+        raise InputError(
+            f"{image.path}: its pixels are {pixel_size_um:g} µm wide, those of the training {model_um:g} µm; more than "
+            f"a factor of {LARGEST_FACTOR:g} apart, nothing can be predicted. Check --pixel_size_um, or use a model "
+            "trained at another pixel size"
+        )
+    return ResampledImage(image, pixel_size_um, model_um)
