@@ -14,6 +14,7 @@ import numpy as np
 
 from orion_unet.config import PrepareOptions
 from orion_unet.data.channels import NAMES_FILE
+from orion_unet.data.dataset import DATASET_FILE, dataset_document
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError, RunError
@@ -32,7 +33,7 @@ from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.open import open_he, open_markers
 from orion_unet.text import csv_bytes
 
-REGIONS, REJECTED, DATASET = "regions.csv", "rejected.csv", "dataset.json"
+REGIONS, REJECTED = "regions.csv", "rejected.csv"
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,6 @@ def _write_tables(output: Path, plans: list[SlidePlan], rows: list[PreparedRegio
     lost += [[f"{plan.slide.name}_{place}", plan.slide.name, "no core at this place of the lattice"]
              for plan in plans for place in plan.missing]  # fmt: skip
     write_atomic(output / REJECTED, csv_bytes(["core", "slide", "reason"], lost))
-    source = [plan.document() for plan in plans]
-    document = {"schema": 1, "pixel_size_um": first.pixel_size_um, "source": source}
-    write_json(output / DATASET, document)
+    source = f"prepare from {len(plans)} slides"
+    document = dataset_document(first.pixel_size_um, source)
+    write_json(output / DATASET_FILE, {**document, "slides": [plan.document() for plan in plans]})
