@@ -38,7 +38,8 @@ class Fine:
     ``affine`` and ``field`` take a point of the region to a point of the density image, ``field`` first. Correlations
     are Pearson's r of haematoxylin density and nuclear marker, before and after. ``residual_px`` and
     ``residual_95_px`` are the median and the 95 % quantile of the shifts that remain, measured on blocks that lie
-    between those that the field was made from; NaN where no block can be measured. ``peak`` is that of
+    between those that the field was made from, and agree with their neighbours: a lower bound. NaN where no block can
+    be measured. ``peak`` is that of
     ``shift.Registration``. ``reason`` says why the result is not to be trusted; it is empty where it is.
     """
 

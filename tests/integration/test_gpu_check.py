@@ -17,7 +17,6 @@ from orion_unet.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 # The sections that are quick on a CPU. The others are whole benchmarks and the tests of a GPU; the check runs them all.
-# them all.
 SECTIONS = ("memory", "norms")
 
 
