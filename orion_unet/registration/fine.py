@@ -39,8 +39,8 @@ class Fine:
     are Pearson's r of haematoxylin density and nuclear marker, before and after. ``residual_px`` and
     ``residual_95_px`` are the median and the 95 % quantile of the shifts that remain, measured on blocks that lie
     between those that the field was made from, and agree with their neighbours: a lower bound. NaN where no block can
-    be measured. ``peak`` is that of
-    ``shift.Registration``. ``reason`` says why the result is not to be trusted; it is empty where it is.
+    be measured. ``peak`` is that of ``shift.Registration``. ``reason`` says why the result is not to be trusted; it is
+    empty where it is.
     """
 
     affine: Affine
