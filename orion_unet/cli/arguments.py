@@ -23,10 +23,9 @@ EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 # By the name a package is imported under: the extra of pyproject.toml that brings it, "" where every command needs it.
 PACKAGES = {
     **dict.fromkeys(("torch", "numpy", "matplotlib", "tqdm", "rich"), ""),
-    **dict.fromkeys(("tifffile", "imagecodecs", "PIL", "scipy", "skimage", "sklearn"), "inference"),
+    **dict.fromkeys(("tifffile", "imagecodecs", "PIL", "scipy", "skimage", "sklearn", "zarr"), "inference"),
     "tensorboard": "tensorboard",
     "monai": "bench",
-    "zarr": "bench",
 }
 
 

@@ -123,6 +123,8 @@ def test_an_interrupted_registration_goes_on_and_a_finished_one_does_nothing(pai
 @pytest.mark.slow
 def test_stricter_options_reject_what_was_kept_and_processes_change_nothing(pairs, tmp_path):
     output, beside = tmp_path / "fixed", tmp_path / "beside"
+    for path in [*pairs.glob("foreign_*"), *pairs.glob("mirrored_*")]:
+        path.unlink()
     assert register(pairs, "--output_dir", output, "--jobs", 1) == 0
     done = subprocess.run(
         [sys.executable, "-m", "orion_unet", "register", pairs, "--output_dir", beside, "--jobs", "2"],
