@@ -130,7 +130,7 @@ class Slide:
 
 
 def command(*words: object) -> tuple[float, float]:
-    """Run a command of the toolkit; seconds, and peak memory of its process and the largest of its children [MB]."""
+    """Run a command of the toolkit; seconds, and the peak memory of its process [MB]."""
     code = (
         "import sys; from orion_unet.__main__ import dispatch; from orion_unet.cli.arguments import run_command\n"
         "code = run_command(dispatch, sys.argv[1:])\n"
