@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Every step of a case has a deadline of its own.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-# Others take longer, and run in the benchmark only; a frozen loader and a stop in validation have tests of their own.
-CASES = ("foreign_lock", "rank_0_cannot_save", "kills", "bad_numbers", "two_writers", "file_size", "full_disk")
+# Others take longer, and run in the benchmark only; what they show has tests of its own.
+CASES = ("foreign_lock", "rank_0_cannot_save", "kills", "bad_numbers", "file_size", "full_disk")
 
 
 @pytest.fixture(scope="module")
