@@ -14,6 +14,8 @@ from orion_unet.__main__ import dispatch
 from orion_unet.cli.arguments import parse_train_config, run_command
 from orion_unet.data.pairs import find_pairs
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(os.environ.get("ORION_SHARED_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
 NAMES = "DAPI,CD3,Blank"
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from monitor_runs import epoch_record, former_losses, healthy_losses, write_run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "monitor_training.py"
 DEADLINE_S = 120

@@ -14,6 +14,8 @@ from orion_unet.demo.make import MARKERS, draw_core
 from orion_unet.errors import InputError
 from orion_unet.slides.open import open_he, open_markers
 
+pytestmark = pytest.mark.slow
+
 tifffile = pytest.importorskip("tifffile")
 ndimage = pytest.importorskip("scipy.ndimage")
 SIDE = 768
@@ -228,7 +230,6 @@ def test_pairs_as_ome_zarr_have_the_same_pixels_names_and_size(slides, tmp_path,
     np.testing.assert_array_equal(found, core[1][(slice(None), *place(row))])
 
 
-@pytest.mark.slow
 def test_a_turned_cropped_he_with_a_fold_is_moved_where_it_fits_and_rejected_where_not(tmp_path, core):
     """The H&E is turned by 90 and 2 degrees, shifted, larger on one side and cropped on another; a region is folded."""
     he, orion = core
@@ -261,7 +262,6 @@ def test_a_turned_cropped_he_with_a_fold_is_moved_where_it_fits_and_rejected_whe
     assert sum(row["state"] == "kept" for row in rows) == 3
 
 
-@pytest.mark.slow
 def test_slides_of_different_tissue_are_refused_and_checking_rejects_what_is_off(slides, tmp_path, core):
     other, _ = draw_core(99, SIDE)
     write_he(tmp_path / "other.ome.tif", other)

@@ -20,6 +20,8 @@ from orion_unet.data.scale import measure_scales
 from orion_unet.demo.make import draw_core
 from orion_unet.registration.transform import Affine, move
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(os.environ.get("ORION_SHARED_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
 REAL_PAIRS = SHARED / "real_pairs"
 SHIFTS = {"core_0": (6.3, -9.5), "core_1": (-4.0, 0.0), "core_2": (0.0, 0.0)}
@@ -120,7 +122,6 @@ def test_an_interrupted_registration_goes_on_and_a_finished_one_does_nothing(pai
     assert {path.name: path.stat().st_mtime_ns for path in output.glob("*_*.npy")} == touched
 
 
-@pytest.mark.slow
 def test_stricter_options_reject_what_was_kept_and_processes_change_nothing(pairs, tmp_path):
     output, beside = tmp_path / "fixed", tmp_path / "beside"
     for path in [*pairs.glob("foreign_*"), *pairs.glob("mirrored_*")]:
@@ -175,7 +176,6 @@ def test_training_and_check_data_name_the_command_that_registers(pairs, tmp_path
     assert f"Register the pairs: {command}." in found["advice"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not REAL_PAIRS.is_dir(), reason="the optional real pairs are not there (ORION_SHARED_DATA)")
 def test_real_pairs_are_registered_and_their_foreign_and_mirrored_versions_refused(tmp_path):
     source = tmp_path / "source"

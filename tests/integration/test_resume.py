@@ -37,6 +37,8 @@ from orion_unet.training.loop import Loop
 from orion_unet.training.optim import automatic_rate
 from orion_unet.training.run_folder import last_attempt
 
+pytestmark = pytest.mark.slow
+
 # Everything whose state a restart could lose: dropout, averages, accumulation, warm-up, plateau, early stopping.
 STATEFUL = {
     "epochs": 3,
@@ -276,7 +278,6 @@ def test_a_kill_between_the_writes_of_an_epoch_loses_and_doubles_nothing(moment,
     assert not list(resumed.dir.rglob("*.tmp"))
 
 
-@pytest.mark.slow
 def test_a_process_killed_in_the_middle_of_its_work_resumes_to_the_same_end(start, pairs, tmp_path, straight):
     expected, draw = straight(), random.Random(7)
     for trial in range(4):
@@ -308,7 +309,6 @@ def kill_within_training(command, run_dir, after_s):
     return command.process.returncode == -signal.SIGKILL and trains()
 
 
-@pytest.mark.slow
 def test_a_command_ends_with_143_on_sigterm_and_leaves_no_process(start, pairs, tmp_path, straight):
     many = {**STATEFUL, "epochs": 500, "early_stopping_patience": 0}
     command = start(*trainer(**many, pairs_dir=pairs, output_dir=tmp_path / "run", num_workers=1))
@@ -327,7 +327,6 @@ def test_a_command_ends_with_143_on_sigterm_and_leaves_no_process(start, pairs, 
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.slow
 def test_a_hang_up_saves_and_ends_unless_it_is_ignored_as_under_nohup(ignored, start, pairs, tmp_path):
     many = {**STATEFUL, "epochs": 6 if ignored else 500, "early_stopping_patience": 0}
     words = trainer(**many, pairs_dir=pairs, output_dir=tmp_path / "run")
@@ -362,7 +361,6 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(train, monkeypatch, tmp_pa
 RANKS = {**TINY, **STATEFUL, "batch_size": 1, "patches_per_image": 16, "epochs": 1, "warmup_epochs": 0.5}
 
 
-@pytest.mark.slow
 def test_two_ranks_interrupted_within_an_epoch_resume_to_the_same_end(start, pairs, tmp_path):
     run_dir = tmp_path / "run"
     options = command_line({**RANKS, "pairs_dir": pairs, "output_dir": run_dir})
@@ -388,7 +386,6 @@ def test_two_ranks_interrupted_within_an_epoch_resume_to_the_same_end(start, pai
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
-@pytest.mark.slow
 def test_more_ranks_interrupted_within_an_epoch_resume_to_the_same_end(ranks, start, pairs, tmp_path):
     # From three ranks on, a sum over ranks depends on the order in which the gradients are laid out.
     options = {**RANKS, "pairs_dir": str(pairs), "accumulate_steps": 1, "base_features": 8}

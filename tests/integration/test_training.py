@@ -26,6 +26,8 @@ from orion_unet.training.build import build_loss
 from orion_unet.training.loop import Loop
 from orion_unet.training.loop import train as run
 
+pytestmark = pytest.mark.slow
+
 TERMS = {"mse", "l1", "boundary", "focal", "variance", "correlation"}
 METRICS = {"pearson", "mae", "psnr_db", "ssim"}
 
