@@ -20,8 +20,9 @@ from orion_unet.registration.blocks import (
 from orion_unet.registration.shift import COARSEST, nuclei
 from orion_unet.registration.transform import Affine
 
-# Longest side of the images on which all orientations are tried [pixels].
-SEARCHED_SIDE = 192
+# Longest sides of the images on which all orientations are tried [pixels]: the next where the one before shows no
+# match, as with the discs of a microarray, which are alike until their tissue can be seen.
+SEARCHED_SIDES = (192, 384)
 # Turns [degrees] and scales tried about each of the eight orientations, then about the best of these.
 TURNS, FINER_TURNS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0), (-1.0, -0.5, 0.0, 0.5, 1.0)
 SCALES, FINER_SCALES = (0.95, 1.0, 1.05), (0.975, 1.0, 1.025)
@@ -59,7 +60,17 @@ def find_coarse(density: np.ndarray, marker: np.ndarray, expected_scale: float =
     """
     if min(np.ptp(density), np.ptp(marker)) <= 0 or min(*density.shape, *marker.shape) < 32:
         return Coarse(Affine.identity(), 0.0, UPRIGHT, "no structure to compare, or images under 32 pixels")
-    shrink = max(1.0, max(*marker.shape, *(side / expected_scale for side in density.shape)) / SEARCHED_SIDE)
+    for searched in SEARCHED_SIDES:
+        found = _searched(density, marker, expected_scale, searched)
+        if found.trusted:
+            break
+    return found
+
+
+def _searched(density: np.ndarray, marker: np.ndarray, expected_scale: float, side: int) -> Coarse:
+    """The alignment found on images of this longest side, refined on the thumbnails."""
+    longest = max(*marker.shape, *(length / expected_scale for length in density.shape))
+    shrink = max(1.0, longest / side)
     still = torch.from_numpy(nuclei(_shrunk(density, shrink * expected_scale)))
     moving = torch.from_numpy(nuclei(_shrunk(marker, shrink)))
     orientations = dict(_orientations(still.shape))
