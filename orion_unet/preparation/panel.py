@@ -82,7 +82,7 @@ def choose_panel(path: Path, count: int, ome_names: tuple[str, ...], listed: lis
         moved = [name for name in names if name in ome_names and names.index(name) != ome_names.index(name)]
         raise InputError(
             f"{path}: its list of markers has {', '.join(moved[:3])} elsewhere than the image, and other names are "
-            "unknown to the image: which channel is which cannot be told; correct the list"
+            "unknown to the image: the channels cannot be matched; correct the list"
         )
     else:
         places = list(range(count))

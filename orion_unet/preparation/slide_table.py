@@ -49,7 +49,7 @@ def read_slide_table(path: Path) -> list[Slide]:
     problems = [f"row {index}: {problem}" for index, row in enumerate(rows, 1) for problem in _row_problems(row)]
     names = [row["slide"] for row in rows]
     problems += [
-        f"slide {name}: stands in more than one row" for name in sorted({n for n in names if names.count(n) > 1})
+        f"slide {name}: is listed in more than one row" for name in sorted({n for n in names if names.count(n) > 1})
     ]
     if not rows:
         problems = ["it lists no slide"]

@@ -66,7 +66,7 @@ def test_names_one_a_line_name_the_channels_in_order(tmp_path):
         ("marker_name\nDNA\nCD3\nDNA\n", (), "duplicate or empty: DNA"),
         ("cycle,name\n1,DNA\n", (), "no marker_name"),
         ("marker_name,remove\nA,1\nB,1\nC,1\n", (), "removes every channel"),
-        ("marker_name\nCD3\nDNA\nNew\n", ("DNA", "CD3", "CD8"), "which channel is which cannot be told"),
+        ("marker_name\nCD3\nDNA\nNew\n", ("DNA", "CD3", "CD8"), "the channels cannot be matched"),
     ],
 )
 def test_lists_of_markers_that_do_not_fit_are_refused(text, ome, message, tmp_path):
