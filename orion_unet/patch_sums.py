@@ -9,7 +9,11 @@ patch may be off by 3e-5.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import NamedTuple
 
 import torch
@@ -90,12 +94,44 @@ def patch_sums(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -
     batch, *patch = prediction.shape
     device = prediction.device.type
     at_once = max(1, CACHED_VALUES[device] // math.prod(patch))
-    found = []
-    with torch.autocast(device, enabled=False):
-        for first in range(0, batch, at_once):
-            part = slice(first, first + at_once)
-            found.append(_Patches(prediction[part], target[part], None if mask is None else mask[part]).sums())
-    return PatchSums(*torch.cat(found, dim=1))
+    parts = [slice(first, first + at_once) for first in range(0, batch, at_once)]
+
+    # Autocast and gradients are switched off per thread, so it has to happen here.
+    @torch.no_grad()
+    def sums(part: slice) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return _Patches(prediction[part], target[part], None if mask is None else mask[part]).sums()
+
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    spread = _threads(threads).map if min(threads, len(parts)) > 1 else map
+    return PatchSums(*torch.cat(list(spread(sums, parts)), dim=1))
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads that each run torch's operations alone.
+
+    The passes are many short operations. Dividing each of them among threads takes longer than dividing the patches,
+    because sleeping threads have to be woken for every operation.
+    """
+    started = Barrier(count + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, "patch sums")
+    waiting = [pool.submit(start) for _ in range(count)]
+    started.wait()
+    for future in waiting:
+        future.result()
+    # The number of a thread that runs is its own, but threads that start later take the last one set anywhere.
+    torch.set_num_threads(count)
+    return pool
+
+
+# A forked process has none of its parent's threads.
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 class _Patches:
