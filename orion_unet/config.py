@@ -527,6 +527,13 @@ class PrepareOptions:
     jobs: int | None = option(
         None, "processes; auto = the usable cores of the machine", minimum=1, metavar="N|auto", section="output"
     )
+    dask_scheduler: str | None = option(
+        None,
+        "scheduler of a Dask cluster, tcp://HOST:8786, whose workers do the work in place of --jobs processes; they "
+        "must have this package, and see the files under the same paths",
+        metavar="ADDRESS",
+        section="output",
+    )
     dry_run: bool = option(False, "say what would be made and how large it is, and make nothing", section="output")
     skip_bad: bool = option(False, "go on without slides that cannot be used; exit with 2 at the end", section="output")
     overwrite: bool = option(False, "replace the pairs of an earlier prepare with other options", section="output")

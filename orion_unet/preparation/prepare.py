@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +14,6 @@ from orion_unet.config import PrepareOptions
 from orion_unet.data.channels import NAMES_FILE
 from orion_unet.data.dataset import DATASET_FILE, dataset_document
 from orion_unet.data.split import GROUPS_FILE
-from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.progress import Progress
 from orion_unet.preparation.one_pair import KEPT
@@ -26,6 +23,7 @@ from orion_unet.preparation.slide_overview import OverviewOf, write_overview
 from orion_unet.preparation.slide_plan import SlidePlan, plan_slide
 from orion_unet.preparation.slide_table import Slide, read_slide_table
 from orion_unet.preparation.state import FOLDER, State, origin
+from orion_unet.preparation.workers import over_workers
 from orion_unet.preparation.writing import pair_paths
 from orion_unet.run_log import write_atomic, write_json
 from orion_unet.slides.images import HeImage
@@ -61,6 +59,10 @@ def prepare_slides(options: PrepareOptions, progress: Progress | None = None) ->
     """
     progress = progress or Progress()
     slides = read_slide_table(options.slides)
+    if options.dask_scheduler is not None:
+        # Workers elsewhere have another working directory.
+        options = replace(options, output_dir=options.output_dir.absolute())
+        slides = [slide.absolute(options.markers) for slide in slides]
     output = Path(options.output_dir)
     state = State(output)
     if options.overwrite and not options.dry_run:
@@ -125,7 +127,8 @@ def _plans(
         else:
             new.append(slide)
     progress.start("looking at slides", len(slides), len(slides) - len(new), "slide")
-    for task, outcome in _over_processes(_try_plan, [(slide, options) for slide in new], options.jobs):
+    tasks = [(slide, options) for slide in new]
+    for task, outcome in over_workers(_try_plan, tasks, options.jobs, options.dask_scheduler):
         found[task[0].name] = outcome
         progress.advance(1)
     progress.end()
@@ -169,47 +172,34 @@ def _prepare(
     missing: list[tuple[SlidePlan, Region]], options: PrepareOptions
 ) -> Iterator[tuple[SlidePlan, PreparedRegion | str]]:
     tasks = [(plan, region, options) for plan, region in missing]
-    for task, outcome in _over_processes(_try_region, tasks, options.jobs):
+    for task, outcome in over_workers(_try_region, tasks, options.jobs, options.dask_scheduler):
         yield task[0], outcome
+    _close_images()
 
 
-def _over_processes(
-    work: Callable[..., Any], tasks: list[tuple[Any, ...]], jobs: int | None
-) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every task with its result, as they finish; in this process where there is one job."""
-    jobs = min(jobs or usable_cores(), len(tasks))
-    if jobs <= 1:
-        for task in tasks:
-            yield task, work(*task)
-        _close_images()
-        return
-    # Forked processes would share torch's threads, which do not survive a fork.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(work, *task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+class _Open(threading.local):
+    """The slide whose regions this thread prepares: opening one reads its whole index."""
+
+    def __init__(self) -> None:
+        self.slides: dict[str, tuple[HeImage, MarkerImage]] = {}
 
 
-# The slide whose regions this process prepares: opening one reads its whole index.
-_OPEN: dict[str, tuple[HeImage, MarkerImage]] = {}
+_OPEN = _Open()
 
 
 def _close_images() -> None:
-    for images in _OPEN.values():
+    for images in _OPEN.slides.values():
         for image in images:
             image.close()
-    _OPEN.clear()
+    _OPEN.slides.clear()
 
 
 def _try_region(plan: SlidePlan, region: Region, options: PrepareOptions) -> PreparedRegion | str:
     try:
-        if plan.slide.name not in _OPEN:
+        if plan.slide.name not in _OPEN.slides:
             _close_images()
-            _OPEN[plan.slide.name] = (open_he(plan.slide.he), open_markers(plan.slide.orion))
-        return prepare_region(plan, region, options, *_OPEN[plan.slide.name])
+            _OPEN.slides[plan.slide.name] = (open_he(plan.slide.he), open_markers(plan.slide.orion))
+        return prepare_region(plan, region, options, *_OPEN.slides[plan.slide.name])
     except InputError as error:
         return str(error)
 

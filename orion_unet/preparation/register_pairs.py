@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from orion_unet.data.channels import NAMES_FILE, nuclear_channel
 from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX, PairTable, find_pairs
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.data.split import GROUPS_FILE
-from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError, RunError
 from orion_unet.preparation.one_pair import KEPT, Judgement, Registered, register_pair
+from orion_unet.preparation.workers import over_workers
 from orion_unet.run_log import append_line, parse_object, write_atomic
 from orion_unet.text import csv_bytes
 
@@ -98,19 +96,9 @@ def _nuclear(table: PairTable, given: str | None) -> int:
 def _register(
     table: PairTable, scales: Scales, missing: list[int], judgement: Judgement, given: RegisterOptions
 ) -> Iterator[tuple[int, Registered]]:
-    jobs = min(given.jobs or usable_cores(), len(missing))
-    if jobs <= 1:
-        for core in missing:
-            yield core, register_pair(table, scales, core, judgement, given.output_dir)
-        return
-    # Forked processes would share torch's threads, which do not survive a fork.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        tasks = {pool.submit(register_pair, table, scales, core, judgement, given.output_dir): core for core in missing}
-        try:
-            for task in as_completed(tasks):
-                yield tasks[task], task.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    tasks = [(table, scales, core, judgement, given.output_dir) for core in missing]
+    for task, row in over_workers(register_pair, tasks, given.jobs):
+        yield task[2], row
 
 
 def _make(output: Path, table: PairTable, overwrite: bool) -> None:

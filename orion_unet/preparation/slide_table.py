@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orion_unet.errors import InputError
@@ -27,6 +27,16 @@ class Slide:
     markers: Path | None = None
     he_pixel_size_um: float | None = None
     orion_pixel_size_um: float | None = None
+
+    def absolute(self, markers: Path | None = None) -> Slide:
+        """The same slide by absolute paths; ``markers`` is the list of channels where the row names none."""
+        markers = self.markers or markers
+        return replace(
+            self,
+            he=self.he.absolute(),
+            orion=self.orion.absolute(),
+            markers=markers.absolute() if markers is not None else None,
+        )
 
 
 def read_slide_table(path: Path) -> list[Slide]:

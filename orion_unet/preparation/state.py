@@ -22,7 +22,7 @@ from orion_unet.run_log import append_line, parse_object, write_json
 
 FOLDER, RECORD = ".prepare", "regions.jsonl"
 # Options that do not change what a pair is.
-FREE = ("slides", "output_dir", "markers", "jobs", "dry_run", "skip_bad", "overwrite")
+FREE = ("slides", "output_dir", "markers", "jobs", "dask_scheduler", "dry_run", "skip_bad", "overwrite")
 
 
 def origin(slide: Slide, options: PrepareOptions) -> dict[str, Any]:

@@ -115,6 +115,31 @@ def test_a_finished_prepare_does_nothing_and_an_interrupted_one_goes_on(slides, 
     assert "2 of them before" in capsys.readouterr().out
 
 
+def test_a_dask_cluster_makes_the_same_pairs(slides, tmp_path, core, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    options = [word for word in QUICK if word not in ("--jobs", "1")]
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=2, host="127.0.0.1", dashboard_address=None, processes=True
+    ) as cluster:
+        # Paths of the command line are relative to where it was called, not to where the workers run.
+        monkeypatch.chdir(tmp_path)
+        words = [slides.name, "--output_dir", "pairs", *options, "--dask_scheduler", cluster.scheduler_address]
+        assert prepare.main(words) == 0
+    assert len(rows_of(tmp_path)) == 2
+    for row in rows_of(tmp_path):
+        np.testing.assert_array_equal(stored(tmp_path, row)[1], core[1].transpose(1, 2, 0)[place(row)])
+
+
+def test_a_scheduler_that_does_not_answer_is_named(slides, tmp_path, monkeypatch):
+    pytest.importorskip("distributed")
+    from orion_unet.preparation import workers
+
+    monkeypatch.setattr(workers, "CONNECT_S", 1)
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:9: no scheduler answers"):
+        run(slides, *QUICK, "--dask_scheduler", "tcp://127.0.0.1:9")
+    assert not (tmp_path / "pairs").exists()
+
+
 def test_other_options_need_overwrite_which_replaces_only_what_prepare_made(slides, tmp_path):
     run(slides, *QUICK)
     (tmp_path / "pairs" / "notes.txt").write_text("mine")
