@@ -40,6 +40,12 @@ class DataOptions:
     exclude_channels: str | None = option(
         None, "markers to leave out, by name or index, separated by commas", metavar="NAMES", fixed=False
     )
+    keep_channels: str | None = option(
+        None,
+        "markers to train on although they show nothing but camera noise, by name or index, separated by commas; by "
+        "default, such channels are trained as empty",
+        metavar="NAMES",
+    )
     pixel_size_um: float | None = option(
         None,
         "side of a pixel of the pairs; default: that of dataset.json in the pairs folder, else unknown",

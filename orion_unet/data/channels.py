@@ -63,20 +63,26 @@ def nuclear_channel(names: Sequence[str]) -> int | None:
 
 def excluded_channels(given: str | None, names: Sequence[str]) -> set[int]:
     """Indices of the channels in ``--exclude_channels``, given by name or index; raises InputError."""
-    excluded = set()
-    unknown = []
-    for item in (part.strip() for part in (given or "").split(",")):
-        if item in names:
-            excluded.add(names.index(item))
-        elif item.isdecimal() and int(item) < len(names):
-            excluded.add(int(item))
-        elif item:
-            unknown.append(item)
-    if unknown:
-        raise InputError(f"--exclude_channels: no channel {', '.join(unknown)}; the channels are {', '.join(names)}")
+    excluded = listed_channels("exclude_channels", given, names)
     if len(excluded) == len(names):
         raise InputError("--exclude_channels: leaves no channel to train on")
     return excluded
+
+
+def listed_channels(option: str, given: str | None, names: Sequence[str]) -> set[int]:
+    """Indices of the channels that an option lists by name or index, separated by commas; raises InputError."""
+    found = set()
+    unknown = []
+    for item in (part.strip() for part in (given or "").split(",")):
+        if item in names:
+            found.add(names.index(item))
+        elif item.isdecimal() and int(item) < len(names):
+            found.add(int(item))
+        elif item:
+            unknown.append(item)
+    if unknown:
+        raise InputError(f"--{option}: no channel {', '.join(unknown)}; the channels are {', '.join(names)}")
+    return found
 
 
 def parse_channel_weights(given: str | None, names: Sequence[str]) -> list[float] | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 import torch
 
+from orion_unet.data.camera_noise import NoiseEvidence, look_for_noise
 from orion_unet.data.measured import fingerprint, recall, remember
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import NORMALIZATION, counter_rng
@@ -37,6 +39,8 @@ class Normalization:
     ``lower == upper`` and becomes 0 everywhere. ``target_mean`` (C,) is the mean of the training targets, in [0, 1].
     ``method`` is dataset, core or none. With ``core``, ``per_core[name]`` are the bounds (2, C) of each core; ``lower``
     and ``upper`` are those of the data set, for cores that were never measured. ``transform`` is linear or log1p.
+    ``evidence`` says for each channel whether it shows nothing but the noise of the camera, and why (see
+    ``camera_noise``); it is empty where that was not looked for.
     """
 
     names: tuple[str, ...]
@@ -49,11 +53,18 @@ class Normalization:
     per_core: dict[str, np.ndarray] = field(default_factory=dict)
     sampled_pixels: int = 0
     sampled_cores: int = 0
+    evidence: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def empty(self) -> list[str]:
-        """Channels that are constant in the training cores."""
+        """Channels without signal in the training cores: constant, or nothing but noise."""
         return [name for name, low, high in zip(self.names, self.lower, self.upper, strict=True) if not high > low]
+
+    @property
+    def noise(self) -> list[str]:
+        """The empty channels that are not constant: they show the noise of the camera."""
+        found = [name for name, seen in zip(self.names, self.evidence, strict=False) if seen["noise"]]
+        return [name for name in self.empty if name in found]
 
     def bounds(self, core: str | None = None) -> np.ndarray:
         """Lower and upper intensity (2, C) of a core."""
@@ -68,6 +79,7 @@ class Normalization:
 
     def document(self) -> dict[str, Any]:
         """Content of normalization.json, plain Python values."""
+        seen: list[dict[str, Any] | None] = [*self.evidence] or [None] * len(self.names)
         channels = [
             {
                 "name": name,
@@ -75,8 +87,11 @@ class Normalization:
                 "upper": float(high),
                 "empty": not high > low,
                 "target_mean": float(mean),
+                "evidence": evidence,
             }
-            for name, low, high, mean in zip(self.names, self.lower, self.upper, self.target_mean, strict=True)
+            for name, low, high, mean, evidence in zip(
+                self.names, self.lower, self.upper, self.target_mean, seen, strict=True
+            )
         ]
         return {
             "schema": SCHEMA,
@@ -98,6 +113,7 @@ class Normalization:
         """Inverse of ``document``; raises InputError if the document is damaged."""
         try:
             channels = document["channels"]
+            evidence = [channel.get("evidence") for channel in channels]
             return cls(
                 names=tuple(str(channel["name"]) for channel in channels),
                 lower=np.array([channel["lower"] for channel in channels], np.float64),
@@ -109,6 +125,7 @@ class Normalization:
                 per_core={str(name): np.array(bounds, np.float64) for name, bounds in document["cores"].items()},
                 sampled_pixels=int(document["sampled_pixels"]),
                 sampled_cores=int(document["sampled_cores"]),
+                evidence=[dict(seen, noise=bool(seen["noise"])) for seen in evidence] if all(evidence) else [],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"the normalisation is damaged or from another version ({error!r})") from None
@@ -121,6 +138,7 @@ def known_normalization(
     method: str,
     transform: str,
     progress: Progress = no_progress,
+    keep: Sequence[str] = (),
 ) -> Normalization:
     """The result of ``fit_normalization``, from the cache if the same files were measured before."""
     cores = range(len(table)) if method == "core" else train.tolist()
@@ -131,14 +149,14 @@ def known_normalization(
         "kept": list(table.kept_channels),
         "layout": table.orion["layout"].tolist(),
         "white": scales.orion,
-        "asked": [method, transform, LOG_CURVATURE],
+        "asked": [method, transform, LOG_CURVATURE, sorted(keep)],
     }
     name = fingerprint((table.path(core, "orion") for core in cores), "normalization", asked)
     document = recall(name)
     if document is not None:
         with suppress(InputError):
             return Normalization.from_document(document)
-    fitted = fit_normalization(table, scales, train, method, transform, progress)
+    fitted = fit_normalization(table, scales, train, method, transform, progress, keep)
     remember(name, fitted.document())
     return fitted
 
@@ -150,12 +168,14 @@ def fit_normalization(
     method: str,
     transform: str,
     progress: Progress = no_progress,
+    keep: Sequence[str] = (),
 ) -> Normalization:
     """Quantiles of the training cores, from rows of pixels drawn with a fixed seed.
 
     Rows, because a memory map reads a row in one piece in either axis order. The sample bounds the memory whatever the
     size of the data set. With method ``core``, every core is also measured separately, held-out cores included: that
-    uses only the pixels of the core itself.
+    uses only the pixels of the core itself. Channels in which no training core shows more than the noise of the camera
+    become empty, except those named in ``keep``; with method ``none``, whose bounds are fixed, none does.
     """
     names = table.kept_names
     kept = np.array(table.kept_channels)
@@ -167,26 +187,35 @@ def fit_normalization(
     measured = range(len(table)) if method == "core" else ()
     step = progress(len(train) + len(measured), "measuring normalisation")
 
-    def read(job: int) -> None:
-        sample[:, ends[job] - counts[job] : ends[job]] = _sample(table, scales, int(train[job]), counts[job], kept)
+    def read(job: int) -> NoiseEvidence:
+        rows = _rows(table, scales, int(train[job]), counts[job], kept)
+        sample[:, ends[job] - counts[job] : ends[job]] = _thinned(rows, counts[job])
+        evidence = look_for_noise(rows)
         step()
+        return evidence
 
     def measure(core: int) -> np.ndarray:
-        own = _sample(table, scales, core, _sample_size(table, core, SAMPLED_PIXELS_PER_CORE), kept)
+        pixels = _sample_size(table, core, SAMPLED_PIXELS_PER_CORE)
+        own = _thinned(_rows(table, scales, core, pixels, kept), pixels)
         bounds = np.stack([_bounds(channel) for channel in own], axis=1)
         step()
         return bounds
 
     with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
-        list(pool.map(read, range(len(train))))
+        evidence = reduce(NoiseEvidence.joined, pool.map(read, range(len(train))))
+        noise = evidence.noise & ~np.isin(names, list(keep)) & (method != "none")
         if method == "none":
             lower, upper = np.zeros(len(names)), np.ones(len(names))
         else:
             lower, upper = np.array(list(pool.map(_bounds, sample))).T
+            lower[noise] = upper[noise] = np.median(sample[noise], axis=1)
         mean = np.array(list(pool.map(partial(_target_mean, transform=transform), sample, lower, upper)))
         found = list(pool.map(measure, measured))
     per_core = {str(table.names[core]): bounds for core, bounds in zip(measured, found, strict=True)}
-    return Normalization(names, lower, upper, mean, white, method, transform, per_core, ends[-1], len(train))
+    for bounds in per_core.values():
+        bounds[:, noise] = lower[noise]
+    records = [evidence.record(channel) for channel in range(len(names))]
+    return Normalization(names, lower, upper, mean, white, method, transform, per_core, ends[-1], len(train), records)
 
 
 def _sample_size(table: PairTable, core: int, pixels: int) -> int:
@@ -194,17 +223,24 @@ def _sample_size(table: PairTable, core: int, pixels: int) -> int:
     return min(max(1, pixels), int(row["height"]) * int(row["width"]))
 
 
-def _sample(table: PairTable, scales: Scales, core: int, pixels: int, kept: np.ndarray) -> np.ndarray:
-    """Intensities (C, pixels) float32, evenly spaced along rows of a core, with one row drawn from each stratum."""
+def _rows(table: PairTable, scales: Scales, core: int, pixels: int, kept: np.ndarray) -> np.ndarray:
+    """Intensities (C, R, W) float32 of as many rows of a core as have so many pixels, one drawn from each stratum."""
     stored, row = table.open(core, "orion"), table.orion[core]
     count = -(-pixels // int(row["width"]))
     edges = np.linspace(0, int(row["height"]), count + 1)
     drawn = counter_rng(SAMPLE_SEED, NORMALIZATION, core).random(count)
     rows = np.minimum((edges[:-1] + drawn * np.diff(edges)).astype(int), int(row["height"]) - 1)
-    values = stored[rows].reshape(-1, stored.shape[2]).T if row["layout"] == "hwc" else stored[:, rows]
-    values = values.reshape(values.shape[0], -1)
-    values = values[np.ix_(kept, np.arange(pixels) * values.shape[1] // pixels)]
-    return values.astype(np.float32) / np.float32(scales.white("orion", stored.dtype))
+    values = stored[rows].transpose(2, 0, 1) if row["layout"] == "hwc" else stored[:, rows]
+    # In memory order of channels, whatever that of the file.
+    values = np.ascontiguousarray(values[kept], dtype=np.float32)
+    values /= np.float32(scales.white("orion", stored.dtype))
+    return values
+
+
+def _thinned(rows: np.ndarray, pixels: int) -> np.ndarray:
+    """Pixels (C, pixels) of rows (C, R, W), evenly spaced along them."""
+    values = rows.reshape(rows.shape[0], -1)
+    return values[:, np.arange(pixels) * values.shape[1] // pixels]
 
 
 def _target_mean(values: np.ndarray, low: float, high: float, transform: str) -> float:

@@ -19,7 +19,7 @@ BACKGROUNDS = {
     "CD31": 0.0032,
     "CD45": 0.0029,
     "CD68": 0.0028,
-    "Blank": 0.0,  # an empty channel: nothing is drawn
+    "Blank": 0.0045,  # no antibody: the noise of the camera and nothing else
     "CD4": 0.0030,
     "FOXP3": 0.0027,
     "CD8a": 0.0033,
@@ -232,14 +232,18 @@ def render_orion(rng: np.random.Generator, tissue: Tissue, dyes: Absorbers, stai
     size = tissue.depth.shape[0]
     orion = np.zeros((size, size, len(MARKERS)), np.uint16)
     illumination = 1 + np.float32(0.06) * noise(rng, size, size / 2)
+
+    def record(channel: int, light: Floats, sd: Floats | np.float32) -> None:
+        light += sd * rng.standard_normal((size, size), dtype=np.float32)
+        hot = rng.choice(size * size, max(3, round(HOT_PIXELS * size * size)), replace=False)
+        light.ravel()[hot] = rng.uniform(0.18, 0.45, len(hot))
+        orion[..., channel] = np.clip(np.rint(light * FULL_SCALE), 0, FULL_SCALE)
+
     for marker, signal in _signals(rng, tissue, dyes):
         channel = MARKERS.index(marker)
         background = np.float32(BACKGROUNDS[marker])
         light = blur(signal * tissue.present, PSF_SIGMA) * np.float32(stain.antibodies[channel])
         light = (light + background * (0.8 + 0.3 * tissue.present)) * illumination
-        sd = np.sqrt(np.float32(SHOT_NOISE) * light + np.float32(READ_NOISE**2))
-        light += sd * rng.standard_normal((size, size), dtype=np.float32)
-        hot = rng.choice(size * size, max(3, round(HOT_PIXELS * size * size)), replace=False)
-        light.ravel()[hot] = rng.uniform(0.18, 0.45, len(hot))
-        orion[..., channel] = np.clip(np.rint(light * FULL_SCALE), 0, FULL_SCALE)
+        record(channel, light, np.sqrt(np.float32(SHOT_NOISE) * light + np.float32(READ_NOISE**2)))
+    record(MARKERS.index("Blank"), np.full((size, size), BACKGROUNDS["Blank"], np.float32), np.float32(READ_NOISE))
     return orion

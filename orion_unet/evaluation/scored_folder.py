@@ -192,7 +192,14 @@ def _normalization(
     new = [core for core, name in enumerate(names) if name not in per_core]
     if trained.method == "core" and new:
         part = replace(table, names=table.names[new], he=table.he[new], orion=table.orion[new])
-        per_core |= fit_normalization(part, scales, np.arange(len(new)), "core", trained.transform, progress).per_core
+        measured = fit_normalization(
+            part, scales, np.arange(len(new)), "core", trained.transform, progress, keep=part.kept_names
+        ).per_core
+        # What was empty in training is empty here.
+        flat = ~(trained.upper > trained.lower)[index]
+        for found in measured.values():
+            found[:, flat] = trained.lower[index][flat]
+        per_core |= measured
     return replace(
         trained,
         names=tuple(trained.names[channel] for channel in index),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,8 @@ class ChannelRow:
     below the median. That works for markers positive in less than half of the pixels, even very sparse ones, and gives
     nearly 0 for pure noise; Otsu's threshold, which looks for two classes of similar size, falls into the background
     of a sparse marker. ``saturated`` is the share of pixels at the largest value, if enough pixels share it. ``state``
-    is ``empty`` (all 0), ``constant``, ``noise`` (nothing above the background) or an empty string.
+    is ``empty`` (all 0), ``constant``, ``noise`` (nothing above the background, or nothing but camera noise by the
+    ``evidence`` of ``data/camera_noise.py``) or an empty string.
     """
 
     name: str
@@ -35,13 +37,15 @@ class ChannelRow:
     positive: float
     saturated: float
     state: str
+    evidence: dict[str, Any]
 
 
-def describe_channel(name: str, values: np.ndarray, step: float) -> ChannelRow:
-    """Statistics of one channel from a sample (N,) of its intensities.
+def describe_channel(name: str, values: np.ndarray, step: float, evidence: dict[str, Any] | None = None) -> ChannelRow:
+    """Statistics of one channel from a sample (N,) of its intensities, and the evidence on whether it is noise.
 
     ``step`` is the smallest intensity above 0 that the file can store; 0 for floats.
     """
+    evidence = evidence or {}
     low, high = float(values.min()), float(values.max())
     quantiles = tuple(np.quantile(values, QUANTILES).tolist())
     median = quantiles[1]
@@ -55,13 +59,12 @@ def describe_channel(name: str, values: np.ndarray, step: float) -> ChannelRow:
     state = ""
     if high == low:
         state = "empty" if high == 0 else "constant"
-    elif positive == 0:
+    elif positive == 0 or evidence.get("noise"):
         state = "noise"
     plateau = not state and high > threshold and at_top >= max(PLATEAU, PLATEAU_SHARE * values.size)
     saturated = at_top / values.size if plateau else 0.0
-    return ChannelRow(
-        name, low, high, quantiles, float(values.mean(dtype=np.float64)), threshold, positive, saturated, state
-    )
+    mean = float(values.mean(dtype=np.float64))
+    return ChannelRow(name, low, high, quantiles, mean, threshold, positive, saturated, state, evidence)
 
 
 def most_varied(names: Sequence[str], sample: np.ndarray) -> str:

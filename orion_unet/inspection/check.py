@@ -6,12 +6,14 @@ import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from orion_unet.config import DataOptions
 from orion_unet.data.alignment import register_command
+from orion_unet.data.camera_noise import NoiseEvidence, look_for_noise
 from orion_unet.data.channels import nuclear_channel
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
@@ -20,7 +22,7 @@ from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.findings import Finding
 from orion_unet.inspection.channels import QUANTILES, ChannelRow, describe_channel, most_varied
-from orion_unet.inspection.cores import CoreView, sample_pixels, view_core
+from orion_unet.inspection.cores import CoreView, sample_rows, thinned, view_core
 from orion_unet.inspection.duplicates import Twins, find_twins
 from orion_unet.inspection.findings import find_all, too_small
 from orion_unet.run_log import SCHEMA, strict
@@ -29,6 +31,8 @@ from orion_unet.run_log import SCHEMA, strict
 SAMPLED_PIXELS, LEAST_PER_CORE, SAMPLED_VALUES = 2_000_000, 256, 48_000_000
 # A core of 2,048 x 2,048 pixels takes about 150 MB while it is measured.
 MOST_AT_ONCE = 8
+# What decides whether a channel is noise (see data/camera_noise.py).
+EVIDENCE = ("sd", "correlation", "bright_pieces", "bright_pairs", "expected_pairs")
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def channel_record(row: ChannelRow) -> dict[str, Any]:
         "fraction_positive": row.positive,
         "fraction_saturated": row.saturated,
         "state": row.state,
+        **{name: row.evidence.get(name) for name in EVIDENCE},
     }
 
 
@@ -141,19 +146,24 @@ def inspect_folder(
     pixels = min(SAMPLED_PIXELS, SAMPLED_VALUES // len(names)) // len(table)
     step = progress(len(table), "measuring cores")
 
-    def look(core: int) -> tuple[CoreView, np.ndarray]:
-        sample = sample_pixels(table, scales, core, max(LEAST_PER_CORE, pixels))
+    def look(core: int) -> tuple[CoreView, np.ndarray, NoiseEvidence]:
+        rows = sample_rows(table, scales, core, max(LEAST_PER_CORE, pixels))
+        sample, evidence = thinned(rows, max(LEAST_PER_CORE, pixels)), look_for_noise(rows)
         view = view_core(table, scales, core, split.groups[core], position, sample)
         step()
-        return view, sample
+        return view, sample, evidence
 
     with ThreadPoolExecutor(max_workers=min(MOST_AT_ONCE, usable_cores())) as pool:
         seen = list(pool.map(look, range(len(table))))
-    cores = [view for view, _ in seen]
-    sample = np.concatenate([values for _, values in seen], axis=1)
+    cores = [view for view, _, _ in seen]
+    sample = np.concatenate([values for _, values, _ in seen], axis=1)
+    evidence = reduce(NoiseEvidence.joined, (found for _, _, found in seen))
     del seen
     step_size = _smallest_step(table)
-    channels = [describe_channel(name, values, step_size) for name, values in zip(names, sample, strict=True)]
+    channels = [
+        describe_channel(name, values, step_size, evidence.record(channel))
+        for channel, (name, values) in enumerate(zip(names, sample, strict=True))
+    ]
     twins = find_twins(cores)
     return Inspection(
         table=table,

@@ -68,12 +68,16 @@ def view_core(
     )
 
 
-def sample_pixels(table: PairTable, scales: Scales, core: int, pixels: int) -> np.ndarray:
-    """Intensities (C, N) float32 of the kept channels at about ``pixels`` pixels, evenly spaced on evenly spaced rows.
+def sample_rows(table: PairTable, scales: Scales, core: int, pixels: int) -> np.ndarray:
+    """Intensities (C, R, W) float32 of the kept channels on as many rows, evenly spaced, as have ``pixels`` pixels.
 
     A memory map reads whole rows in one piece, in either axis order.
     """
-    rows = marker_rows(table, scales, core, list(table.kept_channels), -(-pixels // int(table.orion[core]["width"])))
+    return marker_rows(table, scales, core, list(table.kept_channels), -(-pixels // int(table.orion[core]["width"])))
+
+
+def thinned(rows: np.ndarray, pixels: int) -> np.ndarray:
+    """Pixels (C, N) of rows (C, R, W), about ``pixels`` of them, evenly spaced."""
     flat = rows.reshape(len(rows), -1)
     return flat[:, np.arange(min(pixels, flat.shape[1])) * flat.shape[1] // min(pixels, flat.shape[1])]
 

@@ -135,14 +135,16 @@ def _channels(channels: Sequence[ChannelRow]) -> Iterator[Finding]:
     for state, what in (
         ("empty", "Only zeros"),
         ("constant", "A single value"),
-        ("noise", "Nothing above the background"),
+        ("noise", "Nothing but noise"),
     ):
         names = [row.name for row in channels if row.state == state]
         if names:
             yield _warning(
                 f"{state}_channel",
                 f"{what} in {len(names)} of {len(channels)} channels: {named(names)}.",
-                f'Leave out channels that are not markers: --exclude_channels "{",".join(names)}".',
+                "Training counts them as empty"
+                + (", unless --keep_channels names them" if state == "noise" else "")
+                + f'. Leave out channels that are not markers: --exclude_channels "{",".join(names)}".',
             )
     bright = [row for row in channels if row.saturated > MUCH_SATURATION]
     if bright:

@@ -10,7 +10,7 @@ import numpy as np
 
 from orion_unet.config import TrainConfig
 from orion_unet.data.alignment import alignment_warning
-from orion_unet.data.channels import parse_channel_weights
+from orion_unet.data.channels import listed_channels, parse_channel_weights
 from orion_unet.data.colour_regression import known_colour_regression
 from orion_unet.data.dataset import pixel_size
 from orion_unet.data.digests import core_digests
@@ -62,15 +62,22 @@ def prepare_data(
             f"the run to resume was trained on the channels {', '.join(earlier['channel_names'])}; "
             f"the data and options give {', '.join(table.kept_names)}"
         )
+    names = table.kept_names
+    keep = [names[channel] for channel in sorted(listed_channels("keep_channels", data.keep_channels, names))]
     scales = measure_scales(table, data.target_normalization == "none", progress)
     if earlier:
         normalization = Normalization.from_document(earlier["normalization"])
     else:
         normalization = known_normalization(
-            table, scales, split.train, data.target_normalization, data.target_transform, progress
+            table, scales, split.train, data.target_normalization, data.target_transform, progress, keep
         )
-    if normalization.empty:
-        warnings.append(f"no signal in the training cores, trained as empty: {', '.join(normalization.empty)}")
+    if constant := [name for name in normalization.empty if name not in normalization.noise]:
+        warnings.append(f"no signal in the training cores, trained as empty: {', '.join(constant)}")
+    if noise := normalization.noise:
+        warnings.append(
+            f"nothing but camera noise in the training cores, trained as empty: {', '.join(noise)}; the evidence is in "
+            f'normalization.json. To train on them all the same: --keep_channels "{",".join(noise)}"'
+        )
     if not earlier and (misaligned := alignment_warning(table, scales)):
         warnings.append(misaligned)
     reader = PatchReader(table, scales, data.patch_size)

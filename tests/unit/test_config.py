@@ -20,6 +20,7 @@ DEFAULTS = {
         "groups_csv": None,
         "channel_names": None,
         "exclude_channels": None,
+        "keep_channels": None,
         "pixel_size_um": None,
         "he_layout": "auto",
         "orion_layout": "auto",
@@ -144,7 +145,8 @@ def test_an_option_takes_a_value_and_the_last_one_wins(name):
         "val_split": "0.25",
     }
     text = isinstance(FLAT[name], str) or name in (
-        "split_file", "groups_csv", "channel_names", "exclude_channels", "channel_weights", "resume"
+        "split_file", "groups_csv", "channel_names", "exclude_channels", "keep_channels", "channel_weights",
+        "resume",
     )  # fmt: skip
     number = words.get(name, "0.25" if isinstance(FLAT[name], float) else "7")
     first, last = ("first", "last") if text else (str(FLAT[name] or 16), "16" if name == "patch_size" else number)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from orion_unet.inspection.channels import describe_channel, most_varied
-from orion_unet.inspection.cores import CoreView, block_means, he_thumbnail, marker_thumbnail, sample_pixels, view_core
+from orion_unet.inspection.cores import (
+    CoreView,
+    block_means,
+    he_thumbnail,
+    marker_thumbnail,
+    sample_rows,
+    thinned,
+    view_core,
+)
 from orion_unet.inspection.duplicates import find_twins
 from orion_unet.inspection.findings import find_all, mismatched, named, shifted, too_small
 from orion_unet.registration.shift import Registration, overlap, register
@@ -188,9 +196,9 @@ def test_samples_and_thumbnails_are_intensities_of_the_kept_channels(write_pairs
     he, orion = (np.load(folder / f"core_02_{kind}.npy") / white for kind in ("HE", "ORION"))
     if layout == "chw":
         he, orion = he.transpose(1, 2, 0), orion.transpose(1, 2, 0)
-    whole = sample_pixels(found.table, found.scales, 2, 48 * 40)
+    whole = thinned(sample_rows(found.table, found.scales, 2, 48 * 40), 48 * 40)
     np.testing.assert_allclose(whole, orion[..., [0, 2]].reshape(-1, 2).T, rtol=1e-6)
-    few = sample_pixels(found.table, found.scales, 2, 100)
+    few = thinned(sample_rows(found.table, found.scales, 2, 100), 100)
     assert few.shape == (2, 100)
     assert {tuple(pixel) for pixel in few.T.tolist()} <= {tuple(pixel) for pixel in whole.T.tolist()}
     np.testing.assert_allclose(
@@ -213,7 +221,7 @@ def test_a_core_is_described(write_pairs, open_pairs):
     stored[..., 1] = 7
     np.save(folder / "core_01_ORION.npy", stored)
     found = open_pairs(folder)
-    sample = sample_pixels(found.table, found.scales, 1, 500)
+    sample = thinned(sample_rows(found.table, found.scales, 1, 500), 500)
     view = view_core(found.table, found.scales, 1, "slide 3", None, sample)
     assert (view.name, view.group, view.height, view.width) == ("core_01", "slide 3", 48, 40)
     assert view.tissue == pytest.approx(0.25, abs=0.03)

@@ -92,6 +92,44 @@ def test_an_empty_channel_becomes_zero_and_is_reported(write_pairs, open_pairs):
         np.testing.assert_allclose(found.inverse(batch.target)[:, 1].numpy(), 700, rtol=1e-5)
 
 
+@pytest.fixture
+def noisy(write_pairs, open_pairs):
+    """Pairs whose channel Blank shows nothing but the noise of a camera."""
+    folder, rng = write_pairs(cores=4, size=(200, 300)), np.random.default_rng(1)
+    for core in range(4):
+        array = np.load(folder / f"core_{core:02d}_ORION.npy")
+        array[..., 1] = np.rint(rng.normal(300, 8, array.shape[:2]))
+        write_orion(folder, core, array)
+    return open_pairs(folder, channel_names="DAPI,Blank,CD3")
+
+
+@pytest.mark.parametrize("method", ["dataset", "core"])
+def test_camera_noise_becomes_zero_with_its_evidence_unless_it_is_kept(noisy, method):
+    found = fit(noisy, method=method)
+    assert found.empty == found.noise == ["Blank"]
+    np.testing.assert_allclose(found.bounds("core_00")[:, 1] * 65535, 300, atol=1)
+    seen = found.document()["channels"][1]["evidence"]
+    assert seen["noise"] and abs(seen["correlation"]) < 0.05 and seen["bright_pieces"] < 3
+    assert seen["sd"] * 65535 == pytest.approx(8, rel=0.05)
+    assert Normalization.from_document(found.document()).noise == ["Blank"]
+
+    kept = fit(noisy, method=method, keep=["Blank"])
+    assert kept.empty == kept.noise == []
+    low, high = kept.bounds("core_00")[:, 1] * 65535
+    assert low == pytest.approx(300 - 2.33 * 8, abs=1.5) and high == pytest.approx(300 + 3.09 * 8, abs=3)
+
+
+def test_fixed_bounds_stay_as_they_are_whatever_a_channel_shows(noisy):
+    assert fit(noisy, method="none").empty == []
+
+
+def test_a_document_without_evidence_is_read(noisy):
+    document = fit(noisy).document()
+    for channel in document["channels"]:
+        del channel["evidence"]
+    assert Normalization.from_document(document).noise == []
+
+
 def test_a_sparse_marker_on_a_clean_background_is_not_empty(write_pairs, open_pairs):
     folder = write_pairs(cores=4, size=(60, 50))
     for core in range(4):
