@@ -226,6 +226,14 @@ class OutputOptions:
     save_every_minutes: float = option(
         0.0, "also save the state within an epoch, so often; 0 = off", unit="minutes", minimum=0, fixed=False
     )
+    log_every_steps: int | None = option(
+        None,
+        "write a line of steps.jsonl every so many steps; auto = about 20 lines an epoch, 0 = none",
+        unit="steps",
+        minimum=0,
+        metavar="N|auto",
+        fixed=False,
+    )
     tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboard package)", fixed=False)
     overwrite: bool = option(False, "replace the run that output_dir holds", inherited=False, fixed=False)
 

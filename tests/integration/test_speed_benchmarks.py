@@ -142,6 +142,14 @@ def test_start_up_takes_the_way_to_the_first_step_apart(write_pairs):
     assert {"train_spatial_orion_unet.py", "predict", "evaluate", "check-data"} <= set(found["help_s"])
 
 
+@pytest.mark.slow
+def test_step_log_gives_its_cost_as_a_ratio():
+    found = json.loads(run_benchmark("step_log", "--repeats", 2, "--json"))
+    assert [row["steps"] for row in found["rows"]] == [50, 200, 1000, 1000]
+    for row in found["rows"]:
+        assert row["of_this_step"] == pytest.approx(row["cost_s"] / found["step_s"]) and 0 < row["cost_s"] < 0.1
+
+
 def test_start_up_takes_stages_apart_as_by_hand(benchmark):
     noted = {"interpreter": 1, "import_torch": 3, "import_trainer": 3.5, "loop_entered": 6.5, "first_step_done": 10}
     assert benchmark("start_up").durations({**noted, "normalisation": 1, "scales": 0.5}) == {
