@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from orion_unet.monitor.diagnostics import Thresholds, diagnose
 from orion_unet.monitor.liveness import Life, Liveness
 from orion_unet.monitor.noise import validation_noise
 from orion_unet.monitor.run_reader import MetricsReader
-from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, read_document
+from orion_unet.monitor.step_curves import StepCurves, newest_curves, step_curves
+from orion_unet.monitor.steps_reader import EPOCH, GRAD, LOSS, LR, SPEED, STEP, WAIT, StepsReader
+from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, STEPS_FILE, read_document
 
 ENDED = ("finished", "early_stopped", "interrupted", "diverged", "failed", "crashed")
 
@@ -29,6 +32,7 @@ class Report:
     run: str
     life: Life
     reader: MetricsReader
+    steps: StepsReader
     status: Mapping[str, Any]
     config: Mapping[str, Any]
     thresholds: Thresholds
@@ -54,6 +58,41 @@ class Report:
             if value is not None and 0 < value < 1e9:
                 return int(value)
         return None
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Number of steps of an epoch, None where status.json does not give it."""
+        value = option_number(self.status, "steps_per_epoch")
+        return int(value) if value is not None and 1 <= value < 1e12 else None
+
+    @cached_property
+    def curves(self) -> StepCurves:
+        """The curves of the steps of the whole run."""
+        return step_curves(self.steps.history(), self.steps_per_epoch)
+
+    @cached_property
+    def newest_curves(self) -> StepCurves:
+        """The curves of the steps of this epoch and the one before it."""
+        return newest_curves(self.steps, self.steps_per_epoch)
+
+    @cached_property
+    def newest_step(self) -> dict[str, float] | None:
+        """The newest line of steps.jsonl: epoch, step, loss, smoothed loss, rate, largest gradient norm of this epoch,
+        patches per second, share of the time spent waiting for data; None without steps."""
+        rows = self.steps.recent()
+        if not len(rows):
+            return None
+        row, grads = rows[-1], rows[rows[:, EPOCH] == rows[-1, EPOCH], GRAD]
+        return {
+            "epoch": row[EPOCH],
+            "step": row[STEP],
+            "loss": row[LOSS],
+            "smoothed_loss": float(self.newest_curves.smooth[-1]),
+            "lr": row[LR],
+            "largest_grad_norm": float(np.fmax.reduce(grads)),
+            "samples_per_s": row[SPEED],
+            "data_wait_fraction": row[WAIT],
+        }
 
     @property
     def best(self) -> int | None:
@@ -113,6 +152,9 @@ class Report:
             "gap": _plain(self.gap),
             "epoch_s": _plain(self.epoch_s),
             "left_s": _plain(self.left_s),
+            "newest_step": {name: _plain(value) for name, value in self.newest_step.items()}
+            if self.newest_step
+            else None,
             "damaged_lines": self.reader.damaged_lines,
             "warnings": [finding.document() for finding in self.findings],
             "config_findings": [finding.document() for finding in self.config_findings],
@@ -127,6 +169,7 @@ class Run:
         self.run_dir = run_dir
         self.thresholds = thresholds
         self.reader = MetricsReader(run_dir)
+        self.steps = StepsReader(run_dir)
         self._liveness = Liveness(run_dir, thresholds.stalled_after, interval_s)
 
     def poll(self) -> Report:
@@ -141,6 +184,10 @@ class Run:
             self.reader.poll()
         except OSError as error:
             raise _unreadable(self.reader.path, error) from None
+        try:
+            self.steps.poll()
+        except OSError as error:
+            notes.append(f"{self.steps.path} cannot be read ({error.strerror or error})")
         self._check(status, config)
         reader = self.reader
         life = self._liveness.judge(status, beat, recent_epoch_s(reader))
@@ -152,15 +199,17 @@ class Run:
         r2, rate = reader.column("r2"), reader.column("lr")
         findings += diagnose(epochs, train, val, self.thresholds, options, r2, rate)
         calm = not {"unstable_validation", "diverged"} & {finding.code for finding in findings}
-        if reader.damaged_lines:
-            lines = f"{reader.damaged_lines} damaged line{'s' if reader.damaged_lines > 1 else ''}"
-            notes.append(f"{lines} of {METRICS_FILE} left out")
+        for log, name in ((reader, METRICS_FILE), (self.steps, STEPS_FILE)):
+            if log.damaged_lines:
+                lines = f"{log.damaged_lines} damaged line{'s' if log.damaged_lines > 1 else ''}"
+                notes.append(f"{lines} of {name} left out")
         if reader.channels.left_out:
             notes.append(f"{reader.channels.left_out} markers beyond the first {len(reader.channels.names)} left out")
         return Report(
             run=str(self.run_dir),
             life=life,
             reader=reader,
+            steps=self.steps,
             status=status or {},
             config=config or {},
             thresholds=self.thresholds,

@@ -122,6 +122,9 @@ def one_line(report: Report) -> str:
     parts = [report.life.state, _progress(report)]
     if len(report.epochs):
         parts += [f"train {short_number(report.train[-1])}", f"val {short_number(report.val[-1])}", _best(report)]
+    elif report.newest_step is not None:
+        loss = short_number(report.newest_step["smoothed_loss"])
+        parts.append(f"step {report.newest_step['step']:.0f}, step loss {loss}")
     parts += [f"{finding.severity}: {finding.code}" for finding in report.findings]
     return ", ".join(part for part in parts if part)
 
@@ -163,7 +166,7 @@ def _header(report: Report, width: int, blocks: str) -> list[RenderableType]:
     lines.append(Text(" | ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis"))
     if len(report.epochs):
         lines += _sparklines(report, width, blocks)
-    return lines
+    return lines + _steps(report, width, blocks)
 
 
 def _sparklines(report: Report, width: int, blocks: str) -> list[RenderableType]:
@@ -178,6 +181,37 @@ def _sparklines(report: Report, width: int, blocks: str) -> list[RenderableType]
         line.append(sparkline(values, max(width - 8 - len(ends), 10), low, high, blocks), style)
         line.append(f" {ends}")
         lines.append(line)
+    return lines
+
+
+def _steps(report: Report, width: int, blocks: str) -> list[RenderableType]:
+    """The steps of this epoch and the one before it; until an epoch has finished, rate and gradient as well."""
+    newest, curves = report.newest_step, report.newest_curves
+    if newest is None:
+        return []
+    # Broken losses are drawn where they happened: the smoothed curve goes on over them.
+    loss = np.where(np.isinf(curves.loss), np.inf, curves.smooth)
+    shown = [("steps", loss, "blue")]
+    if not len(report.epochs):
+        shown += [("rate", curves.rate, "green"), ("grad", curves.grad, "magenta")]
+    lines: list[RenderableType] = []
+    for name, values, style in shown:
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+        ends = f"{short_number(values[0], 3)} -> {short_number(values[-1], 3)}"
+        line = Text(f"{name:<6}", no_wrap=True, overflow="ellipsis")
+        line.append(sparkline(values, max(width - 8 - len(ends), 10), low, high, blocks), style)
+        line.append(f" {ends}")
+        lines.append(line)
+    wait = newest["data_wait_fraction"]
+    parts = (
+        f"step {newest['step']:.0f}",
+        f"lr {short_number(newest['lr'], 2)}",
+        f"largest gradient {short_number(newest['largest_grad_norm'], 3)}",
+        f"{short_number(newest['samples_per_s'], 3)} patch/s",
+        f"data wait {wait:.0%}" if wait <= 1 else "",
+    )
+    lines.append(Text("      " + " | ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis"))
     return lines
 
 

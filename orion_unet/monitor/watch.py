@@ -77,7 +77,7 @@ class Outputs:
 
     def _draw(self, report: Report, forced: bool) -> None:
         # Compared as text, because nan does not equal nan.
-        state = f"{report.life.state} {len(report.epochs)} {report.train[-3:]} {report.val[-3:]}"
+        state = f"{report.life.state} {len(report.epochs)} {report.train[-3:]} {report.val[-3:]} {report.newest_step}"
         now = time.monotonic()
         if state == self._drawn or (now < self._not_before and not forced):
             return
