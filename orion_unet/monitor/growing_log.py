@@ -22,6 +22,14 @@ class GrowingLog:
     from its start.
     """
 
+    damaged_lines: int
+    _identity: tuple[int, int] | None
+    _offset: int
+    _head: bytes
+    _tail: bytes
+    _pending: bytearray
+    _skipping: bool
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._reset()
@@ -53,7 +61,7 @@ class GrowingLog:
     def _reset(self) -> None:
         """Forget everything that was read."""
         self.damaged_lines = 0
-        self._identity: tuple[int, int] | None = None
+        self._identity = None
         self._offset = 0
         self._head = b""
         self._tail = b""

@@ -19,9 +19,12 @@ from orion_unet.monitor.liveness import Life, Liveness
 from orion_unet.monitor.noise import validation_noise
 from orion_unet.monitor.run_reader import MetricsReader
 from orion_unet.monitor.step_curves import StepCurves, newest_curves, step_curves
+from orion_unet.monitor.step_rules import diagnose_resources, diagnose_steps
 from orion_unet.monitor.steps_reader import EPOCH, GRAD, LOSS, LR, SPEED, STEP, WAIT, StepsReader
 from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, STEPS_FILE, read_document
 
+# With one of these, a run is not advised to learn faster.
+UNCALM = {"unstable_validation", "diverged", "rising_steps", "growing_gradients", "non_finite_steps"}
 ENDED = ("finished", "early_stopped", "interrupted", "diverged", "failed", "crashed")
 
 
@@ -198,7 +201,11 @@ class Run:
         findings = [life.finding] if life.finding else []
         r2, rate = reader.column("r2"), reader.column("lr")
         findings += diagnose(epochs, train, val, self.thresholds, options, r2, rate)
-        calm = not {"unstable_validation", "diverged"} & {finding.code for finding in findings}
+        recent = self.steps.recent()
+        findings += diagnose_steps(self.steps.history(), recent, self.thresholds, options)
+        waits, memory = reader.column("data_wait_fraction"), reader.column("max_memory_bytes")
+        findings += diagnose_resources(waits, memory, recent, self.thresholds, config or {}, options)
+        calm = not UNCALM & {finding.code for finding in findings}
         for log, name in ((reader, METRICS_FILE), (self.steps, STEPS_FILE)):
             if log.damaged_lines:
                 lines = f"{log.damaged_lines} damaged line{'s' if log.damaged_lines > 1 else ''}"

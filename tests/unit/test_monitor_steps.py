@@ -81,9 +81,9 @@ def test_points_keep_the_mean_the_largest_norm_and_the_counts(log, monkeypatch):
     rng = np.random.default_rng(0)
     losses, norms = rng.uniform(size=100), rng.uniform(size=100)
     lines = [
-        step_record(1, at + 1, losses[at], grad_norm=norms[at], skipped_steps=int(at == 50), non_finite_steps=int(at == 51))
+        step_record(1, at + 1, losses[at], grad_norm=norms[at], skipped_steps=+(at == 50), non_finite_steps=+(at == 51))
         for at in range(100)
-    ]  # fmt: skip
+    ]
     write_steps(log.parent, lines)
     history = read(log).history()
     assert 4 <= len(history) <= 8
