@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from orion_unet.monitor.run_reader import MetricsReader
 from orion_unet.monitor.step_curves import StepCurves, newest_curves, step_curves
 from orion_unet.monitor.step_rules import diagnose_resources, diagnose_steps
 from orion_unet.monitor.steps_reader import EPOCH, GRAD, LOSS, LR, SPEED, STEP, WAIT, StepsReader
-from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, STEPS_FILE, read_document
+from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, STEPS_FILE, read_document, strict
 
 # With one of these, a run is not advised to learn faster.
 UNCALM = {"unstable_validation", "diverged", "rising_steps", "growing_gradients", "non_finite_steps"}
@@ -61,6 +62,15 @@ class Report:
             if value is not None and 0 < value < 1e9:
                 return int(value)
         return None
+
+    @property
+    def current_epoch(self) -> int:
+        """The epoch that the run is in, or its last one."""
+        now = int(self.epochs[-1]) if len(self.epochs) else 0
+        if self.life.state in ("training", "validating", "stalled", "crashed"):
+            begun = option_number(self.status, "epoch")
+            now = max(now, int(begun) if begun is not None and 0 < begun < 1e9 else 0)
+        return now
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -142,20 +152,20 @@ class Report:
             "run": self.run,
             "state": self.life.state,
             "reason": self.life.reason,
-            "heartbeat_age_s": _plain(self.life.age_s),
+            "heartbeat_age_s": plain(self.life.age_s),
             "message": str(self.status.get("message") or "")[:1000],
             "epochs": len(self.epochs),
             "epochs_planned": self.planned,
             "best_epoch": int(self.epochs[best]) if best is not None else None,
             "best_val_loss": float(self.val[best]) if best is not None else None,
-            "best_pearson": _plain(self.reader.column("pearson")[best]) if best is not None else None,
-            "train_loss": _plain(self.train[-1]) if len(self.train) else None,
-            "val_loss": _plain(self.val[-1]) if len(self.val) else None,
-            "noise": _plain(self.noise),
-            "gap": _plain(self.gap),
-            "epoch_s": _plain(self.epoch_s),
-            "left_s": _plain(self.left_s),
-            "newest_step": {name: _plain(value) for name, value in self.newest_step.items()}
+            "best_pearson": plain(self.reader.column("pearson")[best]) if best is not None else None,
+            "train_loss": plain(self.train[-1]) if len(self.train) else None,
+            "val_loss": plain(self.val[-1]) if len(self.val) else None,
+            "noise": plain(self.noise),
+            "gap": plain(self.gap),
+            "epoch_s": plain(self.epoch_s),
+            "left_s": plain(self.left_s),
+            "newest_step": {name: plain(value) for name, value in self.newest_step.items()}
             if self.newest_step
             else None,
             "damaged_lines": self.reader.damaged_lines,
@@ -274,5 +284,11 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path} cannot be read ({error.strerror or error})")
 
 
-def _plain(value: Any) -> float | None:
+def to_json(document: Mapping[str, Any], indent: int | None = None) -> str:
+    """Strict JSON in printable ASCII: whatever could move a cursor, or a terminal cannot encode, is escaped."""
+    return json.dumps(strict(document), indent=indent, allow_nan=False)
+
+
+def plain(value: Any) -> float | None:
+    """A finite number, or None."""
     return float(value) if value is not None and math.isfinite(value) else None

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orion_unet.findings import Finding, options_and_sentences
+from orion_unet.monitor.all_runs import HEADINGS, Row
 from orion_unet.monitor.report import Report, finite_or_nan
 from orion_unet.text import clean, duration, short_number
 
@@ -139,6 +140,31 @@ def comparison_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     return table
 
 
+def runs_view(rows: Sequence[Row], height: int | None = None, footer: str = "") -> RenderableType:
+    """Every run in one line, and in ``height`` lines together if given: runs that have ended are left out first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", expand=False)
+    for heading in HEADINGS:
+        numeric = heading in ("epoch", "best", "age")
+        table.add_column(
+            heading,
+            justify="right" if numeric else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            min_width=None if heading in ("run", "warnings") else 4 if numeric else 8,
+            ratio={"run": 3, "warnings": 2}.get(heading),
+        )
+    room = len(rows) if height is None else max(height - 2 - bool(footer), 1)
+    for row in rows[:room]:
+        cells = [Text(cell) for cell in row.cells()]
+        cells[1].stylize(STATE_STYLES.get(row.state, "red"))
+        if row.report is None or row.report.warnings:
+            cells[4].stylize("bold red")
+        table.add_row(*cells)
+    foot = [f"... {len(rows) - room} more runs"] if len(rows) > room else []
+    foot += [footer] if footer else []
+    return Group(table, *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in foot))
+
+
 def _blocks(console: Console) -> str:
     return BLOCKS if console.encoding.lower().replace("-", "").startswith("utf") else ASCII_BLOCKS
 
@@ -216,10 +242,7 @@ def _steps(report: Report, width: int, blocks: str) -> list[RenderableType]:
 
 
 def _progress(report: Report) -> str:
-    now = int(report.epochs[-1]) if len(report.epochs) else 0
-    if report.life.state in ("training", "validating", "stalled", "crashed"):
-        now = max(now, min(_whole(report.status.get("epoch")) or 0, 10**9))
-    return f"epoch {now}" + (f" of {report.planned}" if report.planned else "")
+    return f"epoch {report.current_epoch}" + (f" of {report.planned}" if report.planned else "")
 
 
 def _best(report: Report) -> str:

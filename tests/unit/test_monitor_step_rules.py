@@ -132,7 +132,7 @@ def test_overflows_are_ordinary_at_the_start_and_where_there_are_few():
 
 
 @pytest.mark.parametrize(("waits", "found"), [
-    ([], False), ([0.9], False), ([0.9, 0.1], False), ([0.1, 0.9], False), ([0.2, 0.2], False), ([0.1, 0.25, 0.3], True),
+    ([], False), ([0.9], False), ([0.9, 0.1], False), ([0.1, 0.9], False), ([0.2, 0.2], False), ([0.1, 0.3, 0.3], True),
 ])  # fmt: skip
 def test_two_epochs_that_wait_for_data_are_found(waits, found):
     assert ("starving" in held_back(waits)) == found
