@@ -49,12 +49,15 @@ class Row:
     def cells(self) -> list[str]:
         """The row under ``HEADINGS``."""
         report = self.report
+        age = duration(None if self.age_s is None else round(self.age_s))
         if report is None:
-            return [self.name, UNREADABLE, "-", "-", clean(self.reason, 100), duration(self.age_s)]
+            # The row is that of the folder: of a path in the reason, the name of the file is enough.
+            reason = self.reason.replace(f"{self.path}{os.sep}", "")
+            return [self.name, UNREADABLE, "-", "-", clean(reason, 100), age]
         planned = f"/{report.planned}" if report.planned else ""
         best = f"{short_number(report.val[report.best])}" if report.best is not None else "-"
         codes = ", ".join(finding.code for finding in report.warnings) or "none"
-        return [self.name, self.state, f"{report.current_epoch}{planned}", best, codes, duration(self.age_s)]
+        return [self.name, self.state, f"{report.current_epoch}{planned}", best, codes, age]
 
     def document(self) -> dict[str, Any]:
         """The row as plain values for strict JSON."""

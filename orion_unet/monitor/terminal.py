@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -140,26 +140,29 @@ def comparison_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     return table
 
 
-def runs_view(rows: Sequence[Row], height: int | None = None, footer: str = "") -> RenderableType:
-    """Every run in one line, and in ``height`` lines together if given: runs that have ended are left out first."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", expand=False)
-    for heading in HEADINGS:
-        numeric = heading in ("epoch", "best", "age")
-        table.add_column(
-            heading,
-            justify="right" if numeric else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=None if heading in ("run", "warnings") else 4 if numeric else 8,
-            ratio={"run": 3, "warnings": 2}.get(heading),
-        )
-    room = len(rows) if height is None else max(height - 2 - bool(footer), 1)
-    for row in rows[:room]:
-        cells = [Text(cell) for cell in row.cells()]
-        cells[1].stylize(STATE_STYLES.get(row.state, "red"))
+def runs_view(rows: Sequence[Row], width: int, height: int | None = None, footer: str = "") -> RenderableType:
+    """Every run in one line of ``width`` characters, and in ``height`` lines together if given: the last runs are left
+    out first, which are those that have ended."""
+    room = len(rows) if height is None else height - 1 - bool(footer)
+    if len(rows) > room:
+        room = max(room - 1, 1)
+    cells = [row.cells() for row in rows[:room]]
+    widths = [max(cell_len(cell) for cell in column) for column in zip(HEADINGS, *cells, strict=True)]
+    # Names and warnings share what the other columns leave, and a short one leaves the other more.
+    name, warnings = HEADINGS.index("run"), HEADINGS.index("warnings")
+    left = width - 2 * (len(HEADINGS) - 1) - sum(widths) + widths[name] + widths[warnings]
+    widths[name] = max(min(widths[name], max(left - widths[warnings], left // 2)), 4)
+    widths[warnings] = max(min(widths[warnings], left - widths[name]), 4)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading, size in zip(HEADINGS, widths, strict=True):
+        justify: JustifyMethod = "right" if heading in ("epoch", "best", "age") else "left"
+        table.add_column(heading, justify=justify, no_wrap=True, overflow="ellipsis", width=size)
+    for row, words in zip(rows, cells, strict=False):
+        texts = [Text(word) for word in words]
+        texts[1].stylize(STATE_STYLES.get(row.state, "red"))
         if row.report is None or row.report.warnings:
-            cells[4].stylize("bold red")
-        table.add_row(*cells)
+            texts[warnings].stylize("bold red")
+        table.add_row(*texts)
     foot = [f"... {len(rows) - room} more runs"] if len(rows) > room else []
     foot += [footer] if footer else []
     return Group(table, *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in foot))

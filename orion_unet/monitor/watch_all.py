@@ -99,7 +99,7 @@ class _Follower:
                         every = f"every {self.request.interval_s:g} s"
                         parts = [*filter(None, problems), _counted(self.rows), every, "Ctrl-C to leave"]
                         footer = " | ".join(parts)
-                        live.update(runs_view(self.rows, size.height - 1, footer), refresh=True)
+                        live.update(runs_view(self.rows, size.width, size.height - 1, footer), refresh=True)
                     if not goes_on:
                         return
                     time.sleep(min(0.2, self.request.interval_s))
@@ -113,7 +113,8 @@ def _print(folder: Path, rows: list[Row], request: Request) -> None:
 
     tolerate_encoding()
     if rows:
-        make_console(sys.stdout).print(runs_view(rows, footer=_counted(rows)))
+        console = make_console(sys.stdout)
+        console.print(runs_view(rows, console.width, footer=_counted(rows)))
     else:
         print(f"no runs below {clean(str(folder), 300)}")
     sys.stdout.flush()
