@@ -68,6 +68,8 @@ def test_a_run_folder_holds_what_was_promised(train):
     config = strict_json(made.dir / "config.json")
     assert config["options"].keys() == {f.name for group in GROUPS.values() for f in fields(group)}
     assert (config["schema"], config["world_size"], config["global_batch"], config["attempt"]) == (1, 1, 2, 1)
+    assert config["device_memory_bytes"] > 1 << 28 and config["usable_cores"] >= 1
+    assert (config["loader_processes"], config["target_layouts"]) == (0, ["hwc"])
     assert config["versions"].keys() >= {"torch", "numpy", "python", "orion_unet"}
     split = strict_json(made.dir / "split.json")
     assert sorted(row["core"] for side in ("train", "val") for row in split[side]) == [f"core_0{i}" for i in range(4)]
