@@ -236,7 +236,7 @@ def _steps(report: Report, width: int, blocks: str) -> list[RenderableType]:
     parts = (
         f"step {newest['step']:.0f}",
         f"lr {short_number(newest['lr'], 2)}",
-        f"largest gradient {short_number(newest['largest_grad_norm'], 3)}",
+        f"max gradient {short_number(newest['largest_grad_norm'], 3)}",
         f"{short_number(newest['samples_per_s'], 3)} patch/s",
         f"data wait {wait:.0%}" if wait <= 1 else "",
     )

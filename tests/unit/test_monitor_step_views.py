@@ -40,7 +40,7 @@ def test_the_first_epoch_is_shown_before_it_ends(tmp_path):
         "steps ",
         "rate  ",
         "grad  ",
-        "step 60 | lr 0.00012 | largest gradient 13",
+        "step 60 | lr 0.00012 | max gradient 13",
         "210 patch/s",
         "data wait 2%",
     ):
