@@ -56,7 +56,7 @@ def run_figure(report: Report) -> Any:
     _draw_noise(figure.add_subplot(grid[1, 0]), report)
     _draw_gap(figure.add_subplot(grid[1, 1]), report)
     if len(report.curves):
-        bottom = grid[2, :2].subgridspec(1, 3, wspace=0.36, width_ratios=(1, 1, 1.8))
+        bottom = grid[2, :2].subgridspec(1, 3, wspace=0.36, width_ratios=(0.9, 0.9, 2.0))
         _draw_rate(figure.add_subplot(bottom[0]), report)
         _draw_gradient(figure.add_subplot(bottom[1]), report)
         _draw_terms(figure.add_subplot(bottom[2]), report)
@@ -141,6 +141,11 @@ def _draw_loss(axes: Any, report: Report) -> None:
         drop = np.flatnonzero(rate[1:] < 0.7 * rate[:-1]) + 1
         _marks(axes, epochs[drop], "learning rate lowered", color=GREEN, linestyle=":")
     _finish(axes, report, "Training and validation loss", "loss", np.concatenate([train, val]))
+    if len(report.curves):
+        # The steps begin before the first epoch has ended, and go on after the last one.
+        left, right = axes.get_xlim()
+        at = report.curves.at
+        axes.set_xlim(min(left, float(np.floor(at[0]))), max(right, float(at[-1])))
 
 
 def _draw_steps(figure: Any, report: Report) -> None:

@@ -93,6 +93,11 @@ def test_later_figures_have_a_panel_of_the_gradient_and_the_steps_in_the_loss(tm
     assert found["Largest gradient norm"].get_legend_handles_labels()[1] == ["clipped above 50"]
 
 
+def test_the_loss_panel_holds_every_step(tmp_path):
+    low, high = panels(begun(tmp_path, epochs=2, lines=19))["Training and validation loss"].get_xlim()
+    assert low <= 0.05 and high >= 2.95
+
+
 @pytest.mark.parametrize("lines", [1, 2])
 def test_very_few_steps_are_drawn(tmp_path, lines):
     assert "Learning rate" in panels(begun(tmp_path, lines=lines))
