@@ -144,8 +144,8 @@ def _draw_loss(axes: Any, report: Report) -> None:
     if len(report.curves):
         # The steps begin before the first epoch has ended, and go on after the last one.
         left, right = axes.get_xlim()
-        at = report.curves.at
-        axes.set_xlim(min(left, float(np.floor(at[0]))), max(right, float(at[-1])))
+        steps = report.curves.at
+        axes.set_xlim(min(left, float(np.floor(steps[0]))), max(right, float(steps[-1])))
 
 
 def _draw_steps(figure: Any, report: Report) -> None:
