@@ -165,14 +165,18 @@ class Report:
             "gap": plain(self.gap),
             "epoch_s": plain(self.epoch_s),
             "left_s": plain(self.left_s),
-            "newest_step": {name: plain(value) for name, value in self.newest_step.items()}
-            if self.newest_step
-            else None,
+            "newest_step": self._newest_step_document(),
             "damaged_lines": self.reader.damaged_lines,
             "warnings": [finding.document() for finding in self.findings],
             "config_findings": [finding.document() for finding in self.config_findings],
             "notes": self.notes,
         }
+
+    def _newest_step_document(self) -> dict[str, float | int | None] | None:
+        if self.newest_step is None:
+            return None
+        values = {name: plain(value) for name, value in self.newest_step.items()}
+        return values | {name: int(self.newest_step[name]) for name in ("epoch", "step")}
 
 
 class Run:

@@ -66,9 +66,20 @@ def test_a_screen_with_steps_fits_the_window(tmp_path, width, epochs):
 def test_the_document_names_the_newest_step(tmp_path):
     newest = begun(tmp_path).document()["newest_step"]
     assert (newest["epoch"], newest["step"], newest["largest_grad_norm"]) == (1, 60, 13)
+    assert type(newest["epoch"]) is type(newest["step"]) is int
     assert newest["smoothed_loss"] == pytest.approx(np.mean([1 / n for n in (9, 10, 11, 12)]))
     run = write_run(tmp_path / "without", *healthy_losses(3))
     assert Run(run, Thresholds()).poll().document()["newest_step"] is None
+
+
+def test_steps_that_cannot_be_read_or_are_damaged_are_a_note(tmp_path):
+    run = write_run(tmp_path / "folder", *healthy_losses(3))
+    (run / "steps.jsonl").mkdir()
+    report = Run(run, Thresholds()).poll()
+    assert len(report.epochs) == 3 and ["steps.jsonl cannot be read" in note for note in report.notes] == [True]
+    run = write_run(tmp_path / "damaged", *healthy_losses(3))
+    (run / "steps.jsonl").write_text("{\n[]\n")
+    assert Run(run, Thresholds()).poll().notes == ["2 damaged lines of steps.jsonl left out"]
 
 
 def panels(report):
