@@ -57,10 +57,10 @@ class Notifier:
         for event in events:
             self._waiting.put((to_json({**event, **document}) + "\n").encode())
 
-    def close(self) -> None:
-        """Wait until everything has been told, but no longer than for one command."""
+    def close(self, patience_s: float | None = None) -> None:
+        """Wait until everything has been told, but no longer than for one command, or than ``patience_s``."""
         self._waiting.put(None)
-        self._thread.join(self._longest_s + 5)
+        self._thread.join(self._longest_s + 5 if patience_s is None else patience_s)
 
     def _work(self) -> None:
         while (content := self._waiting.get()) is not None:

@@ -22,6 +22,8 @@ from orion_unet.text import clean
 
 FIGURE_FILE = "training_progress.png"
 EXIT_OK, EXIT_WARNINGS = 0, 4
+# A person who leaves waits no longer for the command on news.
+LEAVING_S = 2.0
 # States that a scheduler may start the run again from.
 CONTINUED = ("interrupted", "crashed")
 REDRAW_PAUSE = 20
@@ -131,10 +133,9 @@ def watch(request: Request) -> int:
     With ``until_finished`` a run that was interrupted or has crashed is followed to its next attempt.
     """
     on_screen = on_a_screen(request.as_json)
-    with notifier(request.notify, on_screen) as notify:
-        follow = _Follower(request, notify)
-        with terminate_cleanly(), suppress(KeyboardInterrupt):
-            follow.on_screen() if on_screen else follow.in_lines()
+    follow = _Follower(request)
+    with suppress(KeyboardInterrupt), notifier(request.notify, on_screen) as follow.notify, terminate_cleanly():
+        follow.on_screen() if on_screen else follow.in_lines()
     if follow.report is None:
         return EXIT_OK
     if not request.as_json:
@@ -143,9 +144,9 @@ def watch(request: Request) -> int:
 
 
 class _Follower:
-    def __init__(self, request: Request, notify: Notifier | None) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.notify = notify
+        self.notify: Notifier | None = None
         self.news = News()
         self.run = Run(request.run_dir, request.thresholds, request.interval_s)
         self.outputs = Outputs(request)
@@ -232,8 +233,11 @@ def notifier(words: tuple[str, ...], on_screen: bool) -> Iterator[Notifier | Non
     found = Notifier(words, lambda text: None if on_screen else print(text, file=sys.stderr, flush=True))
     try:
         yield found
-    finally:
-        found.close()
+    except (KeyboardInterrupt, SystemExit):
+        # Who leaves does not wait for a slow command.
+        found.close(LEAVING_S)
+        raise
+    found.close()
 
 
 def compare(request: Request, others: list[Path]) -> int:

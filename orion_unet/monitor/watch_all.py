@@ -25,20 +25,19 @@ def report_all(folder: Path, request: Request) -> int:
 def watch_all(folder: Path, request: Request) -> int:
     """Follow every run until Ctrl-C, or until all of them are over if that was asked for; returns the exit code."""
     on_screen = on_a_screen(request.as_json)
-    with notifier(request.notify, on_screen) as notify:
-        follow = _Follower(folder, request, notify)
-        with terminate_cleanly(), suppress(KeyboardInterrupt):
-            follow.on_screen() if on_screen else follow.in_lines()
+    follow = _Follower(folder, request)
+    with suppress(KeyboardInterrupt), notifier(request.notify, on_screen) as follow.notify, terminate_cleanly():
+        follow.on_screen() if on_screen else follow.in_lines()
     if on_screen:
         _print(folder, follow.rows, request)
     return _exit_code(follow.rows, request)
 
 
 class _Follower:
-    def __init__(self, folder: Path, request: Request, notify: Notifier | None) -> None:
+    def __init__(self, folder: Path, request: Request) -> None:
         self.folder = folder
         self.request = request
-        self.notify = notify
+        self.notify: Notifier | None = None
         self.runs = AllRuns(folder, request.thresholds, request.interval_s)
         self.rows: list[Row] = []
         self.problem = ""

@@ -5,6 +5,7 @@ import json
 import os
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -242,6 +243,23 @@ def test_a_command_that_fails_is_reported_once_and_ends_nothing(tmp_path, watche
     out, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0 and b"epoch 20" in out
     assert err.count(b"--notify /no/such/command: cannot be run") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_who_leaves_does_not_wait_for_a_slow_command(tmp_path, watcher, number, code):
+    run, begun = write_run(tmp_path / "run", *former_losses(), state="training"), tmp_path / "begun"
+    state_of(run, "training")
+    slow = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(30)"
+    process = watcher("--runs", tmp_path, "--watch", "--notify", shlex.join([sys.executable, "-c", slow, str(begun)]))
+    (command,) = wait_for(begun, 1)
+    left = time.monotonic()
+    process.send_signal(number)
+    try:
+        assert process.wait(DEADLINE_S) == code
+        assert time.monotonic() - left < 15
+    finally:
+        os.kill(command, signal.SIGKILL)
 
 
 def finding(code, severity=WARNING):
