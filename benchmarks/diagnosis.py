@@ -15,7 +15,10 @@ the judgement of an experienced person; none is defined through a formula of the
 
 Each at loss scales 0.01, 0.1, 1, 10 and 6, 8, 10, 15, 20, 30, 60, 100, 200 epochs, noise Gaussian or heavy-tailed.
 
+Steps within the epochs are simulated by diagnosis_steps.py, whose head describes them.
+
     python benchmarks/diagnosis.py [--runs 1000] [--curves ../shared/data/curves] [--out FILE]
+    python benchmarks/diagnosis.py --calibrate     # steps only, on runs that no result comes from
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import diagnosis_steps
 
 from orion_unet.findings import WARNING
 from orion_unet.monitor.diagnostics import Thresholds, diagnose
@@ -145,7 +150,15 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, default=Path("../shared/data/curves"), help="labelled real curves")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, help="also write the report to this file")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="steps only, on the runs that limits may be chosen on; needs no --out"
+    )
     options = parser.parse_args()
+    if options.calibrate:
+        if options.out:
+            parser.error("--calibrate and --out: runs for calibration give no results; leave one of the two out")
+        diagnosis_steps.report(max(options.runs // 4, 1), True, print)
+        return
     start = time.perf_counter()
     lines: list[str] = []
 
@@ -231,6 +244,7 @@ def main() -> None:
     worst = max(rates, key=lambda at: rates[at])
     say(f"- worst single epoch: {worst}, where {100 * rates[worst]:.1f} % of runs had a warning")
     say(f"- all epochs together: {100 * np.mean(np.concatenate(list(each_epoch.values()))):.2f} %, {dict(way_codes)}")
+    diagnosis_steps.report(max(options.runs // 4, 1), False, say)
     say("\n## Labelled real curves\n")
     for path in sorted(options.curves.glob("*.json")):
         curve = json.loads(path.read_text())

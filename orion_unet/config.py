@@ -232,6 +232,14 @@ class OutputOptions:
     save_every_minutes: float = option(
         0.0, "also save the state within an epoch, so often; 0 = off", unit="minutes", minimum=0, fixed=False
     )
+    log_every_steps: int | None = option(
+        None,
+        "write a line of steps.jsonl every so many steps; auto = about 20 lines an epoch, 0 = none",
+        unit="steps",
+        minimum=0,
+        metavar="N|auto",
+        fixed=False,
+    )
     tensorboard: bool = option(False, "also write TensorBoard events (needs the tensorboard package)", fixed=False)
     overwrite: bool = option(False, "replace the run that output_dir holds", inherited=False, fixed=False)
 
@@ -581,6 +589,15 @@ class MonitorOptions:
 
     output_dir: Path = option(Path(OutputOptions.output_dir), "the run folder", metavar="RUN")
     watch: bool = option(False, "stay, and follow the run until it ends or Ctrl-C", section="mode")
+    until_finished: bool = option(
+        False,
+        "like --watch, but follow a run that was interrupted or has crashed to its next attempt; with --runs until "
+        "every run is over",
+        section="mode",
+    )
+    runs: Path | None = option(
+        None, "show every run below this folder, one line each, in place of one run", metavar="DIR", section="mode"
+    )
     interval: float = option(10.0, "time between polls", unit="seconds", minimum=0.1, maximum=86400, section="mode")
     compare: tuple[Path, ...] = option(
         (), "set further runs beside this one; default: none", metavar="RUN", section="mode"
@@ -591,6 +608,13 @@ class MonitorOptions:
     )
     figure: Path | None = option(
         None, "the figure; default: training_progress.png in the run folder", metavar="FILE", section="output"
+    )
+    notify: str | None = option(
+        None,
+        "with --watch: run this command, split into words like in a shell but run without one, when a warning appears "
+        "or a run ends; it gets the JSON on standard input",
+        metavar="COMMAND",
+        section="output",
     )
     show: bool = option(False, "open the figure in a window, where there is a display", section="output")
     fail_on: str | None = option(

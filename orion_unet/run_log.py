@@ -2,7 +2,7 @@
 
 Layout of a run folder::
 
-    config.json  split.json  normalization.json  metrics.jsonl  status.json  train.log
+    config.json  split.json  normalization.json  metrics.jsonl  steps.jsonl  status.json  train.log
     checkpoints/  sanity/  training_progress.png  monitor.json
 """
 
@@ -28,6 +28,7 @@ CONFIG_FILE = "config.json"
 SPLIT_FILE = "split.json"
 NORMALIZATION_FILE = "normalization.json"
 METRICS_FILE = "metrics.jsonl"
+STEPS_FILE = "steps.jsonl"
 STATUS_FILE = "status.json"
 LOG_FILE = "train.log"
 CHECKPOINT_DIR = "checkpoints"
@@ -101,9 +102,9 @@ def write_json(path: Path, document: Mapping[str, Any], durable: bool = True) ->
     write_atomic(path, (text + "\n").encode("utf-8", "backslashreplace"), durable)
 
 
-def append_line(path: Path, document: Mapping[str, Any]) -> None:
-    """Add a line of strict JSON in one call, flushed and fsynced; a partial line that a killed writer left is ended
-    first. Raises OSError."""
+def append_line(path: Path, document: Mapping[str, Any], durable: bool = True) -> None:
+    """Add a line of strict JSON in one call, flushed and, if ``durable``, fsynced; a partial line that a killed writer
+    left is ended first. Raises OSError."""
     line = json.dumps(strict(document), ensure_ascii=False, allow_nan=False) + "\n"
     with open(path, "ab+") as file:
         if file.tell() > 0:
@@ -112,7 +113,8 @@ def append_line(path: Path, document: Mapping[str, Any]) -> None:
                 line = "\n" + line
         file.write(line.encode("utf-8", "backslashreplace"))
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 class MetricsWriter:
@@ -124,6 +126,21 @@ class MetricsWriter:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record."""
         append_line(self.path, {"schema": SCHEMA, **record})
+
+
+class StepsWriter:
+    """Appends lines of strict JSON to steps.jsonl.
+
+    A line is not fsynced, because it may follow the last one within a second. Closing the file hands it to a file
+    server, so that a monitor on another machine sees it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / STEPS_FILE
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record. Raises OSError."""
+        append_line(self.path, {"schema": SCHEMA, **record}, durable=False)
 
 
 class Heartbeat:

@@ -33,6 +33,30 @@ def epoch_record(epoch, train, val, lr=1e-4, attempt=1, markers=MARKERS):
     }
 
 
+def step_record(epoch, step, loss, attempt=1, **more):
+    """One line of steps.jsonl."""
+    return {
+        "schema": 1,
+        "epoch": epoch,
+        "step": step,
+        "attempt": attempt,
+        "time": "2026-01-31T10:00:00Z",
+        "loss": loss,
+        "lr": 1e-4,
+        "grad_norm": 0.9,
+        "samples_per_s": 210.0,
+        "data_wait_fraction": 0.02,
+        "skipped_steps": 0,
+        "non_finite_steps": 0,
+        **more,
+    }
+
+
+def write_steps(folder, records):
+    """Write steps.jsonl."""
+    (folder / "steps.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 def healthy_losses(epochs):
     """Training and validation losses of a calm run."""
     return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from orion_unet.cli.arguments import Parser, add_options
 from orion_unet.config import MonitorOptions
 from orion_unet.errors import InputError
@@ -29,9 +31,8 @@ def main(argv: list[str]) -> int:
     from orion_unet.monitor.diagnostics import Thresholds
 
     options, thresholds = checked(MonitorOptions, given), checked(Thresholds, given)
-    if options.watch and (options.compare or options.show):
-        other = "--compare" if options.compare else "--show"
-        raise InputError(f"--watch and {other} do not go together: choose one")
+    stays = options.watch or options.until_finished
+    _check_together(options, "--watch" if options.watch else "--until_finished", stays)
     for name in ("html", "figure"):
         path = getattr(options, name)
         if path and not path.absolute().parent.is_dir():
@@ -45,7 +46,35 @@ def main(argv: list[str]) -> int:
         show=options.show,
         fail_on=options.fail_on,
         thresholds=thresholds,
+        until_finished=options.until_finished,
+        notify=_words(options.notify),
     )
+    if options.runs is not None:
+        from orion_unet.monitor.watch_all import report_all, watch_all
+
+        return (watch_all if stays else report_all)(options.runs, request)
     if options.compare:
         return command.compare(request, list(options.compare))
-    return command.watch(request) if options.watch else command.report_once(request)
+    return command.watch(request) if stays else command.report_once(request)
+
+
+def _check_together(options: MonitorOptions, staying: str, stays: bool) -> None:
+    """Raises InputError for options that exclude, or need, one another."""
+    excluded = [(stays, staying, name) for name in ("compare", "show")]
+    excluded += [(options.runs is not None, "--runs", name) for name in ("compare", "show", "html", "figure")]
+    for given, one, other in excluded:
+        if given and getattr(options, other):
+            raise InputError(f"{one} and --{other} do not go together: choose one")
+    if options.notify is not None and not stays:
+        raise InputError("--notify needs --watch or --until_finished: a single report is over before anything is new")
+
+
+def _words(notify: str | None) -> tuple[str, ...]:
+    """The words of the command to run; raises InputError if there is none."""
+    try:
+        words = tuple(shlex.split(notify or ""))
+    except ValueError as error:
+        raise InputError(f"--notify {notify}: cannot be split into words ({error}); check its quotes") from None
+    if notify is not None and not words:
+        raise InputError("--notify: is empty; give a command")
+    return words

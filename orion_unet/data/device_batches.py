@@ -25,6 +25,11 @@ class DeviceGaps:
         self._open: deque[tuple[Any, Any]] = deque()
         self._milliseconds = 0.0
 
+    @property
+    def known_s(self) -> float:
+        """The gaps that are known by now."""
+        return self._milliseconds / 1e3
+
     def add(self, ended: Any, ready: Any) -> None:
         """A step's end, and the moment when the next batch is ready; there is no gap where that comes first."""
         self._open.append((ended, ready))
@@ -37,7 +42,7 @@ class DeviceGaps:
             for event in self._open[0]:
                 event.synchronize()
             self._close()
-        return self._milliseconds / 1e3
+        return self.known_s
 
     def _close(self) -> None:
         ended, ready = self._open.popleft()
@@ -51,6 +56,7 @@ class DeviceBatches:
     steps are waiting for the device when the next batch is prepared. ``wait_s`` is the time of the last pass in which
     the device could do nothing but wait for a batch: on a CPU the time spent waiting for the loader; on a GPU, whose
     host runs ahead of it, the time by its own clock from the end of a step to the moment when the next batch is ready.
+    During a pass it is the time so far; on a GPU the last steps may still be missing.
     """
 
     def __init__(self, loader: BatchLoader, transform: BatchTransform, augment: bool) -> None:
@@ -84,6 +90,7 @@ class DeviceBatches:
             batch = self._prepare(raw, stream)
             prepared.append(self._moment(stream))
             gaps.add(ended, prepared[-1])
+            self.wait_s = gaps.known_s
             yield batch
             ended = self._moment()
             launched.append(ended)

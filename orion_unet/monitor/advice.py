@@ -137,6 +137,63 @@ def overfitting(options: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def rising(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A lower rate, a warm-up, clipped gradients."""
+    found = _lower(options, ("5e-5", "2e-5"), 1 / 8)
+    if _value(options, "warmup_epochs", 0.0) < 1:
+        found.append("--warmup_epochs 1")
+    if not 0 < _value(options, "grad_clip", 1.0) <= 1:
+        found.append("--grad_clip 1")
+    return tuple(found)
+
+
+def not_finite(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Look at the cores that the log names; full precision, and what helps against divergence."""
+    found = ["train.log names the terms and the cores of these steps: check the cores (check-data)"]
+    if options.get("use_amp") is True:
+        found.append("--no_use_amp")
+    return (*found, *diverged(options))
+
+
+def overflowing(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """A type with a wider range, or none."""
+    return ("--amp_dtype auto", "--no_use_amp") if options.get("amp_dtype") == "float16" else ("--no_use_amp",)
+
+
+def starving(config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[str, ...]:
+    """More loader processes where there are cores for them; packed pairs; a faster disk.
+
+    ``config`` is the document of config.json, which says what the run has.
+    """
+    processes, cores = option_number(config, "loader_processes"), option_number(config, "usable_cores")
+    ranks = option_number(config, "world_size") or 1
+    found = []
+    if processes is not None and cores is not None:
+        room = int(max(cores // max(ranks, 1) - 1, 0))
+        if processes < room:
+            found.append(f"--num_workers {int(min(room, max(2 * processes, processes + 1)))}")
+    layouts = config.get("target_layouts")
+    if isinstance(layouts, list) and "chw" in layouts:
+        found.append("pack the pairs once, so that a patch is read in fewer pieces: python -m orion_unet pack")
+    if options.get("noise_removal") is True:
+        found.append("--no_noise_removal")
+    return (*found, "keep the pairs on a disk of this machine")
+
+
+def memory(config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Half of the batch, accumulated to the same gradient; mixed precision on a GPU."""
+    found = []
+    batch, steps = _value(options, "batch_size", 12), _value(options, "accumulate_steps", 1)
+    if batch >= 2:
+        found.append(f"--batch_size {batch // 2:.0f} --accumulate_steps {2 * steps:.0f}")
+    if options.get("use_amp") is False and "CPU" not in str(config.get("device", "CPU")):
+        found.append("--use_amp")
+    validated = _value(options, "val_batch_size", 8)
+    if validated > batch:
+        found.append(f"--val_batch_size {max(1, batch // 2):.0f}")
+    return tuple(found)
+
+
 def option_number(values: Mapping[str, Any], name: str) -> float | None:
     """A value as a finite number; None where it is absent, not a number, or absurdly large."""
     value = values.get(name)

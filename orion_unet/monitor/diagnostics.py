@@ -50,6 +50,14 @@ class Thresholds:
     divergence_factor: float = _threshold(
         3.0, "diverged: validation loss as a multiple of its best, in two epochs running"
     )
+    max_rise: float = _threshold(
+        0.10, "rising_steps: rise of the loss of the steps over their last third, as a fraction"
+    )
+    max_gradient_growth: float = _threshold(10.0, "growing_gradients: gradient norm as a multiple of the earlier one")
+    max_non_finite: float = _threshold(0.01, "non_finite_steps: fraction of the recent steps")
+    max_skipped: float = _threshold(0.05, "skipped_steps: fraction of the recent steps that overflowed in float16")
+    max_data_wait: float = _threshold(0.20, "starving: fraction of the training time spent waiting for data")
+    max_memory: float = _threshold(0.95, "memory: fraction of the device's memory")
     stalled_after: float = _threshold(
         30.0, "stalled: age of the heartbeat, or time without progress if steps are short [s]"
     )

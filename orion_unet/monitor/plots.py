@@ -47,13 +47,22 @@ def run_figure(report: Report) -> Any:
         codes = ", ".join(finding.code for finding in report.warnings)
         figure.text(0.02, 0.93, f"warnings: {codes}", fontsize=11, color=VERMILION)
     if not len(report.epochs):
-        figure.text(0.5, 0.5, "no epoch has finished yet", ha="center", fontsize=16, color=GREY)
+        if len(report.curves):
+            _draw_steps(figure, report)
+        else:
+            figure.text(0.5, 0.5, "no epoch has finished yet", ha="center", fontsize=16, color=GREY)
         return figure
     _draw_loss(figure.add_subplot(grid[0, :2]), report)
     _draw_noise(figure.add_subplot(grid[1, 0]), report)
     _draw_gap(figure.add_subplot(grid[1, 1]), report)
-    _draw_rate(figure.add_subplot(grid[2, 0]), report)
-    _draw_terms(figure.add_subplot(grid[2, 1]), report)
+    if len(report.curves):
+        bottom = grid[2, :2].subgridspec(1, 3, wspace=0.36, width_ratios=(0.9, 0.9, 2.0))
+        _draw_rate(figure.add_subplot(bottom[0]), report)
+        _draw_gradient(figure.add_subplot(bottom[1]), report)
+        _draw_terms(figure.add_subplot(bottom[2]), report)
+    else:
+        _draw_rate(figure.add_subplot(grid[2, 0]), report)
+        _draw_terms(figure.add_subplot(grid[2, 1]), report)
     _draw_markers(figure, figure.add_subplot(grid[:, 2]), report)
     return figure
 
@@ -114,6 +123,7 @@ def _progress(report: Report) -> str:
 
 def _draw_loss(axes: Any, report: Report) -> None:
     epochs, reader = report.epochs, report.reader
+    _step_loss(axes, report)
     train, val = finite_or_nan(report.train), finite_or_nan(report.val)
     _curve(axes, epochs, train, "training", color=BLUE, linestyle="--")
     _curve(axes, epochs, val, "validation", color=VERMILION)
@@ -126,9 +136,63 @@ def _draw_loss(axes: Any, report: Report) -> None:
         axes.plot(broken, np.full(len(broken), low), "x", color=BLACK, label="not finite", linestyle="")
     attempt, rate = reader.column("attempt"), reader.column("lr")
     _marks(axes, epochs[1:][np.diff(attempt) > 0], "restart", color=GREY, linestyle="-.")
-    drop = np.flatnonzero(rate[1:] < 0.7 * rate[:-1]) + 1
-    _marks(axes, epochs[drop], "learning rate lowered", color=GREEN, linestyle=":")
+    # Other schedules lower the rate in every epoch, or never.
+    if report.options.get("scheduler", "plateau") == "plateau":
+        drop = np.flatnonzero(rate[1:] < 0.7 * rate[:-1]) + 1
+        _marks(axes, epochs[drop], "learning rate lowered", color=GREEN, linestyle=":")
     _finish(axes, report, "Training and validation loss", "loss", np.concatenate([train, val]))
+    if len(report.curves):
+        # The steps begin before the first epoch has ended, and go on after the last one.
+        left, right = axes.get_xlim()
+        steps = report.curves.at
+        axes.set_xlim(min(left, float(np.floor(steps[0]))), max(right, float(steps[-1])))
+
+
+def _draw_steps(figure: Any, report: Report) -> None:
+    """A run in its first epoch: loss, rate and gradient of its steps."""
+    grid = figure.add_gridspec(2, 2, left=0.065, right=0.98, top=0.868, bottom=0.075, wspace=0.18, hspace=0.34)
+    axes = figure.add_subplot(grid[0, :])
+    _step_loss(axes, report, alone=True)
+    _finish_steps(axes, report, "Training loss of the steps", "loss", report.curves.loss)
+    _draw_rate(figure.add_subplot(grid[1, 0]), report)
+    _draw_gradient(figure.add_subplot(grid[1, 1]), report)
+
+
+def _step_loss(axes: Any, report: Report, alone: bool = False) -> None:
+    """The loss of the steps; under the curves of the epochs only smoothed, and without what is higher than they are."""
+    curves = report.curves
+    if not len(curves):
+        return
+    loss, smooth = finite_or_nan(curves.loss), curves.smooth
+    if alone:
+        _curve(axes, curves.at, loss, "mean since the line before", color=SKY, linewidth=1.0)
+        _curve(axes, curves.at, smooth, "smoothed", color=BLUE, marker="")
+        broken = curves.at[np.isinf(curves.loss)]
+        if len(broken):
+            low, _ = axes.get_ylim()
+            axes.plot(broken, np.full(len(broken), low), "x", color=BLACK, label="not finite", linestyle="")
+        return
+    # The first steps of a run are far above its first epoch, and would flatten all that follows.
+    highest = np.concatenate([report.train, report.val])
+    highest = highest[np.isfinite(highest)]
+    if len(highest):
+        smooth = np.where(smooth <= 1.05 * highest.max(), smooth, np.nan)
+    _curve(axes, curves.at, smooth, "training, steps", color=SKY, linewidth=1.0, marker="")
+
+
+def _draw_gradient(axes: Any, report: Report) -> None:
+    curves = report.curves
+    _curve(axes, curves.at, curves.grad, "", color=PURPLE, linewidth=1.2)
+    clip = report.options.get("grad_clip")
+    measured = curves.grad[np.isfinite(curves.grad)]
+    clipped = isinstance(clip, int | float) and not isinstance(clip, bool) and 0 < clip < LARGEST and len(measured) > 0
+    if clipped and measured.min() / 3 < clip < 3 * measured.max():
+        axes.axhline(clip, color=BLACK, linewidth=1.2, linestyle=":", label=f"clipped above {clip:.3g}")
+    if not len(measured):
+        _remark(axes, "not in the log")
+    legend = bool(axes.get_legend_handles_labels()[0])
+    _finish_steps(axes, report, "Largest gradient norm", "norm", curves.grad, legend=legend)
+    axes.set_xlabel("epoch")
 
 
 def _draw_noise(axes: Any, report: Report) -> None:
@@ -161,10 +225,12 @@ def _draw_gap(axes: Any, report: Report) -> None:
 
 
 def _draw_rate(axes: Any, report: Report) -> None:
-    rate = report.reader.column("lr")
+    curves = report.curves
+    rate, at = (curves.rate, curves.at) if len(curves) else (report.reader.column("lr"), report.epochs)
     positive = np.where(rate > 0, rate, np.nan)
-    _curve(axes, report.epochs, positive, "", color=GREEN, drawstyle="steps-post")
-    _finish(axes, report, "Learning rate", "learning rate", positive, log=True, legend=False)
+    _curve(axes, at, positive, "", color=GREEN, drawstyle="steps-post", **({"marker": ""} if len(curves) else {}))
+    finish = _finish_steps if len(curves) else _finish
+    finish(axes, report, "Learning rate", "learning rate", positive, log=True, legend=False)
     axes.set_xlabel("epoch")
 
 
@@ -304,6 +370,19 @@ def _finish(
             handletextpad=0.4 if crowded else 0.8,
             columnspacing=0.8 if crowded else 1.2,
         )
+
+
+def _finish_steps(axes: Any, report: Report, title: str, label: str, values: np.ndarray, **more: Any) -> None:
+    """Like ``_finish``, with the place in epochs as horizontal axis."""
+    _finish(axes, report, title, label, values, **more)
+    at = report.curves.at
+    begin, end = float(np.floor(at[0])) if len(at) > 1 else 0.0, float(at[-1])
+    if end - begin < 2:
+        from matplotlib.ticker import AutoLocator
+
+        axes.xaxis.set_major_locator(AutoLocator())
+    axes.set_xlim(begin, end + 0.02 * (end - begin))
+    axes.set_xlabel("epoch")
 
 
 def _plain_log_ticks(axes: Any, values: np.ndarray) -> None:

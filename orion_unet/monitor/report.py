@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,13 @@ from orion_unet.monitor.diagnostics import Thresholds, diagnose
 from orion_unet.monitor.liveness import Life, Liveness
 from orion_unet.monitor.noise import validation_noise
 from orion_unet.monitor.run_reader import MetricsReader
-from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, read_document
+from orion_unet.monitor.step_curves import StepCurves, newest_curves, step_curves
+from orion_unet.monitor.step_rules import diagnose_resources, diagnose_steps
+from orion_unet.monitor.steps_reader import EPOCH, GRAD, LOSS, LR, SPEED, STEP, WAIT, StepsReader
+from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, STEPS_FILE, read_document, strict
 
+# With one of these, a run is not advised to learn faster.
+UNCALM = {"unstable_validation", "diverged", "rising_steps", "growing_gradients", "non_finite_steps"}
 ENDED = ("finished", "early_stopped", "interrupted", "diverged", "failed", "crashed")
 
 
@@ -29,6 +36,7 @@ class Report:
     run: str
     life: Life
     reader: MetricsReader
+    steps: StepsReader
     status: Mapping[str, Any]
     config: Mapping[str, Any]
     thresholds: Thresholds
@@ -54,6 +62,50 @@ class Report:
             if value is not None and 0 < value < 1e9:
                 return int(value)
         return None
+
+    @property
+    def current_epoch(self) -> int:
+        """The epoch that the run is in, or its last one."""
+        now = int(self.epochs[-1]) if len(self.epochs) else 0
+        if self.life.state in ("training", "validating", "stalled", "crashed"):
+            begun = option_number(self.status, "epoch")
+            now = max(now, int(begun) if begun is not None and 0 < begun < 1e9 else 0)
+        return now
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Number of steps of an epoch, None where status.json does not give it."""
+        value = option_number(self.status, "steps_per_epoch")
+        return int(value) if value is not None and 1 <= value < 1e12 else None
+
+    @cached_property
+    def curves(self) -> StepCurves:
+        """The curves of the steps of the whole run."""
+        return step_curves(self.steps.history(), self.steps_per_epoch)
+
+    @cached_property
+    def newest_curves(self) -> StepCurves:
+        """The curves of the steps of this epoch and the one before it."""
+        return newest_curves(self.steps, self.steps_per_epoch)
+
+    @cached_property
+    def newest_step(self) -> dict[str, float] | None:
+        """The newest line of steps.jsonl: epoch, step, loss, smoothed loss, rate, largest gradient norm of this epoch,
+        patches per second, share of the time spent waiting for data; None without steps."""
+        rows = self.steps.recent()
+        if not len(rows):
+            return None
+        row, grads = rows[-1], rows[rows[:, EPOCH] == rows[-1, EPOCH], GRAD]
+        return {
+            "epoch": row[EPOCH],
+            "step": row[STEP],
+            "loss": row[LOSS],
+            "smoothed_loss": float(self.newest_curves.smooth[-1]),
+            "lr": row[LR],
+            "largest_grad_norm": float(np.fmax.reduce(grads)),
+            "samples_per_s": row[SPEED],
+            "data_wait_fraction": row[WAIT],
+        }
 
     @property
     def best(self) -> int | None:
@@ -100,24 +152,31 @@ class Report:
             "run": self.run,
             "state": self.life.state,
             "reason": self.life.reason,
-            "heartbeat_age_s": _plain(self.life.age_s),
+            "heartbeat_age_s": plain(self.life.age_s),
             "message": str(self.status.get("message") or "")[:1000],
             "epochs": len(self.epochs),
             "epochs_planned": self.planned,
             "best_epoch": int(self.epochs[best]) if best is not None else None,
             "best_val_loss": float(self.val[best]) if best is not None else None,
-            "best_pearson": _plain(self.reader.column("pearson")[best]) if best is not None else None,
-            "train_loss": _plain(self.train[-1]) if len(self.train) else None,
-            "val_loss": _plain(self.val[-1]) if len(self.val) else None,
-            "noise": _plain(self.noise),
-            "gap": _plain(self.gap),
-            "epoch_s": _plain(self.epoch_s),
-            "left_s": _plain(self.left_s),
+            "best_pearson": plain(self.reader.column("pearson")[best]) if best is not None else None,
+            "train_loss": plain(self.train[-1]) if len(self.train) else None,
+            "val_loss": plain(self.val[-1]) if len(self.val) else None,
+            "noise": plain(self.noise),
+            "gap": plain(self.gap),
+            "epoch_s": plain(self.epoch_s),
+            "left_s": plain(self.left_s),
+            "newest_step": self._newest_step_document(),
             "damaged_lines": self.reader.damaged_lines,
             "warnings": [finding.document() for finding in self.findings],
             "config_findings": [finding.document() for finding in self.config_findings],
             "notes": self.notes,
         }
+
+    def _newest_step_document(self) -> dict[str, float | int | None] | None:
+        if self.newest_step is None:
+            return None
+        values = {name: plain(value) for name, value in self.newest_step.items()}
+        return values | {name: int(self.newest_step[name]) for name in ("epoch", "step")}
 
 
 class Run:
@@ -127,6 +186,7 @@ class Run:
         self.run_dir = run_dir
         self.thresholds = thresholds
         self.reader = MetricsReader(run_dir)
+        self.steps = StepsReader(run_dir)
         self._liveness = Liveness(run_dir, thresholds.stalled_after, interval_s)
 
     def poll(self) -> Report:
@@ -141,6 +201,10 @@ class Run:
             self.reader.poll()
         except OSError as error:
             raise _unreadable(self.reader.path, error) from None
+        try:
+            self.steps.poll()
+        except OSError as error:
+            notes.append(f"{self.steps.path} cannot be read ({error.strerror or error})")
         self._check(status, config)
         reader = self.reader
         life = self._liveness.judge(status, beat, recent_epoch_s(reader))
@@ -151,16 +215,22 @@ class Run:
         findings = [life.finding] if life.finding else []
         r2, rate = reader.column("r2"), reader.column("lr")
         findings += diagnose(epochs, train, val, self.thresholds, options, r2, rate)
-        calm = not {"unstable_validation", "diverged"} & {finding.code for finding in findings}
-        if reader.damaged_lines:
-            lines = f"{reader.damaged_lines} damaged line{'s' if reader.damaged_lines > 1 else ''}"
-            notes.append(f"{lines} of {METRICS_FILE} left out")
+        recent = self.steps.recent()
+        findings += diagnose_steps(self.steps.history(), recent, self.thresholds, options)
+        waits, memory = reader.column("data_wait_fraction"), reader.column("max_memory_bytes")
+        findings += diagnose_resources(waits, memory, recent, self.thresholds, config or {}, options)
+        calm = not UNCALM & {finding.code for finding in findings}
+        for log, name in ((reader, METRICS_FILE), (self.steps, STEPS_FILE)):
+            if log.damaged_lines:
+                lines = f"{log.damaged_lines} damaged line{'s' if log.damaged_lines > 1 else ''}"
+                notes.append(f"{lines} of {name} left out")
         if reader.channels.left_out:
             notes.append(f"{reader.channels.left_out} markers beyond the first {len(reader.channels.names)} left out")
         return Report(
             run=str(self.run_dir),
             life=life,
             reader=reader,
+            steps=self.steps,
             status=status or {},
             config=config or {},
             thresholds=self.thresholds,
@@ -218,5 +288,11 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path} cannot be read ({error.strerror or error})")
 
 
-def _plain(value: Any) -> float | None:
+def to_json(document: Mapping[str, Any], indent: int | None = None) -> str:
+    """Strict JSON in printable ASCII: whatever could move a cursor, or a terminal cannot encode, is escaped."""
+    return json.dumps(strict(document), indent=indent, allow_nan=False)
+
+
+def plain(value: Any) -> float | None:
+    """A finite number, or None."""
     return float(value) if value is not None and math.isfinite(value) else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orion_unet.run_log import METRICS_FILE, SCHEMA, open_regular, parse_object
+from orion_unet.monitor.growing_log import GrowingLog
+from orion_unet.run_log import METRICS_FILE, SCHEMA, parse_object
 
 TERMS = ("mse", "l1", "boundary", "focal", "variance", "correlation")
 METRICS = ("pearson", "mae", "psnr_db", "ssim")
@@ -29,7 +29,6 @@ COLUMNS = (
     "max_memory_bytes",
     "skipped_steps",
 )
-MAX_LINE_BYTES = 4 << 20
 MAX_EPOCH = 10_000_000
 MAX_CHANNELS = 20_000
 MAX_NAME_CHARS = 200
@@ -37,7 +36,6 @@ MAX_CHANNEL_ROWS = 512
 LARGEST = 1e30
 """Larger numbers count as not finite, and numbers below its inverse as 0: they are no losses, and would overflow."""
 
-_CHUNK_BYTES = 1 << 20
 _CHANNELS_KEY = b'"per_channel":'
 
 
@@ -111,29 +109,20 @@ class ChannelHistory:
         return row
 
 
-class MetricsReader:
+class MetricsReader(GrowingLog):
     """The epochs of a growing metrics.jsonl.
 
-    ``poll`` reads only what was appended since the last call. An incomplete last line waits for its rest; damaged
-    and overlong lines, and lines of another schema, are skipped and counted; a file that was replaced, shortened or
-    rewritten is read again from its start. Of two lines of one epoch the later attempt counts, and lines of an earlier
-    attempt beyond the newest attempt's last epoch do not count.
+    Damaged lines and lines of another schema are skipped and counted. Of two lines of one epoch the later attempt
+    counts, and lines of an earlier attempt beyond the newest attempt's last epoch do not count.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / METRICS_FILE
-        self._reset()
+        super().__init__(run_dir / METRICS_FILE)
 
     def _reset(self) -> None:
-        self.damaged_lines = 0
+        super()._reset()
         self.foreign_schema: Any = None
         self.channels = ChannelHistory()
-        self._identity: tuple[int, int] | None = None
-        self._offset = 0
-        self._head = b""
-        self._tail = b""
-        self._pending = bytearray()
-        self._skipping = False
         self._data = np.empty((256, len(COLUMNS)))
         self._count = 0
         self._row_of: dict[int, int] = {}
@@ -144,32 +133,6 @@ class MetricsReader:
     def __len__(self) -> int:
         return self._count
 
-    def poll(self) -> None:
-        """Read what is new. Raises OSError where the file cannot be read; a missing file is an empty log."""
-        try:
-            file = open_regular(self.path)
-        except FileNotFoundError:
-            self._reset()
-            return
-        with file:
-            status = os.fstat(file.fileno())
-            identity = (status.st_dev, status.st_ino)
-            if self._identity is not None and (identity != self._identity or not self._continues(file, status.st_size)):
-                self._reset()
-            self._identity = identity
-            file.seek(self._offset)
-            while chunk := file.read(_CHUNK_BYTES):
-                self._offset += len(chunk)
-                self._head = (self._head + chunk[:64])[:64]
-                self._tail = (self._tail + chunk[-64:])[-64:]
-                self._split(chunk)
-        # Not every writer ends its last line: what parses as an object is complete.
-        if self._pending.endswith(b"}"):
-            record, channels = _parse(bytes(self._pending))
-            if record is not None:
-                self._put(record, channels)
-                self._pending.clear()
-
     def column(self, name: str) -> np.ndarray:
         """One of ``COLUMNS``, float64 (E,) in order of epoch: nan where not measured, inf for a loss not finite."""
         values = self._data[: self._count, COLUMNS.index(name)]
@@ -177,39 +140,14 @@ class MetricsReader:
             values = values[np.argsort(self._data[: self._count, 0], kind="stable")]
         return values.copy()
 
-    def _continues(self, file: Any, size: int) -> bool:
-        """Whether the part that was read before still begins and ends as it did."""
-        if size < self._offset:
-            return False
-        file.seek(0)
-        if file.read(len(self._head)) != self._head:
-            return False
-        file.seek(self._offset - len(self._tail))
-        return bool(file.read(len(self._tail)) == self._tail)
-
-    def _split(self, chunk: bytes) -> None:
-        start = 0
-        while (end := chunk.find(b"\n", start)) >= 0:
-            if self._skipping:
-                self._skipping = False
-            elif self._pending or end - start > MAX_LINE_BYTES:
-                self._pending += chunk[start:end]
-                self._line(bytes(self._pending))
-            else:
-                self._line(chunk[start:end])
-            self._pending.clear()
-            start = end + 1
-        if not self._skipping:
-            self._pending += chunk[start:]
-            if len(self._pending) > MAX_LINE_BYTES:
-                self._pending.clear()
-                self._skipping = True
-                self.damaged_lines += 1
-
     def _line(self, line: bytes) -> None:
-        line = line.strip()
-        if line:
-            self._put(*(_parse(line) if len(line) <= MAX_LINE_BYTES else (None, None)))
+        self._put(*_parse(line))
+
+    def _unended_line(self, line: bytes) -> bool:
+        record, channels = _parse(line)
+        if record is not None:
+            self._put(record, channels)
+        return record is not None
 
     def _put(self, record: dict[str, Any] | None, channels: bytes | dict[str, Any] | None) -> None:
         row = _row(record) if record is not None else None

@@ -10,12 +10,13 @@ from typing import Any, TextIO
 
 import numpy as np
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from orion_unet.findings import Finding, options_and_sentences
+from orion_unet.monitor.all_runs import HEADINGS, Row
 from orion_unet.monitor.report import Report, finite_or_nan
 from orion_unet.text import clean, duration, short_number
 
@@ -122,6 +123,9 @@ def one_line(report: Report) -> str:
     parts = [report.life.state, _progress(report)]
     if len(report.epochs):
         parts += [f"train {short_number(report.train[-1])}", f"val {short_number(report.val[-1])}", _best(report)]
+    elif report.newest_step is not None:
+        loss = short_number(report.newest_step["smoothed_loss"])
+        parts.append(f"step {report.newest_step['step']:.0f}, step loss {loss}")
     parts += [f"{finding.severity}: {finding.code}" for finding in report.findings]
     return ", ".join(part for part in parts if part)
 
@@ -134,6 +138,34 @@ def comparison_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     for row in rows:
         table.add_row(*[Text(clean(cell, 300)) for cell in row])
     return table
+
+
+def runs_view(rows: Sequence[Row], width: int, height: int | None = None, footer: str = "") -> RenderableType:
+    """Every run in one line of ``width`` characters, and in ``height`` lines together if given: the last runs are left
+    out first, which are those that have ended."""
+    room = len(rows) if height is None else height - 1 - bool(footer)
+    if len(rows) > room:
+        room = max(room - 1, 1)
+    cells = [row.cells() for row in rows[:room]]
+    widths = [max(cell_len(cell) for cell in column) for column in zip(HEADINGS, *cells, strict=True)]
+    # Names and warnings share what the other columns leave, and a short one leaves the other more.
+    name, warnings = HEADINGS.index("run"), HEADINGS.index("warnings")
+    left = width - 2 * (len(HEADINGS) - 1) - sum(widths) + widths[name] + widths[warnings]
+    widths[name] = max(min(widths[name], max(left - widths[warnings], left // 2)), 4)
+    widths[warnings] = max(min(widths[warnings], left - widths[name]), 4)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading, size in zip(HEADINGS, widths, strict=True):
+        justify: JustifyMethod = "right" if heading in ("epoch", "best", "age") else "left"
+        table.add_column(heading, justify=justify, no_wrap=True, overflow="ellipsis", width=size)
+    for row, words in zip(rows, cells, strict=False):
+        texts = [Text(word) for word in words]
+        texts[1].stylize(STATE_STYLES.get(row.state, "red"))
+        if row.report is None or row.report.warnings:
+            texts[warnings].stylize("bold red")
+        table.add_row(*texts)
+    foot = [f"... {len(rows) - room} more runs"] if len(rows) > room else []
+    foot += [footer] if footer else []
+    return Group(table, *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in foot))
 
 
 def _blocks(console: Console) -> str:
@@ -163,7 +195,7 @@ def _header(report: Report, width: int, blocks: str) -> list[RenderableType]:
     lines.append(Text(" | ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis"))
     if len(report.epochs):
         lines += _sparklines(report, width, blocks)
-    return lines
+    return lines + _steps(report, width, blocks)
 
 
 def _sparklines(report: Report, width: int, blocks: str) -> list[RenderableType]:
@@ -181,11 +213,39 @@ def _sparklines(report: Report, width: int, blocks: str) -> list[RenderableType]
     return lines
 
 
+def _steps(report: Report, width: int, blocks: str) -> list[RenderableType]:
+    """The steps of this epoch and the one before it; until an epoch has finished, rate and gradient as well."""
+    newest, curves = report.newest_step, report.newest_curves
+    if newest is None:
+        return []
+    # Broken losses are drawn where they happened: the smoothed curve goes on over them.
+    loss = np.where(np.isinf(curves.loss), np.inf, curves.smooth)
+    shown = [("steps", loss, "blue")]
+    if not len(report.epochs):
+        shown += [("rate", curves.rate, "green"), ("grad", curves.grad, "magenta")]
+    lines: list[RenderableType] = []
+    for name, values, style in shown:
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+        ends = f"{short_number(values[0], 3)} -> {short_number(values[-1], 3)}"
+        line = Text(f"{name:<6}", no_wrap=True, overflow="ellipsis")
+        line.append(sparkline(values, max(width - 8 - len(ends), 10), low, high, blocks), style)
+        line.append(f" {ends}")
+        lines.append(line)
+    wait = newest["data_wait_fraction"]
+    parts = (
+        f"step {newest['step']:.0f}",
+        f"lr {short_number(newest['lr'], 2)}",
+        f"max gradient {short_number(newest['largest_grad_norm'], 3)}",
+        f"{short_number(newest['samples_per_s'], 3)} patch/s",
+        f"data wait {wait:.0%}" if wait <= 1 else "",
+    )
+    lines.append(Text("      " + " | ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis"))
+    return lines
+
+
 def _progress(report: Report) -> str:
-    now = int(report.epochs[-1]) if len(report.epochs) else 0
-    if report.life.state in ("training", "validating", "stalled", "crashed"):
-        now = max(now, min(_whole(report.status.get("epoch")) or 0, 10**9))
-    return f"epoch {now}" + (f" of {report.planned}" if report.planned else "")
+    return f"epoch {report.current_epoch}" + (f" of {report.planned}" if report.planned else "")
 
 
 def _best(report: Report) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,17 @@ from typing import Any
 from orion_unet.errors import InputError
 from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.liveness import MONITOR_FILE
-from orion_unet.monitor.report import ENDED, Report, Run
-from orion_unet.run_log import strict, write_atomic
+from orion_unet.monitor.notify import News, Notifier
+from orion_unet.monitor.report import ENDED, Report, Run, to_json
+from orion_unet.run_log import write_atomic
 from orion_unet.text import clean
 
 FIGURE_FILE = "training_progress.png"
 EXIT_OK, EXIT_WARNINGS = 0, 4
+# A person who leaves waits no longer for the command on news.
+LEAVING_S = 2.0
+# States that a scheduler may start the run again from.
+CONTINUED = ("interrupted", "crashed")
 REDRAW_PAUSE = 20
 """After drawing a figure, wait at least this many times as long as it took: others use the login node, too."""
 
@@ -38,6 +42,12 @@ class Request:
     show: bool = False
     fail_on: str | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
+    until_finished: bool = False
+    notify: tuple[str, ...] = ()
+
+    def is_over(self, state: str) -> bool:
+        """Whether there is nothing to wait for after this state of a run."""
+        return state in ENDED and not (self.until_finished and state in CONTINUED)
 
     @property
     def figure_path(self) -> Path:
@@ -77,7 +87,7 @@ class Outputs:
 
     def _draw(self, report: Report, forced: bool) -> None:
         # Compared as text, because nan does not equal nan.
-        state = f"{report.life.state} {len(report.epochs)} {report.train[-3:]} {report.val[-3:]}"
+        state = f"{report.life.state} {len(report.epochs)} {report.train[-3:]} {report.val[-3:]} {report.newest_step}"
         now = time.monotonic()
         if state == self._drawn or (now < self._not_before and not forced):
             return
@@ -118,16 +128,14 @@ def report_once(request: Request) -> int:
 
 
 def watch(request: Request) -> int:
-    """Follow the run until it ends or Ctrl-C is pressed, which is no failure; returns the exit code."""
+    """Follow the run until it ends or Ctrl-C is pressed, which is no failure; returns the exit code.
+
+    With ``until_finished`` a run that was interrupted or has crashed is followed to its next attempt.
+    """
+    on_screen = on_a_screen(request.as_json)
     follow = _Follower(request)
-    with _terminate_cleanly():
-        try:
-            if request.as_json or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-                follow.in_lines()
-            else:
-                follow.on_screen()
-        except KeyboardInterrupt:
-            pass
+    with suppress(KeyboardInterrupt), notifier(request.notify, on_screen) as follow.notify, terminate_cleanly():
+        follow.on_screen() if on_screen else follow.in_lines()
     if follow.report is None:
         return EXIT_OK
     if not request.as_json:
@@ -138,6 +146,8 @@ def watch(request: Request) -> int:
 class _Follower:
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.notify: Notifier | None = None
+        self.news = News()
         self.run = Run(request.run_dir, request.thresholds, request.interval_s)
         self.outputs = Outputs(request)
         self.report: Report | None = None
@@ -150,6 +160,10 @@ class _Follower:
         except InputError as error:
             self.waiting_for = clean(str(error), 300)
             return None
+        if self.notify is not None:
+            events = self.news.update(report.life.state, report.life.state in ENDED, report.findings)
+            self.notify.tell(events, report.document())
+            report.notes += [self.notify.problem] if self.notify.problem else []
         self.outputs.write(report, self.request.interval_s)
         self.report = report
         return report
@@ -159,7 +173,7 @@ class _Follower:
         from orion_unet.monitor.terminal import one_line
 
         printed: Any = None
-        _tolerate_encoding()
+        tolerate_encoding()
         while True:
             report = self.poll()
             if report is None:
@@ -171,7 +185,7 @@ class _Follower:
             if change != printed:
                 printed = change
                 print(to_json(document) if self.request.as_json else line, flush=True)
-            if report is not None and report.life.state in ENDED:
+            if report is not None and self.request.is_over(report.life.state):
                 return
             time.sleep(self.request.interval_s)
 
@@ -199,9 +213,31 @@ class _Follower:
                         else:
                             footer = f"every {self.request.interval_s:g} s | Ctrl-C to leave"
                             live.update(view(report, console, size.height - 1, footer), refresh=True)
-                    if report is not None and report.life.state in ENDED:
+                    if report is not None and self.request.is_over(report.life.state):
                         return
                     time.sleep(min(0.2, self.request.interval_s))
+
+
+def on_a_screen(as_json: bool) -> bool:
+    """Whether a live view can be drawn on standard output."""
+    return not as_json and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+@contextmanager
+def notifier(words: tuple[str, ...], on_screen: bool) -> Iterator[Notifier | None]:
+    """What runs the user's command, until everything has been told; None without a command. Its failure is printed, or
+    left to a live view to show."""
+    if not words:
+        yield None
+        return
+    found = Notifier(words, lambda text: None if on_screen else print(text, file=sys.stderr, flush=True))
+    try:
+        yield found
+    except (KeyboardInterrupt, SystemExit):
+        # Who leaves does not wait for a slow command.
+        found.close(LEAVING_S)
+        raise
+    found.close()
 
 
 def compare(request: Request, others: list[Path]) -> int:
@@ -226,7 +262,7 @@ def compare(request: Request, others: list[Path]) -> int:
     else:
         from orion_unet.monitor.terminal import comparison_table, make_console
 
-        _tolerate_encoding()
+        tolerate_encoding()
         console = make_console(sys.stdout)
         console.print(comparison_table(columns, rows))
         console.print("* lowest validation loss", figure, sep="\n")
@@ -245,15 +281,10 @@ def print_report(report: Report, footer: str = "") -> None:
     """Print the whole report, however long."""
     from orion_unet.monitor.terminal import make_console, view
 
-    _tolerate_encoding()
+    tolerate_encoding()
     console = make_console(sys.stdout)
     console.print(view(report, console, footer=clean(footer, 300)))
     sys.stdout.flush()
-
-
-def to_json(document: Mapping[str, Any], indent: int | None = None) -> str:
-    """Strict JSON in printable ASCII: whatever could move a cursor, or a terminal cannot encode, is escaped."""
-    return json.dumps(strict(document), indent=indent, allow_nan=False)
 
 
 def write_page(path: Path, text: str) -> None:
@@ -281,7 +312,7 @@ def show(png_bytes: bytes) -> None:
     pyplot.show()
 
 
-def _tolerate_encoding() -> None:
+def tolerate_encoding() -> None:
     """Let a terminal or pipe that cannot encode a character show a question mark, not a traceback."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
@@ -289,7 +320,7 @@ def _tolerate_encoding() -> None:
 
 
 @contextmanager
-def _terminate_cleanly() -> Iterator[None]:
+def terminate_cleanly() -> Iterator[None]:
     """Let SIGTERM unwind the stack, so that the terminal's screen and cursor are restored."""
 
     def leave(number: int, frame: Any) -> None:

@@ -15,6 +15,7 @@ from orion_unet.distributed import local_rank, local_world_size, under_launcher
 from orion_unet.errors import InputError
 
 NVIDIA_DEVICE = Path("/dev/nvidia0")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def choose_device(options: RuntimeOptions) -> torch.device:
@@ -98,6 +99,19 @@ def describe_devices(device: torch.device, ranks: int) -> str:
     threads = torch.get_num_threads()
     counted = f"{threads} thread{'s' if threads != 1 else ''}"
     return f"CPU ({counted})" if ranks == 1 else f"{ranks} CPU ranks ({counted} each)"
+
+
+def device_memory_bytes(device: torch.device) -> int | None:
+    """Memory of the GPU, or this rank's share of the machine's (or of its control group's) on a CPU; None where it is
+    unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    known = []
+    with suppress(OSError, ValueError, AttributeError):
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):
+        known.append(int(CGROUP_LIMIT.read_text()))
+    return min(known) // max(1, local_world_size()) if known else None
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -74,8 +74,9 @@ class Step:
 
     ``bad``: the optimiser step was skipped on all ranks, because a loss or gradient was not finite. ``overflow``: only
     float16's scaled gradient was not, which is ordinary. ``culprits`` are the terms of the loss that were not finite
-    on this rank, ``cores`` the cores in its batch. ``stop`` and ``save``: a rank asked for it, and no later step has
-    begun, so that the weights are those after this step.
+    on this rank, ``cores`` the cores in its batch. ``grad_norm``: norm of the gradient of all ranks and of all batches
+    of the optimiser step before clipping, None where the step is not the last of these batches. ``stop`` and
+    ``save``: a rank asked for it, and no later step has begun, so that the weights are those after this step.
     """
 
     step: int
@@ -84,6 +85,7 @@ class Step:
     overflow: bool = False
     culprits: tuple[str, ...] = ()
     cores: tuple[int, ...] = ()
+    grad_norm: float | None = None
     stop: bool = False
     save: bool = False
 
@@ -147,7 +149,7 @@ def train_steps(
     requests = requests or Requests()
     journal = _Journal(sums, READ_LAG if device.type == "cuda" else 0)
     parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
-    bad_norm = torch.zeros((), device=device)
+    bad_norm, norm = torch.zeros((), device=device), torch.zeros((), device=device)
     learner.model.train()
 
     for step, batch in enumerate(batches, start_step):
@@ -188,7 +190,7 @@ def train_steps(
         if scaler:
             # Only float16 has to tell a loss that is not finite on some rank from a gradient that overflowed.
             all_reduce_sum(bad_losses)
-        journal.add(torch.cat([numbers, torch.stack([bad_here.double(), bad_losses]), shared[1:]]),
+        journal.add(torch.cat([numbers, torch.stack([norm.double(), bad_here.double(), bad_losses]), shared[1:]]),
                     _Note(step, tuple(batch.core.tolist()), ends_window, scaler is not None))  # fmt: skip
         for done in journal.due(drain_if_asked=ends_window):
             yield done
@@ -214,9 +216,9 @@ class _Note:
 class _Journal:
     """Numbers of launched steps, read on the host when they are due.
 
-    The numbers of a step are its loss and terms; 1 where the optimiser step was skipped; the number of losses that
-    were not finite; the number of ranks that ask for a stop, and for a save. Every rank reads the same of the last
-    two, and of the skipped step, at the same step.
+    The numbers of a step are its loss and terms; the norm of the last gradient; 1 where the optimiser step was
+    skipped; the number of losses that were not finite; the number of ranks that ask for a stop, and for a save. Every
+    rank reads the same of the last two, and of the skipped step, at the same step.
     """
 
     def __init__(self, sums: TrainSums, lag: int) -> None:
@@ -260,7 +262,7 @@ class _Journal:
         return found
 
     def _step(self, values: list[float], note: _Note) -> Step:
-        *numbers, bad, bad_losses, stop, save = values
+        *numbers, norm, bad, bad_losses, stop, save = values
         self._asked.stop |= stop > 0
         self._asked.save |= save > 0
         finite = [abs(number) < float("inf") for number in numbers]
@@ -276,6 +278,7 @@ class _Journal:
             note.scaled and bad > 0 and self._bad_losses == 0,
             tuple(sorted(self._culprits)),
             tuple(self._cores) or note.cores,
+            norm if note.ends_window else None,
         )
         if note.ends_window:
             self.sums.bad_in_a_row = self.sums.bad_in_a_row + 1 if bad > 0 else 0

@@ -27,7 +27,7 @@ from orion_unet.distributed import (
 )
 from orion_unet.errors import InputError
 from orion_unet.models.unet import parameter_count
-from orion_unet.run_log import Heartbeat, MetricsWriter
+from orion_unet.run_log import Heartbeat, MetricsWriter, StepsWriter
 from orion_unet.training import report, run_folder
 from orion_unet.training.build import Run, build_run, carry_best_over, find_earlier, settled
 from orion_unet.training.console import Console
@@ -50,6 +50,7 @@ from orion_unet.training.report import EpochTimes
 from orion_unet.training.run_folder import RunLock
 from orion_unet.training.sanity import SanityPanel
 from orion_unet.training.state import capture, capture_model, rank_states
+from orion_unet.training.steps import StepLog, line_interval
 from orion_unet.training.tensorboard import EventWriter
 
 FINISHED, DIVERGED = 0, 3
@@ -116,6 +117,7 @@ class Loop:
         self.config = run.config
         self.console = console
         self.metrics = MetricsWriter(run.dir)
+        self.step_log = self._step_log()
         self.events = EventWriter(run.dir, run.config.output.tensorboard and is_main_process())
         self.panel = self._panel()
         self.heartbeat: Heartbeat | None = Heartbeat(run.dir) if is_main_process() else None
@@ -205,6 +207,8 @@ class Loop:
         started, first = time.perf_counter(), state.step
         run.feeds.order.set_epoch(epoch, first)
         self._beat(state="training", epoch=epoch, step=first)
+        if self.step_log is not None:
+            self.step_log.begin(epoch)
         self.console.start_bar(f"epoch {epoch}/{options.epochs}", len(rates) * batch, first * batch)
         for done in train_steps(
             state.learner,
@@ -217,6 +221,8 @@ class Loop:
             requests=requests,
         ):
             self._progress(step=done.step + 1)
+            if self.step_log is not None:
+                self.step_log.add(done, rates[done.step], feed.wait_s)
             self.console.advance(batch, loss=f"{done.loss:.4f}", lr=f"{rates[done.step]:.1e}")
             if done.bad and not done.overflow:
                 self._report_not_finite(epoch, done)
@@ -296,6 +302,14 @@ class Loop:
         content = capture(self.state, self.config, self.built.prepared, ranks)
         checkpoint.save(checkpoint_path(self.built.dir, LAST), content, keep_previous=True)
         self.last_saved = time.monotonic()
+
+    def _step_log(self) -> StepLog | None:
+        if not is_main_process():
+            return None
+        run, state = self.built, self.state
+        every = line_interval(self.config.output.log_every_steps, run.steps)
+        patches = self.config.optimisation.batch_size * world_size()
+        return StepLog(StepsWriter(run.dir), every, run.steps, patches, state.attempt, self.console.say)
 
     def _panel(self) -> SanityPanel | None:
         if not is_main_process() or self.config.output.sanity_check_freq == 0:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from orion_unet.config import TrainConfig
-from orion_unet.distributed import world_size
+from orion_unet.distributed import usable_cores, world_size
 from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import utc_now
 from orion_unet.training.build import Run
-from orion_unet.training.devices import describe_devices, device_warning, memory_bytes
+from orion_unet.training.devices import describe_devices, device_memory_bytes, device_warning, memory_bytes
 from orion_unet.training.engine import TrainSums, Validation, batch_norms
 from orion_unet.training.optim import LITTLE_TRAVEL, MUCH_LOWER, automatic_rate
 from orion_unet.training.prepare import planned_steps
@@ -22,6 +22,10 @@ def facts(run: Run) -> dict[str, Any]:
     steps = planned_steps(run.config, run.prepared)
     return {
         "device": describe_devices(run.device, world_size()),
+        "device_memory_bytes": device_memory_bytes(run.device),
+        "loader_processes": run.feeds.workers,
+        "usable_cores": usable_cores(),
+        "target_layouts": sorted({str(layout) for layout in run.prepared.table.orion["layout"]}),
         "world_size": world_size(),
         "global_batch": global_batch(run.config) * run.config.optimisation.accumulate_steps,
         "parameters": parameter_count(run.state.model),

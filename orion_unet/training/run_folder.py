@@ -33,6 +33,7 @@ from orion_unet.run_log import (
     SCHEMA,
     SPLIT_FILE,
     STATUS_FILE,
+    STEPS_FILE,
     utc_now,
     write_json,
 )
@@ -44,6 +45,7 @@ MARKS = (CONFIG_FILE, METRICS_FILE)
 WRITTEN = (
     CONFIG_FILE,
     METRICS_FILE,
+    STEPS_FILE,
     STATUS_FILE,
     SPLIT_FILE,
     NORMALIZATION_FILE,

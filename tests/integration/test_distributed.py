@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import rank_work
 import torch
-from tiny_runs import LAUNCH, ROOT, environments, read_metrics, read_status, trainer, wait_for
+from tiny_runs import LAUNCH, ROOT, environments, read_metrics, read_status, read_steps, trainer, wait_for
 
 from orion_unet.checkpoint import load
 
@@ -94,6 +94,16 @@ def test_running_statistics_are_averaged_over_ranks(found_by):
     assert not torch.equal(first, second)
     torch.testing.assert_close(together, (first + second) / 2)
     assert torch.equal(together, also)
+
+
+def test_only_the_first_rank_writes_the_steps(start, pairs, tmp_path):
+    run_dir = tmp_path / "run"
+    options = {"pairs_dir": pairs, "output_dir": run_dir, "epochs": 2, "batch_size": 1, "log_every_steps": 4}
+    assert start(*trainer(*LAUNCH, 2, **options)).end().code == 0
+    lines = read_steps(run_dir)
+    # 12 patches of three cores, one a rank and step.
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 4), (1, 6), (2, 4), (2, 6)]
+    assert all(line["samples_per_s"] > 0 and line["grad_norm"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

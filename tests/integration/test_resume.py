@@ -23,6 +23,7 @@ from tiny_runs import (
     losses,
     read_metrics,
     read_status,
+    read_steps,
     trainer,
     wait_for,
     weights,
@@ -142,6 +143,21 @@ def test_a_signal_saves_the_step_and_the_resumed_run_equals_the_straight_one(
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert [record["attempt"] for record in records] == [1] * stored["epoch"] + [2] * (3 - stored["epoch"])
     assert read_status(resumed.dir)["state"] == "finished"
+
+
+def test_the_steps_of_a_run_that_goes_on_are_those_of_both_attempts(train, interrupt):
+    """A line ends where the state was saved, so that the next attempt repeats nothing of it."""
+    calm = interrupt(signal.SIGTERM, 2, 2)
+    train(**STATEFUL, log_every_steps=3)
+    calm()
+    made = train(**STATEFUL, log_every_steps=3, resume="auto")
+    ends = [(line["epoch"], line["step"], line["attempt"]) for line in read_steps(made.dir)]
+    assert ends == [(1, 3, 1), (1, 6, 1), (2, 3, 1), (2, 4, 1), (2, 6, 2), (3, 3, 2), (3, 6, 2)]
+    straight = {(line["epoch"], line["step"]): line for line in read_steps(train("other", **STATEFUL).dir)}
+    apart = {(line["epoch"], line["step"]): line for line in read_steps(made.dir)}
+    # The other run wrote a line a step; here a line has the mean of three.
+    assert apart[3, 3]["loss"] == pytest.approx(sum(straight[3, step]["loss"] for step in (1, 2, 3)) / 3)
+    assert apart[2, 6]["lr"] == straight[2, 6]["lr"]
 
 
 def test_a_run_interrupted_at_every_epoch_equals_the_straight_one(train, interrupt, straight):

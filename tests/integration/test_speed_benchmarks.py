@@ -142,6 +142,26 @@ def test_start_up_takes_the_way_to_the_first_step_apart(write_pairs):
     assert {"train_spatial_orion_unet.py", "predict", "evaluate", "check-data"} <= set(found["help_s"])
 
 
+@pytest.mark.slow
+def test_step_log_gives_its_cost_as_a_ratio():
+    found = json.loads(run_benchmark("step_log", "--repeats", 2, "--json"))
+    assert [row["steps"] for row in found["rows"]] == [50, 200, 1000, 1000]
+    for row in found["rows"]:
+        assert row["of_this_step"] == pytest.approx(row["cost_s"] / found["step_s"]) and 0 < row["cost_s"] < 0.1
+
+
+@pytest.mark.slow
+def test_diagnosis_keeps_the_runs_for_calibration_apart(benchmark, tmp_path):
+    shown = run_benchmark("diagnosis", "--calibrate", "--runs", 8)
+    assert "seed 11" in shown and "**not a result**" in shown and shown.count("| 15 |") == 2
+    command = [sys.executable, str(ROOT / "benchmarks" / "diagnosis.py"), "--calibrate", "--out", str(tmp_path / "x")]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert refused.returncode == 2 and "leave one of the two out" in refused.stderr
+    said = []
+    benchmark("diagnosis_steps").report(1, False, said.append)
+    assert "seed 23" in said[0] and "calibration" not in said[0]
+
+
 def test_start_up_takes_stages_apart_as_by_hand(benchmark):
     noted = {"interpreter": 1, "import_torch": 3, "import_trainer": 3.5, "loop_entered": 6.5, "first_step_done": 10}
     assert benchmark("start_up").durations({**noted, "normalisation": 1, "scales": 0.5}) == {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from tiny_runs import TINY, command_line, losses, read_metrics, read_status, weights
+from tiny_runs import TINY, command_line, losses, read_metrics, read_status, read_steps, weights
 
 from orion_unet.checkpoint import load
 from orion_unet.cli.arguments import parse_train_config
@@ -57,6 +57,7 @@ def test_a_run_folder_holds_what_was_promised(train):
         "split.json",
         "normalization.json",
         "metrics.jsonl",
+        "steps.jsonl",
         "status.json",
         "train.log",
         "checkpoints/last.pt",
@@ -67,6 +68,8 @@ def test_a_run_folder_holds_what_was_promised(train):
     config = strict_json(made.dir / "config.json")
     assert config["options"].keys() == {f.name for group in GROUPS.values() for f in fields(group)}
     assert (config["schema"], config["world_size"], config["global_batch"], config["attempt"]) == (1, 1, 2, 1)
+    assert config["device_memory_bytes"] > 1 << 28 and config["usable_cores"] >= 1
+    assert (config["loader_processes"], config["target_layouts"]) == (0, ["hwc"])
     assert config["versions"].keys() >= {"torch", "numpy", "python", "orion_unet"}
     split = strict_json(made.dir / "split.json")
     assert sorted(row["core"] for side in ("train", "val") for row in split[side]) == [f"core_0{i}" for i in range(4)]
@@ -107,6 +110,49 @@ def test_every_line_of_the_metrics_has_every_key_and_adds_up(train):
     assert [record["best"] for record in records] == [
         loss < min(losses_so_far[:index], default=math.inf) for index, loss in enumerate(losses_so_far)
     ]
+
+
+@pytest.mark.parametrize("every", [1, 4, 0])
+def test_the_lines_of_the_steps_add_up_to_the_epoch(every, train):
+    made = train(epochs=2, log_every_steps=every, scheduler="cosine")
+    lines = read_steps(made.dir)
+    ends = {1: [1, 2, 3, 4, 5, 6], 4: [4, 6], 0: []}[every]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(epoch, end) for epoch in (1, 2) for end in ends]
+    for record in read_metrics(made.dir) if every else []:
+        own = [line for line in lines if line["epoch"] == record["epoch"]]
+        sizes = np.diff([0, *ends])
+        assert np.average([line["loss"] for line in own], weights=sizes) == pytest.approx(record["train"]["loss"])
+        assert own[-1]["lr"] == record["lr"] and {line["attempt"] for line in own} == {1}
+        assert max(line["grad_norm"] for line in own) >= record["grad_norm"] > 0
+        assert all(0 <= line["data_wait_fraction"] <= 1 and line["samples_per_s"] > 0 for line in own)
+        assert {line["skipped_steps"] for line in own} == {line["non_finite_steps"] for line in own} == {0}
+    if every == 1:
+        norms = [line["grad_norm"] for line in lines if line["epoch"] == 1]
+        assert np.mean(norms) == pytest.approx(read_metrics(made.dir)[0]["grad_norm"])
+
+
+def test_a_step_that_is_not_finite_is_null_and_counted(train, monkeypatch):
+    forward = CompositeLoss.forward
+    calls = iter(range(1000))
+
+    def spoiled(self, *given):
+        value, terms = forward(self, *given)
+        return (value * math.nan, terms) if next(calls) == 1 else (value, terms)
+
+    monkeypatch.setattr(CompositeLoss, "forward", spoiled)
+    made = train(epochs=1, log_every_steps=1)
+    lines = read_steps(made.dir)
+    assert [line["loss"] is None for line in lines] == [False, True, False, False, False, False]
+    assert [line["grad_norm"] is None for line in lines] == [False, True, False, False, False, False]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 0, 0, 0, 0]
+    assert [line["non_finite_steps"] for line in lines] == [0, 1, 0, 0, 0, 0]
+
+
+def test_steps_that_cannot_be_written_do_not_end_the_run(train, tmp_path):
+    (tmp_path / "run" / "steps.jsonl").mkdir(parents=True)
+    made = train(log_every_steps=1)
+    assert made.code == 0
+    assert (made.dir / "train.log").read_text().count("steps.jsonl: cannot be written") == 1
 
 
 def test_a_constant_marker_has_no_correlation_but_null(train, pairs):
@@ -227,6 +273,7 @@ SHOWN_BY = {
     "compile": "test_a_compiled_model_trains_and_is_stored_under_its_own_names",
     "deterministic": "test_deterministic_kernels_are_asked_for",
     "sanity_check_freq": "test_panels_are_drawn_in_the_chosen_epochs_and_can_be_compared",
+    "log_every_steps": "test_the_lines_of_the_steps_add_up_to_the_epoch",
     "tensorboard": "test_tensorboard_events_say_what_the_log_says",
     "overwrite": "test_overwrite_replaces_the_run_and_nothing_else",
     "resume": "test_resume.py",

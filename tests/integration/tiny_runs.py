@@ -46,14 +46,19 @@ def command_line(options):
     return words
 
 
-def read_metrics(run_dir):
-    """Records of metrics.jsonl; anything that is no strict JSON fails."""
+def read_metrics(run_dir, name="metrics.jsonl"):
+    """Records of a log; anything that is no strict JSON fails, and a missing log is empty."""
 
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
 
-    lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    log = Path(run_dir) / name
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def read_steps(run_dir):
+    return read_metrics(run_dir, "steps.jsonl")
 
 
 def read_status(run_dir):

@@ -84,6 +84,7 @@ DEFAULTS = {
         "output_dir": "runs/orion_spatial",
         "sanity_check_freq": 2,
         "save_every_minutes": 0.0,
+        "log_every_steps": None,
         "tensorboard": False,
         "overwrite": False,
     },
@@ -182,6 +183,7 @@ def test_help_shows_every_option_with_its_default(capsys):
             "gpus": "auto",
             "num_workers": "auto",
             "statistics_batches": "auto",
+            "log_every_steps": "auto",
             "grid_stride": "patch_size",
             "pixel_size_um": "that",
         }.get(name, usual)

@@ -159,6 +159,18 @@ def test_a_slow_loader_is_waited_for_by_the_device(gpu):
     assert batches.wait_s == pytest.approx(0.052 + 9 * 0.04)
 
 
+def test_the_wait_so_far_is_known_during_a_pass_without_waiting_for_the_device(gpu):
+    batches = gpu.batches(10, load_s=0.05, copy_s=0.002)
+    so_far = []
+    for _ in batches:
+        so_far.append(batches.wait_s)
+        before = gpu.now
+        gpu.training.work(0.01)
+        assert gpu.now == before
+    # The batch that has just been prepared is not ready yet, the one before it is.
+    assert so_far == pytest.approx([0.0, *(0.052 + 0.04 * done for done in range(9))])
+
+
 def test_a_fast_loader_is_waited_for_only_once(gpu):
     batches = gpu.batches(10, load_s=0.001, copy_s=0.002)
     consume(gpu, batches, step_s=0.02)

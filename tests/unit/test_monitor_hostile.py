@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from monitor_runs import epoch_record, former_losses, write_run
+from monitor_runs import epoch_record, former_losses, step_record, write_run
 
 from orion_unet.errors import InputError
 from orion_unet.monitor.diagnostics import Thresholds
@@ -85,6 +85,21 @@ def mutated_lines(draw):
     return draw(st.binary(max_size=60)) if kind == "raw" else line
 
 
+@st.composite
+def mutated_steps(draw):
+    """A line of steps.jsonl with a few fields replaced or removed, or cut."""
+    record = step_record(
+        draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(numbers), attempt=draw(st.integers(1, 3))
+    )
+    for name in draw(st.lists(st.sampled_from(sorted(record)), max_size=3)):
+        if draw(st.booleans()):
+            record[name] = draw(epochs if name in ("epoch", "step") else anything)
+        else:
+            record.pop(name, None)
+    line = json.dumps(record, default=str).encode("utf-8", "surrogatepass")
+    return line[: draw(st.integers(0, len(line)))] if draw(st.integers(0, 5)) == 0 else line
+
+
 STATUS_FIELDS = (
     *("state", "epoch", "epochs", "step", "steps_per_epoch", "schema", "message", "pid", "host"),
     *("since", "progressed", "step_s", "updated"),
@@ -107,15 +122,17 @@ documents = st.one_of(
         documents,
         st.dictionaries(st.text(max_size=8), anything).map(lambda o: json.dumps({"options": o}, default=str).encode()),
     ),
+    st.lists(mutated_steps(), max_size=40),
     st.integers(20, 200),
     st.integers(5, 60),
 )
 @pytest.mark.slow
-def test_no_log_crashes_the_monitor(lines, status, config, width, height):
+def test_no_log_crashes_the_monitor(lines, status, config, steps, width, height):
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("error")
         folder = Path(scratch)
         (folder / "metrics.jsonl").write_bytes(b"\n".join(lines[:5]))
+        (folder / "steps.jsonl").write_bytes(b"\n".join(steps[:25]))
         for name, content in (("status.json", status), ("config.json", config)):
             if content is not None:
                 (folder / name).write_bytes(content)
@@ -123,6 +140,8 @@ def test_no_log_crashes_the_monitor(lines, status, config, width, height):
         for further in (b"", b"\n" + b"\n".join(lines[5:]) + b"\n"):
             with open(folder / "metrics.jsonl", "ab") as file:
                 file.write(further)
+            with open(folder / "steps.jsonl", "ab") as file:
+                file.write(b"\n" + b"\n".join(steps[25:]) if further else b"")
             try:
                 report = run.poll()
             except InputError:
