@@ -25,7 +25,7 @@ PACKAGES = {
     **dict.fromkeys(("torch", "numpy", "matplotlib", "tqdm", "rich"), ""),
     **dict.fromkeys(("tifffile", "imagecodecs", "PIL", "scipy", "skimage", "sklearn", "zarr"), "inference"),
     "tensorboard": "tensorboard",
-    **dict.fromkeys(("anndata", "pandas"), "cells"),
+    "anndata": "cells",
     "monai": "bench",
 }
 

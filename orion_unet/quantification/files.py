@@ -68,15 +68,13 @@ def write_csv(file: TextIO, images: Sequence[ImageCells], names: Sequence[str], 
         values = np.concatenate([place, marker_values(cells, measured)], axis=1)
         positive = positives.called(names, cells.means)
         flags = np.stack([positive[name] for name in called], axis=1) if called else np.empty((len(y), 0), bool)
-        name = _csv_line([cells.name]).replace("%", "%%")
-        template = f"{name},%d" + ",%.9g" * values.shape[1] + ",%d" * len(called) + "\n"
+        name = _csv_line([cells.name])
+        template = ",%d" + ",%.9g" * values.shape[1] + ",%d" * len(called) + "\n"
         for start in range(0, len(y), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             parts = zip(cells.numbers[rows].tolist(), values[rows].tolist(), flags[rows].tolist(), strict=True)
             for number, row, flagged in parts:
-                line = template % (number, *row, *flagged)
-                # From the back of the name on there are numbers only.
-                file.write(line[: len(name)] + line[len(name) :].replace("nan", ""))
+                file.write(name + (template % (number, *row, *flagged)).replace("nan", ""))
 
 
 def _csv_line(words: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def find_nuclei(image: MarkerImage, channel: int, scaled: Scaled, path: Path, st
 
     An image of one tile gives those of ``segment_nuclei``, a larger one the same nuclei in another order: every
     nucleus belongs to the tile that its centre is in, and each tile also sees AROUND pixels of its neighbours. Raises
-    InputError where the image is damaged.
+    InputError where the image is damaged, OSError where the disk is full.
     """
     shape = (image.shape[1], image.shape[2])
 
@@ -60,8 +61,10 @@ def find_nuclei(image: MarkerImage, channel: int, scaled: Scaled, path: Path, st
         top, left, bottom, right = region
         return scaled(image.read([channel], top, left, bottom - top, right - left)[0])
 
-    canvas = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(1, *shape))
-    del canvas
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(1, *shape))
+    # A full disk would otherwise end the process when the map is written to.
+    with open(path, "rb+") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     threshold = _threshold(read, shape, step)
     count = 0
     if threshold is not None:

@@ -36,6 +36,7 @@ from orion_unet.run_log import fsync_folder, utc_now, write_json
 from orion_unet.segmentation import nuclear_marker
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.open import open_labels, open_markers
+from orion_unet.text import clean, short_number
 
 SCHEMA = 1
 
@@ -60,7 +61,8 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
     if options.measured is not None:
         needed("sklearn", "scikit-learn")
     job = _Job(options, names, positives, nuclear, progress)
-    _refuse_existing(options, [name for source in sources for name in job.own_files(source)] + [CSV, JSON, H5AD])
+    possible = [*(name for source in sources for name in job.possible_files(source)), CSV, H5AD, JSON]
+    _refuse_existing(options, possible)
     new_folder = not options.output_dir.exists()
     prepare_folder(options.output_dir)
     try:
@@ -70,7 +72,8 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
             written = job.write_tables(images, Path(scratch), h5ad)
             for name in written:
                 os.replace(Path(scratch) / name, options.output_dir / name)
-        for name in {CSV, H5AD, JSON} - set(written):
+        # What an earlier call left and this one did not replace belongs to other cells.
+        for name in set(possible) - set(written):
             (options.output_dir / name).unlink(missing_ok=True)
         fsync_folder(options.output_dir)
     except OSError as error:
@@ -136,11 +139,10 @@ class _Job:
     nuclear: str | None
     progress: Progress
 
-    def own_files(self, source: Source) -> list[str]:
-        """The files of one image: named after it where there may be several."""
+    def possible_files(self, source: Source) -> tuple[str, str]:
+        """The outlines and the overview of one image, written or not; named after it where there may be several."""
         start = f"{source.name}_" if self.options.predictions is not None else ""
-        files = [f"{start}cells.geojson"] if self.options.geojson else []
-        return files + ([f"{start}overview.png"] if self.options.overview else [])
+        return f"{start}cells.geojson", f"{start}overview.png"
 
     def run(self, source: Source, scratch: Path) -> ImageCells:
         """Measure an image, and write its own files into the scratch folder."""
@@ -170,8 +172,14 @@ class _Job:
             self._say_about(cells, image)
             if len(cells.numbers):
                 self._write_own(source, scratch, image, labels, cells, unit, step)
+        # A label image as large as the image itself.
+        self._nuclei_file(source, scratch).unlink(missing_ok=True)
         self.progress.end()
         return cells
+
+    @staticmethod
+    def _nuclei_file(source: Source, scratch: Path) -> Path:
+        return scratch / f"{source.name}.nuclei.npy"
 
     def _unit(self, image: MarkerImage, names: Sequence[str], normalized: bool) -> Any:
         scale = self.positives.range
@@ -206,7 +214,7 @@ class _Job:
             normalized, in_order = False, [""] * measured.shape[0]
             in_order[channel] = self.nuclear
         scaled, how = self._scaled(where, channel, in_order, normalized)
-        found, _ = find_nuclei(where, channel, scaled, scratch / f"{source.name}.nuclei.npy", step)
+        found, _ = find_nuclei(where, channel, scaled, self._nuclei_file(source, scratch), step)
         return found, f"{words} ({how})"
 
     def _scaled(self, image: MarkerImage, channel: int, names: Sequence[str], normalized: bool) -> tuple[Scaled, str]:
@@ -235,13 +243,12 @@ class _Job:
         unit: Any,
         step: Step,
     ) -> None:
-        for name in self.own_files(source):
-            if name.endswith(".png"):
-                drawn = draw_positives(image, cells, self.names, self.positives, unit)
-                (scratch / name).write_bytes(drawn)
-            else:
-                with open(scratch / name, "w", encoding="utf-8", errors="backslashreplace") as file:
-                    write_geojson(file, labels, cells, self.names, self.positives, step)
+        outlines, overview = self.possible_files(source)
+        if self.options.geojson:
+            with open(scratch / outlines, "w", encoding="utf-8", errors="backslashreplace") as file:
+                write_geojson(file, labels, cells, self.names, self.positives, step)
+        if self.options.overview:
+            (scratch / overview).write_bytes(draw_positives(image, cells, self.names, self.positives, unit))
 
     def write_tables(self, images: Sequence[ImageCells], scratch: Path, h5ad: bool) -> list[str]:
         """Write the tables of all images into the scratch folder; returns all files there that are results."""
@@ -308,21 +315,43 @@ class _Job:
     def report(self, images: Sequence[ImageCells], h5ad: bool) -> None:
         """Say what was found."""
         say = self.progress.say
-        for name, cutoff in self.positives.cutoffs.items():
-            count = self._count(name, images)
-            if count is not None:
-                say(f"  {name}: {count:,} positive, mean above {cutoff.predicted:.4g} ({cutoff.unit})")
+        counts = {name: self._count(name, images) for name in self.names}
+        scores = self.agreement(images) or {}
+        if scores or any(count is not None for count in counts.values()):
+            show_markers(self.names, self.positives, counts, scores)
         origins = sorted({cutoff.origin for cutoff in self.positives.cutoffs.values()})
         if origins:
             say(f"Cut-offs from {'; '.join(origins)}.")
         else:
             say("No cell is called positive: there are no cut-offs (--evaluation DIR or --positive NAME=X,...).")
-        for name, scores in (self.agreement(images) or {}).items():
-            words = {"pearson": "r", "f1": "F1", "auc": "AUC", "average_precision": "AP"}
-            known = [f"{word} {scores[score]:.3f}" for score, word in words.items() if np.isfinite(scores[score])]
-            say(f"  {name}: predicted against measured cells: {', '.join(known) or 'undefined'}")
         if not h5ad and self.options.h5ad is None:
             say('note: no cells.h5ad, because anndata is not installed: pip install "orion-unet[cells]"')
+
+
+def show_markers(
+    names: Sequence[str],
+    positives: Positives,
+    counts: dict[str, int | None],
+    scores: dict[str, dict[str, float]],
+) -> None:
+    """Print a row for each marker that has a cut-off or measured values."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("marker", no_wrap=True, max_width=18, overflow="ellipsis")
+    words = {"pearson": "Pearson", "auc": "AUC", "average_precision": "AP", "f1": "F1"} if scores else {}
+    for title in ("cut-off", "positive", *words.values()):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name in names:
+        if counts[name] is None and name not in scores:
+            continue
+        row = [short_number(positives.value(name, "predicted")), "-" if counts[name] is None else f"{counts[name]:,}"]
+        row += [short_number(scores[name][score], 3) if name in scores else "-" for score in words]
+        # Text, so that a name like CD3[e] is not taken for markup.
+        table.add_row(Text(clean(name)), *row)
+    Console().print(table)
 
 
 def _joined(parts: Sequence[CellMeans]) -> CellMeans:
