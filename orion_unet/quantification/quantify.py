@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from orion_unet import __version__
 from orion_unet.config import QuantifyOptions
 from orion_unet.errors import InputError, RunError
 from orion_unet.extras import needed
@@ -21,24 +19,22 @@ from orion_unet.inference.outputs import prepare_folder
 from orion_unet.inference.progress import Progress
 from orion_unet.quantification.cell_labels import CellLabels, bands
 from orion_unet.quantification.cells import INSTEAD, ImageCells
-from orion_unet.quantification.files import CSV, H5AD, JSON, measured_columns, write_csv, write_geojson, write_h5ad
-from orion_unet.quantification.measure import CellMeans, Step, measure_geometry, measure_means
+from orion_unet.quantification.files import CSV, H5AD, JSON, write_csv, write_geojson, write_h5ad
+from orion_unet.quantification.measure import Step, ToUnit, measure_geometry, measure_means
 from orion_unet.quantification.nuclei import Scaled, find_nuclei, own_range, tile_steps
 from orion_unet.quantification.overview import draw_positives
-from orion_unet.quantification.positives import Positives, agreement, find_positives
+from orion_unet.quantification.positives import Positives, find_positives
+from orion_unet.quantification.report import document, report
 from orion_unet.quantification.sources import (
     Source,
     check_sources,
     find_sources,
     measured_channels,
 )
-from orion_unet.run_log import fsync_folder, utc_now, write_json
+from orion_unet.run_log import fsync_folder, write_json
 from orion_unet.segmentation import nuclear_marker
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.open import open_labels, open_markers
-from orion_unet.text import clean, short_number
-
-SCHEMA = 1
 
 
 def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
@@ -82,7 +78,9 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
         progress.end()
         if new_folder and not any(options.output_dir.iterdir()):
             options.output_dir.rmdir()
-    job.report(images, h5ad)
+    report(names, positives, images, progress.say)
+    if not h5ad and options.h5ad is None:
+        progress.say('note: no cells.h5ad, because anndata is not installed: pip install "orion-unet[cells]"')
     return options.output_dir
 
 
@@ -181,7 +179,7 @@ class _Job:
     def _nuclei_file(source: Source, scratch: Path) -> Path:
         return scratch / f"{source.name}.nuclei.npy"
 
-    def _unit(self, image: MarkerImage, names: Sequence[str], normalized: bool) -> Any:
+    def _unit(self, image: MarkerImage, names: Sequence[str], normalized: bool) -> ToUnit | None:
         scale = self.positives.range
         return None if scale is None else scale.to_unit(names, image.dtype, normalized)
 
@@ -220,9 +218,9 @@ class _Job:
     def _scaled(self, image: MarkerImage, channel: int, names: Sequence[str], normalized: bool) -> tuple[Scaled, str]:
         """What brings the nuclear marker into [0, 1], and in words how."""
         scale = self.positives.range
-        if scale is None or names[channel] not in scale.bounds:
+        if scale is None or not (normalized or names[channel] in scale.bounds):
             return own_range(image, channel), "in the range of its own quantiles"
-        to_unit: Callable[[np.ndarray, int], np.ndarray] = scale.to_unit(names, image.dtype, normalized)
+        to_unit: ToUnit = scale.to_unit(names, image.dtype, normalized)
         return lambda values: to_unit(values.astype(np.float32), channel).astype(np.float32), "in the range of training"
 
     def _say_about(self, cells: ImageCells, image: MarkerImage) -> None:
@@ -240,7 +238,7 @@ class _Job:
         image: MarkerImage,
         labels: CellLabels,
         cells: ImageCells,
-        unit: Any,
+        unit: ToUnit | None,
         step: Step,
     ) -> None:
         outlines, overview = self.possible_files(source)
@@ -256,111 +254,6 @@ class _Job:
             write_csv(file, images, self.names, self.positives)
         if h5ad:
             write_h5ad(scratch / H5AD, images, self.names, self.positives)
-        write_json(scratch / JSON, self._document(images))
+        write_json(scratch / JSON, document(self.options, self.names, self.positives, images))
         own = sorted(path.name for path in scratch.iterdir() if path.name.endswith(("cells.geojson", "overview.png")))
         return [*own, CSV, *([H5AD] if h5ad else []), JSON]
-
-    def _document(self, images: Sequence[ImageCells]) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "created": utc_now(),
-            "version": __version__,
-            "images": [
-                {
-                    "image": cells.name,
-                    "file": str(cells.path),
-                    "height": cells.shape[0],
-                    "width": cells.shape[1],
-                    "pixel_size_um": cells.pixel_size_um,
-                    "cells": len(cells.numbers),
-                    "cells_from": cells.source,
-                }
-                for cells in images
-            ],
-            "markers": list(self.names),
-            "rings_px": self.options.rings,
-            "measured": None if self.options.measured is None else str(self.options.measured),
-            "cutoffs": {
-                name: {
-                    "predicted": cutoff.predicted,
-                    "measured": cutoff.measured,
-                    "unit": cutoff.unit,
-                    "origin": cutoff.origin,
-                    "positive": self._count(name, images),
-                }
-                for name, cutoff in self.positives.cutoffs.items()
-            },
-            "agreement": self.agreement(images),
-        }
-
-    def _count(self, name: str, images: Sequence[ImageCells]) -> int | None:
-        if not np.isfinite(self.positives.value(name, "predicted")):
-            return None
-        return sum(int(self.positives.called(self.names, cells.means)[name].sum()) for cells in images)
-
-    def agreement(self, images: Sequence[ImageCells]) -> dict[str, dict[str, float]] | None:
-        """Scores of the cells of all images together; None without measured markers."""
-        columns = measured_columns(images)
-        if not columns:
-            return None
-        predicted = _joined([cells.means for cells in images])
-        measured = []
-        for cells in images:
-            assert cells.measured is not None, "--measured is for all images"
-            places = [cells.measured_columns.index(column) if column in cells.measured_columns else -1
-                      for column in columns]  # fmt: skip
-            measured.append(CellMeans(_chosen(cells.measured.mean, places), None, _chosen(cells.measured.unit, places)))
-        return agreement(self.names, predicted, _joined(measured), columns, self.positives)
-
-    def report(self, images: Sequence[ImageCells], h5ad: bool) -> None:
-        """Say what was found."""
-        say = self.progress.say
-        counts = {name: self._count(name, images) for name in self.names}
-        scores = self.agreement(images) or {}
-        if scores or any(count is not None for count in counts.values()):
-            show_markers(self.names, self.positives, counts, scores)
-        origins = sorted({cutoff.origin for cutoff in self.positives.cutoffs.values()})
-        if origins:
-            say(f"Cut-offs from {'; '.join(origins)}.")
-        else:
-            say("No cell is called positive: there are no cut-offs (--evaluation DIR or --positive NAME=X,...).")
-        if not h5ad and self.options.h5ad is None:
-            say('note: no cells.h5ad, because anndata is not installed: pip install "orion-unet[cells]"')
-
-
-def show_markers(
-    names: Sequence[str],
-    positives: Positives,
-    counts: dict[str, int | None],
-    scores: dict[str, dict[str, float]],
-) -> None:
-    """Print a row for each marker that has a cut-off or measured values."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("marker", no_wrap=True, max_width=18, overflow="ellipsis")
-    words = {"pearson": "Pearson", "auc": "AUC", "average_precision": "AP", "f1": "F1"} if scores else {}
-    for title in ("cut-off", "positive", *words.values()):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name in names:
-        if counts[name] is None and name not in scores:
-            continue
-        row = [short_number(positives.value(name, "predicted")), "-" if counts[name] is None else f"{counts[name]:,}"]
-        row += [short_number(scores[name][score], 3) if name in scores else "-" for score in words]
-        # Text, so that a name like CD3[e] is not taken for markup.
-        table.add_row(Text(clean(name)), *row)
-    Console().print(table)
-
-
-def _joined(parts: Sequence[CellMeans]) -> CellMeans:
-    units = [part.unit for part in parts if part.unit is not None]
-    return CellMeans(np.concatenate([part.mean for part in parts]), None, np.concatenate(units) if units else None)
-
-
-def _chosen(values: Any, places: Sequence[int]) -> Any:
-    """Columns of an array (n, C) by their places, NaN for -1; None stays None."""
-    if values is None:
-        return None
-    return np.concatenate([values, np.full((len(values), 1), np.nan)], axis=1)[:, list(places)]

@@ -185,6 +185,33 @@ def test_a_folder_of_predictions_is_one_table(quantify, files, image, labels):
     assert [entry["cells"] for entry in document(done.dir)["images"]] == [40, 40]
 
 
+def test_an_image_without_cells_adds_no_rows_to_the_others(quantify, files, image, labels):
+    folder = files / "predictions"
+    folder.mkdir()
+    for name, cells in (("bare", labels * 0), ("full", labels)):
+        write_ome_tiff(folder / f"{name}.ome.tiff", image / 65535, NAMES, pixel_size_um=0.5)
+        np.save(files / f"{name}_LABELS.npy", cells)
+    words = ["--predictions", folder, "--labels", files, "--rings", "2", "--positive", "CD3e=20000"]
+    done = quantify(*words, "--measured", folder, image=None)
+    assert done.code == 0, done.err
+    assert [row["image"] for row in rows(done.dir)] == ["full"] * 40
+    assert "bare: 0 cells" in done.out
+    assert not (done.dir / "bare_cells.geojson").exists()
+    # The measured markers are the image itself.
+    assert document(done.dir)["agreement"]["CD3e"]["f1"] == 1
+
+
+def test_what_fails_on_the_way_leaves_nothing(quantify, files, monkeypatch):
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orion_unet.quantification.quantify.write_csv", full)
+    done = quantify("--labels", files / LABELS)
+    assert done.code == 1
+    assert "cannot be written (No space left on device)" in done.err
+    assert not done.dir.exists()
+
+
 def test_measured_markers_are_measured_in_the_same_cells_and_compared(quantify, files, image, labels):
     rng = np.random.default_rng(2)
     measured = np.clip(image + rng.normal(0, 8000, image.shape), 0, 65535).astype(np.uint16)[::-1]
