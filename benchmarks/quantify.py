@@ -148,7 +148,7 @@ def slide(folder: Path, pattern: np.ndarray, side: int, markers: int) -> dict[st
     if not image.exists():
         # Enlarged, because nuclei of the demo tissue are smaller than those of a slide at this pixel size.
         write_image(image, pattern, side, side, markers, zoom=2)
-    peak_mb, seconds, cells = command(image, folder / "slide", "--rings", "3", "--positive", "CD45=5000")
+    peak_mb, seconds, cells = command(image, folder / "slide", "--rings", "3", "--positive", "CD45=1500")
     sizes = {path.name: path.stat().st_size / 1e6 for path in sorted((folder / "slide").iterdir())}
     return {
         "side": side, "markers": markers, "cells": cells, "peak_mb": peak_mb, "seconds": seconds, "files_mb": sizes,

@@ -60,7 +60,7 @@ def draw_positives(
         axes = figure.add_axes((left / width, 1 - (top + tall) / height, wide / width, tall / height))
         values, high = _displayed(marker, image, place, to_unit)
         axes.imshow(values, aspect="auto", interpolation="auto", cmap="gray", vmin=0, vmax=high)
-        ending = f"  0–{high:.3g}"
+        ending = f"  0–{high:,.0f}" if high >= 100 else f"  0–{high:.3g}"
         if name in called:
             flags = called[name]
             ending += f", {int(flags.sum()):,} of {len(flags):,} positive"
