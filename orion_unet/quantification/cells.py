@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from orion_unet import segmentation
 from orion_unet.errors import InputError
 from orion_unet.quantification.cell_labels import CellLabels
 from orion_unet.quantification.measure import CellGeometry, CellMeans, measure_geometry, measure_means
 from orion_unet.quantification.nuclei import find_nuclei, own_range
-from orion_unet.segmentation import nuclear_marker
 from orion_unet.slides.markers import ArrayMarkers
 
 # What to do where no marker is named like a nuclear stain.
@@ -62,15 +62,15 @@ def quantify(
     labels: np.ndarray | None = None,
     *,
     names: Sequence[str] | None = None,
-    nuclear: str | None = None,
+    nuclear_marker: str | None = None,
     rings: int = 0,
 ) -> QuantifiedCells:
     """Measure the markers of every cell of an image in memory, as ``python -m orion_unet quantify`` does.
 
     ``image`` is (C, H, W), of any type of numbers; ``names`` are its C markers, ``channel_00`` and so on by default.
-    ``labels`` (H, W) are integers, 0 outside of cells. Without them, nuclei are found in the marker ``nuclear``, by
-    default the one that is named like a nuclear stain. ``rings`` is the width of the ring around each cell, in pixels,
-    0 for none. Raises InputError for arrays of other shapes, and where there is no nuclear marker or no cell.
+    ``labels`` (H, W) are integers, 0 outside of cells. Without them, nuclei are found in ``nuclear_marker``, by default
+    the marker that is named like a nuclear stain. ``rings`` is the width of the ring around each cell, in pixels, 0 for
+    none. Raises InputError for arrays of other shapes, and where there is no nuclear marker or no cell.
     """
     array = np.asarray(image)
     if array.ndim != 3 or 0 in array.shape:
@@ -87,7 +87,7 @@ def quantify(
 
     with ExitStack() as stack:
         if labels is None:
-            channel = nuclear_marker(found, nuclear, "give labels")
+            channel = segmentation.nuclear_marker(found, nuclear_marker, "give labels")
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orion-nuclei-")))
             scaled = own_range(markers, channel)
             plane, _ = find_nuclei(markers, channel, scaled, folder / "nuclei.npy", step)

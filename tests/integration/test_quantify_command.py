@@ -383,7 +383,7 @@ def test_the_scores_are_those_of_evaluate_on_the_same_cores(tmp_path, capsys):
     """One way in, from training through evaluate and predict, to the same nuclei, cut-offs and scores."""
     pairs = tmp_path / "demo"
     for words in (
-        ["make-demo", pairs, "--cores", "6", "--size", "160"],
+        ["make-demo", pairs, "--cores", "5", "--size", "128"],
         ["train", "--pairs_dir", pairs, "--output_dir", tmp_path / "run", "--recipe", "demo", "--epochs", "2",
          "--gpus", "0", "--num_workers", "0", "--no_noise_removal", "--patches_per_image", "4", "--patch_size", "64",
          "--base_features", "4", "--sanity_check_freq", "0"],

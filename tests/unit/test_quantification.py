@@ -124,6 +124,19 @@ def test_a_nucleus_larger_than_the_surroundings_of_a_tile_is_one(tmp_path, monke
     np.testing.assert_array_equal(plane.read([0], 0, 0, 300, 300)[0], whole)
 
 
+def test_the_nuclear_marker_is_found_by_its_name_or_given():
+    image = np.zeros((2, 300, 280))
+    image[1] = tissue(0)
+    by_name, given = (
+        orion_unet.quantify(image, names=["CD3e", "DAPI"]),
+        orion_unet.quantify(image, names=["A", "B"], nuclear_marker="B"),
+    )
+    np.testing.assert_array_equal(by_name.labels, given.labels)
+    np.testing.assert_array_equal(by_name.label, np.arange(1, by_name.labels.max() + 1))
+    with pytest.raises(InputError, match="shows no nuclei"):
+        orion_unet.quantify(image, names=["A", "B"], nuclear_marker="A")
+
+
 def test_noise_alone_is_no_nucleus():
     dark = np.random.default_rng(0).integers(100, 130, (1, 200, 200)).astype(np.uint16)
     with pytest.raises(InputError, match="shows no nuclei"):
