@@ -13,6 +13,7 @@ COMMANDS = {
     "monitor": ("monitor", "watch a run and say what is going wrong"),
     "predict": ("predict", "predict the markers of H&E images and slides"),
     "evaluate": ("evaluate", "score a model against measured markers"),
+    "quantify": ("quantify", "measure the markers of every cell of an image"),
     "register": ("register", "move the H&E of pairs that exist onto their markers"),
     "prepare": ("prepare", "turn slides into registered pairs to train on"),
     "check-data": ("check_data", "look at a folder of pairs before training on it"),

@@ -456,6 +456,87 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class QuantifyOptions:
+    """quantification: which images, which cells, and what is written"""
+
+    image: Path | None = option(
+        None, "a marker image, predicted or measured: .npy, .tif (OME-TIFF) or .zarr (OME-Zarr)", metavar="FILE"
+    )
+    predictions: Path | None = option(None, "a folder that predict wrote: all of its images", metavar="DIR")
+    output_dir: Path = option(None, "folder for the tables; made if need be", metavar="DIR", required=True)
+    channel_names: str | None = option(
+        None,
+        "marker names in channel order, separated by commas, or a text file with one name a line; default: those of "
+        "the file, or of channel_names.txt beside it",
+        metavar="NAMES",
+    )
+    pixel_size_um: float | None = option(
+        None, "side of a pixel of the images; default: as their files state", unit="micrometres", above=0, maximum=20
+    )
+    labels: Path | None = option(
+        None,
+        "label image of the cells (.npy, .tif, .zarr; integers, 0 outside), or a folder of NAME_LABELS.npy, .tif or "
+        ".zarr; default: nuclei are found in the nuclear marker, as evaluate finds them",
+        metavar="FILE|DIR",
+        section="cells",
+    )
+    nuclear_marker: str | None = option(
+        None, "marker that shows nuclei; default: found by its name", metavar="NAME", section="cells"
+    )
+    nuclei_in: str = option(
+        "image",
+        "where nuclei are found: in the image, or in --measured",
+        choices=("image", "measured"),
+        section="cells",
+    )
+    rings: int = option(
+        0,
+        "also measure a ring so wide around each cell, for membranes and cytoplasm; 0 = none",
+        unit="pixels",
+        minimum=0,
+        maximum=100,
+        section="cells",
+    )
+    evaluation: Path | None = option(
+        None,
+        "a folder that evaluate --cells wrote: its cut-offs say which cells are positive",
+        metavar="DIR",
+        section="positive cells",
+    )
+    positive: str | None = option(
+        None,
+        "cells are positive whose mean lies above it, in the unit of the image",
+        metavar="NAME=X,...",
+        section="positive cells",
+    )
+    normalized: bool = option(
+        False,
+        "with --evaluation: the images are in [0, 1], as predict --normalized writes them",
+        section="positive cells",
+    )
+    measured: Path | None = option(
+        None,
+        "measured markers of the same pixels, or a folder of NAME_ORION.npy: also measured in the same cells",
+        metavar="FILE|DIR",
+        section="measured markers",
+    )
+    measured_positive: str | None = option(
+        None,
+        "cells are positive whose measured mean lies above it, in the unit of --measured; default: as --positive",
+        metavar="NAME=X,...",
+        section="measured markers",
+    )
+    geojson: bool = option(True, "write the outlines of the cells, for QuPath", section="output")
+    h5ad: bool | None = option(
+        None,
+        "write cells.h5ad, for scanpy and squidpy (needs anndata); default: where it is installed",
+        section="output",
+    )
+    overview: bool = option(True, "draw the markers with their positive cells", section="output")
+    overwrite: bool = option(False, "replace the files of an earlier quantify", section="output")
+
+
+@dataclass(frozen=True)
 class CheckDataOptions:
     """inspection: what to look at, and what to write"""
 

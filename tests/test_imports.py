@@ -16,15 +16,16 @@ ENTRIES = ("train_spatial_orion_unet.py", "monitor_training.py")
 LAYERS = (
     ("__main__", *(Path(entry).stem for entry in ENTRIES)),
     ("cli",),
-    ("training", "evaluation", "inspection", "preparation", "monitor", "demo"),
+    ("training", "evaluation", "quantification", "inspection", "preparation", "monitor", "demo"),
     ("inference",),
+    ("segmentation",),
     ("data", "checkpoint", "metrics"),
     (
         *("slides", "registration", "models", "losses", "config", "recipes", "distributed", "run_log"),
         *("correlation", "patch_sums", "errors", "extras", "findings", "options", "text", "__init__"),
     ),
 )
-ROOMS_APART = {"training", "evaluation", "inspection", "preparation", "monitor", "demo"}
+ROOMS_APART = {"training", "evaluation", "quantification", "inspection", "preparation", "monitor", "demo"}
 TORCH_FREE = {"monitor", "run_log", "recipes", "config", "findings", "options", "text"}
 
 

@@ -25,6 +25,7 @@ PACKAGES = {
     **dict.fromkeys(("torch", "numpy", "matplotlib", "tqdm", "rich"), ""),
     **dict.fromkeys(("tifffile", "imagecodecs", "PIL", "scipy", "skimage", "sklearn", "zarr"), "inference"),
     "tensorboard": "tensorboard",
+    "anndata": "cells",
     "monai": "bench",
 }
 

@@ -9,20 +9,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from orion_unet.data.channels import nuclear_channel
 from orion_unet.errors import InputError
 from orion_unet.evaluation.scored_folder import Region, ScoredFolder
 from orion_unet.run_log import open_regular
+from orion_unet.segmentation import nuclear_marker, segment_nuclei
 
 LABEL_SUFFIXES = ("_LABELS.npy", "_LABELS.tif")
-# Of the smoothing before the threshold, in pixels (ORION: 0.325 um each).
-SMOOTHING_SD = 1.0
-# A nuclear image whose brightest and darkest part differ by less than this, of the normalised range, shows none.
-LEAST_CONTRAST = 0.05
-# Smallest nucleus in pixels, and least distance of the centres of two.
-LEAST_PIXELS, LEAST_DISTANCE = 20, 4
-# Nuclei are grown by so many pixels, where they do not meet: membrane markers stand around the nucleus, not in it.
-GROWTH = 3
+# What to do where no marker is named like a nuclear stain.
+INSTEAD = "give the folder of label files as --cells DIR"
 
 
 @dataclass(frozen=True)
@@ -42,46 +36,6 @@ class Cells:
             np.concatenate([empty, *(part.predicted for part in parts)]),
             np.repeat(np.arange(len(parts)), [len(part.core) for part in parts]),
         )
-
-
-def nuclear_marker(names: Sequence[str], given: str | None) -> int:
-    """Index of the marker that stains nuclei: the one given, or the one whose name says so; raises InputError."""
-    if given is not None:
-        if given not in names:
-            raise InputError(f"--nuclear_marker {given}: is not scored; there are {', '.join(names)}")
-        return list(names).index(given)
-    found = nuclear_channel(names)
-    if found is not None:
-        return found
-    raise InputError(
-        f"--cells: no marker is named like a nuclear stain ({', '.join(names)}); name one with --nuclear_marker, or "
-        "give the folder of label files as --cells DIR"
-    )
-
-
-def segment_nuclei(image: np.ndarray) -> np.ndarray:
-    """Nuclei (H, W) int32, numbered from 1 and 0 outside, in a nuclear marker (H, W) in [0, 1].
-
-    Gaussian smoothing, Otsu's threshold, and a watershed of the distance to the background from its maxima.
-    """
-    from scipy.ndimage import distance_transform_edt, gaussian_filter
-    from skimage.feature import peak_local_max
-    from skimage.filters import threshold_otsu
-    from skimage.segmentation import expand_labels, watershed
-
-    smooth = gaussian_filter(image.astype(np.float32), SMOOTHING_SD)
-    if np.ptp(smooth) < LEAST_CONTRAST:
-        return np.zeros(image.shape, np.int32)
-    inside = smooth > threshold_otsu(smooth)
-    distance = gaussian_filter(distance_transform_edt(inside).astype(np.float32), SMOOTHING_SD)
-    centres = peak_local_max(distance, min_distance=LEAST_DISTANCE, exclude_border=False, labels=inside.astype(int))
-    seeds = np.zeros(image.shape, np.int32)
-    seeds[tuple(centres.T)] = np.arange(1, len(centres) + 1)
-    labels = watershed(-distance, seeds, mask=inside)
-    small = np.bincount(labels.ravel()) < LEAST_PIXELS
-    small[0] = True
-    numbers = np.cumsum(~small) * ~small
-    return expand_labels(numbers[labels].astype(np.int32), GROWTH)
 
 
 def label_file(folder: Path, name: str) -> Path | None:
@@ -143,7 +97,7 @@ class CellFinder:
         self.folder = folder
         self.labels = Path(given) if given else None
         # A marker is needed only where nuclei are to be found in it.
-        self.nuclear = 0 if self.labels else nuclear_marker(folder.names, nuclear)
+        self.nuclear = 0 if self.labels else nuclear_marker(folder.names, nuclear, INSTEAD)
         self.source = f"labels from {self.labels}" if self.labels else f"nuclei found in {folder.names[self.nuclear]}"
         lacking = [str(folder.table.names[core]) for core in cores if not self.knows(core)]
         if lacking:

@@ -81,6 +81,8 @@ def document(found: Evaluation) -> dict[str, Any]:
             "transform": folder.normalization.transform,
             "noise_removal": model.config.data.noise_removal,
             "range": [0, 1],
+            # With the range of each marker, what makes stored values targets.
+            "white": folder.normalization.white,
         },
         "box_pixels": BOX_PIXELS,
         "sample": {
@@ -103,7 +105,11 @@ def document(found: Evaluation) -> dict[str, Any]:
         "warnings": list(found.warnings),
         "overall": _json_scores(card, None),
         "markers": {
-            name: {"positive_threshold": float(found.thresholds[marker]), **_json_scores(card, marker)}
+            name: {
+                "positive_threshold": float(found.thresholds[marker]),
+                "range": [float(folder.normalization.lower[marker]), float(folder.normalization.upper[marker])],
+                **_json_scores(card, marker),
+            }
             for marker, name in enumerate(card.names)
         },
         "cells": None if found.cells is None else _cell_document(card.names, found.cells),

@@ -20,7 +20,7 @@ class MarkerImage(ABC):
     """A marker image of ``shape`` (C, H, W), read by region. A context manager.
 
     ``dtype`` is the stored type. ``channel_names`` is empty where the file has none. ``pixel_size_um`` and
-    ``pixel_size_doubt`` are as in HeImage. Raises InputError for another dtype than uint8, uint16, float16 or float32.
+    ``pixel_size_doubt`` are as in HeImage. Raises InputError where it has no pixels.
     """
 
     def __init__(
@@ -34,8 +34,6 @@ class MarkerImage(ABC):
         self.path = path
         self.shape = shape
         self.dtype = np.dtype(dtype).newbyteorder("=")
-        if self.dtype.name not in DTYPES:
-            raise InputError(f"{path}: has dtype {self.dtype}; use {', '.join(DTYPES)}")
         if 0 in shape:
             raise InputError(f"{path}: has shape {shape}, no pixels")
         self.channel_names = tuple(channel_names)

@@ -14,7 +14,7 @@ from orion_unet.run_log import open_regular
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.marker_tiff import open_marker_tiff
 from orion_unet.slides.marker_zarr import open_marker_zarr
-from orion_unet.slides.markers import ArrayMarkers, MarkerImage
+from orion_unet.slides.markers import DTYPES, ArrayMarkers, MarkerImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
 from orion_unet.slides.tiff import open_tiff
 from orion_unet.slides.whole_slide import open_whole_slide
@@ -74,23 +74,61 @@ def _map_npy(path: Path) -> Callable[[], np.ndarray]:
 def open_markers(path: str | Path) -> MarkerImage:
     """Open a marker image: .npy, .tif (OME-TIFF, tiled or striped, pyramidal) or an OME-Zarr folder (.zarr).
 
-    Raises InputError if it is missing, damaged or of another format, or if a package that reads it is not installed.
+    Raises InputError if it is missing, damaged, of another format or of another dtype than uint8, uint16, float16 and
+    float32, or if a package that reads it is not installed.
     """
-    path = Path(path)
+    image = _open_planes(Path(path), "markers", _map_npy)
+    if image.dtype.name not in DTYPES:
+        image.close()
+        raise InputError(f"{path}: has dtype {image.dtype}; use {', '.join(DTYPES)}")
+    return image
+
+
+def open_labels(path: str | Path) -> MarkerImage:
+    """Open a label image (1, H, W) of integers, 0 outside of cells: .npy (H, W), .tif, or an OME-Zarr folder (.zarr).
+
+    Raises InputError if it is missing, damaged, of another format, no integers or more than one plane, or if a package
+    that reads it is not installed.
+    """
+
+    def map_plane(path: Path) -> Callable[[], np.ndarray]:
+        def open_plane() -> np.ndarray:
+            array = opened()
+            return array[None] if array.ndim == 2 else array
+
+        opened = _map_npy(path)
+        return open_plane
+
+    image = _open_planes(Path(path), "labels", map_plane)
+    if image.shape[0] != 1 or image.dtype.kind not in "ui":
+        image.close()
+        raise InputError(f"{path}: is {image.dtype} {image.shape}; labels are one plane of integers")
+    return image
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is a Zarr group: the labels of an OME-Zarr image are one of any name."""
+    return any((path / name).is_file() for name in (".zattrs", ".zgroup", "zarr.json"))
+
+
+def _open_planes(path: Path, kind: str, map_npy: Callable[[Path], Callable[[], np.ndarray]]) -> MarkerImage:
     suffix = path.suffix.lower()
-    if suffix == ".zarr":
+    if suffix == ".zarr" or is_zarr(path):
         if not path.is_dir():
             raise InputError(f"{path}: cannot be read (no such folder)")
         needed("zarr")
         return open_marker_zarr(path)
     if suffix not in MARKER_SUFFIXES:
-        raise InputError(f"{path}: cannot be read as markers; use {', '.join(MARKER_SUFFIXES)}")
+        raise InputError(f"{path}: cannot be read as {kind}; use {', '.join(MARKER_SUFFIXES)}")
     require_readers([path])
     try:
         open_regular(path).close()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return ArrayMarkers(path, _map_npy(path)) if suffix == ".npy" else open_marker_tiff(path)
+    if suffix != ".npy":
+        return open_marker_tiff(path)
+    # The one plane of labels comes first; of markers, the shortest axis is that of the channels.
+    return ArrayMarkers(path, map_npy(path), "chw" if kind == "labels" else "")
 
 
 def open_picture(path: Path) -> HeImage:

@@ -108,6 +108,6 @@ def test_the_monitor_needs_no_torch(without, copied):
 def test_the_packages_are_those_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {"": project["dependencies"], **project["optional-dependencies"]}
-    for extra in ("", "inference", "tensorboard", "bench"):
+    for extra in ("", "inference", "tensorboard", "bench", "cells"):
         names = {re.match(r"[\w-]+", requirement)[0] for requirement in declared[extra]}
         assert {DISTRIBUTIONS.get(name, name) for name, of in PACKAGES.items() if of == extra} == names

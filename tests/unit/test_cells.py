@@ -17,10 +17,9 @@ from orion_unet.evaluation.cells import (
     label_file,
     load_labels,
     measure_cells,
-    nuclear_marker,
-    segment_nuclei,
 )
 from orion_unet.evaluation.intervals import leave_one_out
+from orion_unet.segmentation import nuclear_marker, segment_nuclei
 
 CENTRES = [(20, 20), (20, 60), (50, 40), (80, 20), (80, 75)]
 
@@ -117,13 +116,13 @@ def test_a_truncated_label_image_is_refused(tmp_path, content):
 
 
 def test_the_nuclear_marker_is_told_from_the_names():
-    assert nuclear_marker(["CD3e", "Hoechst"], None) == 1
-    assert nuclear_marker(["DNA_1", "DAPI"], None) == 1
-    assert nuclear_marker(["CD3e", "CD20"], "CD20") == 1
+    assert nuclear_marker(["CD3e", "Hoechst"], None, "give labels") == 1
+    assert nuclear_marker(["DNA_1", "DAPI"], None, "give labels") == 1
+    assert nuclear_marker(["CD3e", "CD20"], "CD20", "give labels") == 1
     with pytest.raises(InputError, match="--nuclear_marker"):
-        nuclear_marker(["CD3e", "CD20"], None)
+        nuclear_marker(["CD3e", "CD20"], None, "give labels")
     with pytest.raises(InputError, match="CD8"):
-        nuclear_marker(["CD3e", "CD20"], "CD8")
+        nuclear_marker(["CD3e", "CD20"], "CD8", "give labels")
 
 
 def draw_cells(seed=0, count=900, cores=4):

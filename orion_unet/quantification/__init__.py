@@ -1,0 +1,1 @@
+"""quantify: images of markers to one row a cell."""

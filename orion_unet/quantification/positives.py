@@ -1,0 +1,204 @@
+"""Which cells are positive for which marker: cut-offs from an evaluation or the command line, and how well they agree
+with measured markers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orion_unet.data.normalization import LOG_CURVATURE
+from orion_unet.errors import InputError
+from orion_unet.quantification.measure import CellMeans, ToUnit
+from orion_unet.run_log import read_document
+from orion_unet.slides.intensity import WHITE
+
+SCORES_FILE = "scores.json"
+STORED, UNIT = "as stored", "[0, 1]"
+
+
+@dataclass(frozen=True)
+class Cutoff:
+    """A cell is positive whose mean lies above it: ``predicted`` for the image, ``measured`` for measured markers.
+
+    NaN where there is none. ``unit`` is that of both: means as stored, or in the [0, 1] of the training.
+    """
+
+    predicted: float
+    measured: float
+    unit: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class TrainingRange:
+    """How stored values become the [0, 1] of the training: intensities (stored / white) by marker, and the curve."""
+
+    white: float
+    bounds: Mapping[str, tuple[float, float]]
+    transform: str
+
+    def to_unit(self, names: Sequence[str], dtype: np.dtype, normalized: bool) -> ToUnit:
+        """What brings values of a channel of an image into [0, 1]; ``normalized`` images only lack the scale of
+        integers. Markers that the model does not know become NaN."""
+        white = WHITE.get(dtype.name, 1.0 if normalized else self.white)
+        curve = float(np.log1p(LOG_CURVATURE))
+
+        def to_unit(values: np.ndarray, channel: int) -> np.ndarray:
+            if normalized:
+                return np.clip(values / white, 0, 1)
+            if names[channel] not in self.bounds:
+                return np.full(values.shape, np.nan)
+            low, high = self.bounds[names[channel]]
+            if not high > low:
+                return np.zeros(values.shape)
+            target = np.clip((values / white - low) / (high - low), 0, 1)
+            return np.log1p(LOG_CURVATURE * target) / curve if self.transform == "log1p" else target
+
+        return to_unit
+
+
+@dataclass(frozen=True)
+class Positives:
+    """The cut-offs by marker, and the range of the training, None where no evaluation was given."""
+
+    cutoffs: dict[str, Cutoff] = field(default_factory=dict)
+    range: TrainingRange | None = None
+
+    def called(self, names: Sequence[str], means: CellMeans, side: str = "predicted") -> dict[str, np.ndarray]:
+        """Whether each cell (n,) is positive, by marker; ``side`` is predicted or measured."""
+        found = {}
+        for index, name in enumerate(names):
+            value = self.value(name, side)
+            if math.isfinite(value):
+                found[name] = self.compared(name, means, index) > value
+        return found
+
+    def value(self, name: str, side: str) -> float:
+        """The cut-off of a marker, NaN where there is none."""
+        cutoff = self.cutoffs.get(name)
+        return math.nan if cutoff is None else float(getattr(cutoff, side))
+
+    def compared(self, name: str, means: CellMeans, index: int) -> np.ndarray:
+        """The means (n,) that the cut-off of a marker is compared with."""
+        if name in self.cutoffs and self.cutoffs[name].unit == UNIT and means.unit is not None:
+            return means.unit[:, index]
+        return means.mean[:, index]
+
+
+def find_positives(
+    names: Sequence[str], evaluation: Path | None, positive: str | None, measured_positive: str | None
+) -> Positives:
+    """The cut-offs of an evaluation's cells, and those of the command line, which win. Raises InputError."""
+    cutoffs: dict[str, Cutoff] = {}
+    found = None
+    if evaluation is not None:
+        found, cutoffs = _read_evaluation(evaluation, names)
+    given = _given("--positive", positive, names)
+    measured = _given("--measured_positive", measured_positive, names)
+    for name in names:
+        if name in given or name in measured:
+            value = given.get(name, math.nan)
+            options = [word for word, of in (("--positive", given), ("--measured_positive", measured)) if name in of]
+            cutoffs[name] = Cutoff(value, measured.get(name, value), STORED, " and ".join(options))
+    return Positives(cutoffs, found)
+
+
+def _given(option: str, text: str | None, names: Sequence[str]) -> dict[str, float]:
+    """Values by marker of ``NAME=X,...``; raises InputError."""
+    found: dict[str, float] = {}
+    problems = []
+    for item in (part.strip() for part in (text or "").split(",") if part.strip()):
+        name, separator, number = item.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not separator or not math.isfinite(value):
+            problems.append(f"{item!r}: write MARKER=VALUE, in the unit of the image")
+        elif name.strip() not in names:
+            problems.append(f"no marker {name.strip()}; there are {', '.join(names)}")
+        else:
+            found[name.strip()] = value
+    if len(problems) == 1:
+        raise InputError(f"{option}: {problems[0]}")
+    if problems:
+        raise InputError.listing(f"{option} cannot be used:", problems)
+    return found
+
+
+def _read_evaluation(given: Path, names: Sequence[str]) -> tuple[TrainingRange, dict[str, Cutoff]]:
+    path = given / SCORES_FILE if given.is_dir() else given
+    try:
+        document, _ = read_document(path, 1 << 26)
+    except OSError as error:
+        raise InputError(f"--evaluation {path}: cannot be read ({error.strerror or error})") from None
+    if document is None or "markers" not in document or "target" not in document:
+        raise InputError(f"--evaluation {path}: is not the scores.json of an evaluation")
+    if not document.get("cells"):
+        raise InputError(f"--evaluation {path}: has no scores of cells; run evaluate again with --cells")
+    if "white" not in document["target"]:
+        raise InputError(
+            f"--evaluation {path}: is of an older version without the range of markers; run evaluate again"
+        )
+    try:
+        bounds = {
+            str(name): (float(scores["range"][0]), float(scores["range"][1]))
+            for name, scores in document["markers"].items()
+        }
+        scale = TrainingRange(float(document["target"]["white"]), bounds, str(document["target"]["transform"]))
+        origin = f"{path}: {document['cells']['cutoffs']}; {document['cells']['thresholds']}"
+        cutoffs = {
+            name: Cutoff(_number(scores["predicted_cutoff"]), _number(scores["measured_threshold"]), UNIT, origin)
+            for name, scores in document["cells"]["markers"].items()
+            if name in names
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"--evaluation {path}: is damaged ({error!r})") from None
+    if not cutoffs:
+        raise InputError(
+            f"--evaluation {path}: scores none of the image's markers; it has {', '.join(bounds)}, the image "
+            f"{', '.join(names)}"
+        )
+    # A marker that is the same in all cells has neither.
+    return scale, {name: cutoff for name, cutoff in cutoffs.items() if math.isfinite(cutoff.measured)}
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def agreement(
+    names: Sequence[str], predicted: CellMeans, measured: CellMeans, columns: Sequence[int], positives: Positives
+) -> dict[str, dict[str, float]]:
+    """How well predicted and measured means of the same cells agree, by marker.
+
+    ``columns`` are the predicted columns of the measured ones. ``pearson`` needs no cut-off; ``auc``,
+    ``average_precision`` and ``fraction_positive`` need a measured one, ``f1`` both. NaN where undefined.
+    """
+    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+    found = {}
+    for place, column in enumerate(columns):
+        name = names[column]
+        p, t = positives.compared(name, predicted, column), positives.compared(name, measured, place)
+        valid = np.isfinite(p) & np.isfinite(t)
+        p, t = p[valid], t[valid]
+        scores = dict.fromkeys(("pearson", "auc", "average_precision", "f1", "fraction_positive"), math.nan)
+        if len(p) > 1 and np.ptp(p) > 0 and np.ptp(t) > 0:
+            scores["pearson"] = float(np.corrcoef(p, t)[0, 1])
+        threshold, cutoff = positives.value(name, "measured"), positives.value(name, "predicted")
+        if math.isfinite(threshold) and len(t):
+            truth = t > threshold
+            scores["fraction_positive"] = float(truth.mean())
+            if truth.any() and not truth.all():
+                scores["auc"] = float(roc_auc_score(truth, p))
+                scores["average_precision"] = float(average_precision_score(truth, p))
+            if truth.any() and math.isfinite(cutoff):
+                scores["f1"] = float(f1_score(truth, p > cutoff))
+        found[name] = scores
+    return found

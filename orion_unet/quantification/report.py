@@ -1,0 +1,132 @@
+"""What quantify found, as quantify.json and on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from orion_unet import __version__
+from orion_unet.config import QuantifyOptions
+from orion_unet.quantification.cells import ImageCells
+from orion_unet.quantification.files import measured_columns
+from orion_unet.quantification.measure import CellMeans
+from orion_unet.quantification.positives import Positives, agreement
+from orion_unet.run_log import utc_now
+from orion_unet.text import clean, short_number
+
+SCHEMA = 1
+SCORES = {"pearson": "Pearson", "auc": "AUC", "average_precision": "AP", "f1": "F1"}
+
+
+def document(
+    options: QuantifyOptions, names: Sequence[str], positives: Positives, images: Sequence[ImageCells]
+) -> dict[str, Any]:
+    """Content of quantify.json; what is undefined is null."""
+    counts = positive_counts(names, positives, images)
+    return {
+        "schema": SCHEMA,
+        "created": utc_now(),
+        "version": __version__,
+        "images": [
+            {
+                "image": cells.name,
+                "file": str(cells.path),
+                "height": cells.shape[0],
+                "width": cells.shape[1],
+                "pixel_size_um": cells.pixel_size_um,
+                "cells": len(cells.numbers),
+                "cells_from": cells.source,
+            }
+            for cells in images
+        ],
+        "markers": list(names),
+        "rings_px": options.rings,
+        "measured": None if options.measured is None else str(options.measured),
+        "cutoffs": {
+            name: {
+                "predicted": cutoff.predicted,
+                "measured": cutoff.measured,
+                "unit": cutoff.unit,
+                "origin": cutoff.origin,
+                "positive": counts.get(name),
+            }
+            for name, cutoff in positives.cutoffs.items()
+        },
+        "agreement": compare(names, positives, images),
+    }
+
+
+def positive_counts(names: Sequence[str], positives: Positives, images: Sequence[ImageCells]) -> dict[str, int]:
+    """How many cells of all images are positive, for each marker with a cut-off."""
+    counts: dict[str, int] = {}
+    for cells in images:
+        for name, flags in positives.called(names, cells.means).items():
+            counts[name] = counts.get(name, 0) + int(flags.sum())
+    return counts
+
+
+def compare(
+    names: Sequence[str], positives: Positives, images: Sequence[ImageCells]
+) -> dict[str, dict[str, float]] | None:
+    """How well predicted and measured cells of all images together agree; None without measured markers."""
+    columns = measured_columns(images)
+    if not columns:
+        return None
+    measured = []
+    for cells in images:
+        assert cells.measured is not None, "--measured is for all images"
+        own = cells.measured_columns
+        places = [own.index(column) if column in own else -1 for column in columns]
+        unit = None if cells.measured.unit is None else _chosen(cells.measured.unit, places)
+        measured.append(CellMeans(_chosen(cells.measured.mean, places), None, unit))
+    return agreement(names, _joined([cells.means for cells in images]), _joined(measured), columns, positives)
+
+
+def _joined(parts: Sequence[CellMeans]) -> CellMeans:
+    units = [part.unit for part in parts if part.unit is not None]
+    return CellMeans(np.concatenate([part.mean for part in parts]), None, np.concatenate(units) if units else None)
+
+
+def _chosen(values: np.ndarray, places: Sequence[int]) -> np.ndarray:
+    """Columns of an array (n, C) by their places, NaN for -1."""
+    return np.concatenate([values, np.full((len(values), 1), np.nan)], axis=1)[:, list(places)]
+
+
+def report(
+    names: Sequence[str], positives: Positives, images: Sequence[ImageCells], say: Callable[[str], None]
+) -> None:
+    """Show positive cells, agreement and the origin of the cut-offs on the terminal."""
+    counts = positive_counts(names, positives, images)
+    scores = compare(names, positives, images) or {}
+    if scores or counts:
+        _show(names, positives, counts, scores)
+    origins = sorted({cutoff.origin for cutoff in positives.cutoffs.values()})
+    if origins:
+        say(f"Cut-offs from {'; '.join(origins)}.")
+    else:
+        say("No cell is called positive: there are no cut-offs (--evaluation DIR or --positive NAME=X,...).")
+
+
+def _show(
+    names: Sequence[str], positives: Positives, counts: dict[str, int], scores: dict[str, dict[str, float]]
+) -> None:
+    """Print a row for each marker that has a cut-off or measured values."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("marker", no_wrap=True, max_width=18, overflow="ellipsis")
+    words = SCORES if scores else {}
+    for title in ("cut-off", "positive", *words.values()):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name in names:
+        if name in counts or name in scores:
+            count = f"{counts[name]:,}" if name in counts else "-"
+            row = [short_number(positives.value(name, "predicted")), count]
+            row += [short_number(scores[name][score], 3) if name in scores else "-" for score in words]
+            # Text, so that a name like CD3[e] is not taken for markup.
+            table.add_row(Text(clean(name)), *row)
+    Console().print(table)
