@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from orion_unet.config import PrepareOptions
 from orion_unet.data.channels import nuclear_channel
@@ -66,6 +67,8 @@ class SlidePlan:
 
 def plan_slide(slide: Slide, options: PrepareOptions) -> SlidePlan:
     """Look at a slide's thumbnails and decide what will be made; raises InputError where it cannot be used."""
+    # Many small operations, in one of several processes: more threads would wait for each other.
+    torch.set_num_threads(1)
     with open_he(slide.he) as he, open_markers(slide.orion) as orion:
         he_um = _pixel_size(he, slide.he_pixel_size_um, "he_pixel_size_um")
         own_um = _pixel_size(orion, slide.orion_pixel_size_um, "orion_pixel_size_um")

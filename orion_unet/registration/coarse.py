@@ -29,16 +29,19 @@ SCALES, FINER_SCALES = (0.95, 1.0, 1.05), (0.975, 1.0, 1.025)
 ROUNDS = 5
 # The best of so many attempts reached 11 between foreign images; between images of the same tissue it was 15 to 47.
 LEAST_PEAK = 14.0
-# The peak of the orientation found, over that of the best other one, at least.
+# The peak of the orientation found, over that of the best other one, at least; the same for correlations.
 LEAST_LEAD = 1.25
+# Where no peak is clear, every orientation is refined on images of this longest side [pixels], in which tissue can be
+# told from tissue, and the best must correlate at least so much. The discs of a microarray fit any other discs in part.
+JUDGED_SIDE, LEAST_CORRELATION = 768, 0.2
 
 
 @dataclass(frozen=True)
 class Coarse:
     """``affine`` takes a point of the marker thumbnail to the density thumbnail.
 
-    ``orientation`` says in words which way round the H&E lies. ``peak`` is the height of the best match above all
-    other shifts, in standard deviations. ``reason`` says why the result is not to be trusted; it is empty where it is.
+    ``orientation`` says in words which way round the H&E lies. ``peak`` is the height of its match above all other
+    shifts, in standard deviations. ``reason`` says why the result is not to be trusted; it is empty where it is.
     """
 
     affine: Affine
@@ -83,12 +86,22 @@ def _searched(density: np.ndarray, marker: np.ndarray, expected_scale: float, si
         again = _best(still, moving, orientations[name], turns, scales)
         finer.append((max(first[name].peak, again.peak), name, max(first[name], again, key=lambda m: m.peak).affine))
     (others, _, _), (peak, name, affine) = sorted(finer, key=lambda found: found[0])
+    reason = ""
+    if peak < LEAST_PEAK or peak < LEAST_LEAD * others:
+        closer = max(1.0, longest / JUDGED_SIDE)
+        small = _shrunk(density, closer * expected_scale), _shrunk(marker, closer)
+        refined = {n: _refined(*small, _grown(shrink / closer, shrink / closer, m.affine)) for n, m in first.items()}
+        correlations = {name: _correlation(*small, affine) for name, affine in refined.items()}
+        second, name = sorted(correlations, key=lambda name: correlations[name])[-2:]
+        best, others = correlations[name], correlations[second]
+        affine, peak, shrink = refined[name], first[name].peak, closer
+        if best < LEAST_CORRELATION or best < LEAST_LEAD * others:
+            reason = (
+                f"no match: the best of eight orientations correlates with {best:.2f}, the next one with {others:.2f}"
+            )
     # From the small images to the thumbnails: both ends of the map grow, by different factors.
     affine = _grown(shrink, shrink * expected_scale, affine)
-    if peak < LEAST_PEAK or peak < LEAST_LEAD * others:
-        reason = f"no match: the best of eight orientations has a peak of {peak:.1f}, the next one of {others:.1f}"
-        return Coarse(affine, peak, name, reason)
-    return Coarse(_refined(density, marker, affine), peak, name)
+    return Coarse(affine if reason else _refined(density, marker, affine), peak, name, reason)
 
 
 UPRIGHT = "as the markers"
@@ -149,6 +162,13 @@ def _best(
         down, right = (at - side if at >= limit else at for at, side, limit in zip(place, size, upright, strict=True))
         found.append(_Match(peak, Affine.shift(float(down), float(right)).then(about), turn, scale))
     return max(found, key=lambda match: match.peak)
+
+
+def _correlation(density: np.ndarray, marker: np.ndarray, affine: Affine) -> float:
+    """Correlation of the marker's image and the density's, moved onto it."""
+    moving = nuclei(marker)
+    moved = sampled(torch.from_numpy(nuclei(density)), moving.shape, affine).numpy()
+    return float(np.corrcoef(moved.ravel(), moving.ravel())[0, 1])
 
 
 def _grown(marker: float, density: float, affine: Affine) -> Affine:

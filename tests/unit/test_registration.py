@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from orion_unet.demo.make import draw_core
-from orion_unet.registration import fine
+from orion_unet.registration import coarse, fine
 from orion_unet.registration.coarse import UPRIGHT, _orientations, find_coarse
 from orion_unet.registration.fine import LARGEST_DISPLACEMENT, refine
 from orion_unet.registration.stains import haematoxylin
@@ -176,6 +176,33 @@ def test_every_quarter_turn_and_mirror_is_found_at_another_scale(index, core):
     )
     error = np.linalg.norm(found.affine.points(points) - truth.points(points), axis=1) / scale
     assert np.median(error) < 1.5
+
+
+def a_lattice(seed):
+    """Nine discs of tissue on glass: H&E (H, W, 3) and nuclear marker (H, W)."""
+    he, marker = np.full((768, 768, 3), 244, np.uint8), np.full((768, 768), 0.01, np.float32)
+    rows, columns = np.ogrid[:224, :224]
+    disc = np.hypot(rows - 111.5, columns - 111.5) < 105
+    for index in range(9):
+        drawn, stained = draw_core(10 * seed + index, 224)
+        place = (slice(y := 16 + 256 * (index // 3), y + 224), slice(x := 16 + 256 * (index % 3), x + 224))
+        he[place][disc] = drawn[disc]
+        marker[place][disc] = stained[..., 0][disc] / 65535
+    return he, marker
+
+
+@pytest.mark.slow
+def test_the_lattice_of_a_microarray_fits_every_way_round_and_its_tissue_only_one(monkeypatch):
+    # As on a slide so large that no search sees its tissue.
+    monkeypatch.setattr(coarse, "SEARCHED_SIDES", (48,))
+    he, marker = a_lattice(1)
+    turned = np.rot90(he, 2)
+    found = find_coarse(density(turned), marker)
+    assert found.trusted and found.orientation == "turned by 180°"
+    corner = found.affine.points(np.array([[0.0, 0.0]]))[0]
+    np.testing.assert_allclose(corner, [767, 767], atol=2)
+    foreign = find_coarse(density(a_lattice(2)[0]), marker)
+    assert not foreign.trusted and "no match: the best of eight orientations" in foreign.reason
 
 
 def test_a_foreign_or_empty_slide_is_not_trusted(core):
