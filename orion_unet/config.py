@@ -22,6 +22,12 @@ class DataOptions:
         "core_patches_npy", "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", fixed=False
     )
     val_split: float = option(0.2, "fraction of the cores held out for validation", above=0, below=1)
+    fold: str | None = option(
+        None,
+        "hold out part K of N parts of the groups, the same parts for every K, instead of a fraction",
+        metavar="K/N",
+        follows=True,
+    )
     split_file: str | None = option(None, "use the split of an earlier run's split.json", metavar="FILE", fixed=False)
     groups_csv: str | None = option(
         None,
@@ -299,6 +305,13 @@ class TrainConfig:
         if not any(weight > 0 for weight in self.loss.weights.values()):
             names = ", ".join(f"--{name}_weight" for name in self.loss.weights)
             found.append(f"all loss weights are 0, so there is nothing to train: raise one of {names}")
+        if self.data.fold is not None:
+            try:
+                fold_numbers(self.data.fold)
+            except InputError as error:
+                found.append(str(error))
+            if self.data.split_file is not None:
+                found.append("--fold and --split_file both choose the held-out cores: give one of them")
         if self.data.grid_stride is not None and self.data.grid_stride > self.data.patch_size:
             found.append(
                 f"--grid_stride {self.data.grid_stride} leaves gaps between patches of --patch_size "
@@ -312,6 +325,16 @@ class TrainConfig:
         if self.output.overwrite and self.runtime.resume:
             found.append("--overwrite and --resume contradict each other: choose one")
         return found
+
+
+def fold_numbers(text: str) -> tuple[int, int]:
+    """K and N of ``--fold K/N``, 1 <= K <= N and N >= 2. Raises InputError."""
+    part, slash, parts = text.partition("/")
+    if slash and part.isascii() and part.isdecimal() and parts.isascii() and parts.isdecimal():
+        number, count = int(part), int(parts)
+        if 1 <= number <= count and count >= 2:
+            return number, count
+    raise InputError(f"--fold {text}: write K/N with 1 <= K <= N and N >= 2, for example 1/5")
 
 
 def load_options(path: str | Path) -> tuple[dict[str, Any], str]:
