@@ -13,6 +13,7 @@ COMMANDS = {
     "monitor": ("monitor", "watch a run and say what is going wrong"),
     "predict": ("predict", "predict the markers of H&E images and slides"),
     "evaluate": ("evaluate", "score a model against measured markers"),
+    "crossval": ("crossval", "train once for every fold, and score each core by the model that held it out"),
     "register": ("register", "move the H&E of pairs that exist onto their markers"),
     "prepare": ("prepare", "turn slides into registered pairs to train on"),
     "check-data": ("check_data", "look at a folder of pairs before training on it"),

@@ -465,6 +465,19 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class CrossvalOptions:
+    """cross-validation: how many trainings, and where they go"""
+
+    folds: int = option(None, "parts of the groups, each held out by one training", minimum=2, required=True)
+    output_dir: Path = option(
+        None, "folder of the runs fold_1, fold_2, ... and of the scores", metavar="DIR", required=True
+    )
+    fold: int | None = option(
+        None, "train this fold only and score nothing, for a job array; default: all", minimum=1, metavar="K"
+    )
+
+
+@dataclass(frozen=True)
 class CheckDataOptions:
     """inspection: what to look at, and what to write"""
 
