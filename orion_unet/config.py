@@ -386,7 +386,12 @@ READING = ("channel_names", "exclude_channels", "groups_csv", "he_layout", "orio
 class PredictRequest:
     """task: which model, which images, where to"""
 
-    checkpoint: Path = option(None, "best.pt or last.pt, or a run's folder", metavar="FILE|RUN", required=True)
+    checkpoint: tuple[Path, ...] = option(
+        None,
+        "best.pt or last.pt, or a run's folder; several are averaged",
+        metavar="FILE|RUN",
+        required=True,
+    )
     input: tuple[Path, ...] = option(
         None,
         "images (.npy, .png, .jpg, .tif, .svs; .ndpi, .mrxs, .scn with the extra openslide); for a folder: its "
@@ -421,6 +426,9 @@ class PredictOptions:
     pixel_size_um: float | None = option(
         None, "side of a pixel of the input; default: as its file states", unit="micrometres", above=0, section="input"
     )
+    spread: bool = option(
+        False, "also write NAME_spread, the standard deviation over several checkpoints", section="output"
+    )
     overview: bool = option(True, "draw NAME_overview.png, the H&E beside the markers", section="output")
     overwrite: bool = option(False, "replace outputs that exist", section="output")
     tissue_only: bool | None = option(
@@ -436,7 +444,9 @@ class PredictOptions:
 class EvaluateOptions:
     """evaluation: which model, on which cores, by which measures"""
 
-    checkpoint: Path = option(None, "a run folder (its best.pt), or a .pt file", metavar="RUN|FILE", required=True)
+    checkpoint: tuple[Path, ...] = option(
+        None, "a run folder (its best.pt), or a .pt file; several are averaged", metavar="RUN|FILE", required=True
+    )
     pairs_dir: Path = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", required=True)
     split: str = option(
         "val",

@@ -26,7 +26,7 @@ from orion_unet.evaluation.scored_folder import FolderOptions, ScoredFolder, ope
 from orion_unet.evaluation.scores import positive_thresholds, sampled_share
 from orion_unet.evaluation.tables import cell_table, marker_table, show
 from orion_unet.extras import needed
-from orion_unet.inference.model import load_trained
+from orion_unet.inference.ensemble import load_models, members_of
 from orion_unet.inference.trust import run_folder_of, summary, write_scorecard
 from orion_unet.text import clean
 
@@ -53,7 +53,7 @@ def evaluate(
 
     require_packages(options.cells)
     output_dir = _output_dir(options)
-    model = load_trained(options.checkpoint, where.device, where.use_amp)
+    model = load_models(options.checkpoint, where.device, where.use_amp)
     folder = open_folder(model, options.pairs_dir, reading, progress)
     found = _score(options, folder, say_clean, progress)
     try:
@@ -62,7 +62,7 @@ def evaluate(
     except OSError as error:
         raise RunError(f"{output_dir}: cannot be written ({error.strerror or error})") from None
     _report(found, say_clean)
-    if options.split == "val":
+    if options.split == "val" and len(options.checkpoint) == 1:
         _keep_verdicts(found, say_clean)
     return output_dir
 
@@ -102,7 +102,9 @@ def _output_dir(options: EvaluateOptions) -> Path:
     if options.output_dir is not None:
         folder = options.output_dir
     else:
-        folder = run_folder_of(options.checkpoint) / OUTPUT_FOLDER
+        if len(options.checkpoint) > 1:
+            raise InputError("several --checkpoint have no run folder in common: give --output_dir")
+        folder = run_folder_of(options.checkpoint[0]) / OUTPUT_FOLDER
     present = [name for name in FILES if (folder / name).exists()]
     if present and not options.overwrite:
         raise InputError(f"{folder}: already holds {present[0]}; add --overwrite, or give another --output_dir")
@@ -120,7 +122,11 @@ def _chosen(folder: ScoredFolder, split: str) -> tuple[tuple[int, ...], list[str
     cores = {"val": known.val, "train": known.train, "all": np.arange(len(folder.table))}[split].tolist()
     if not cores:
         side = "held-out" if split == "val" else "training"
-        raise InputError(f"--split {split}: {folder.table.folder} has no {side} core of this model; try --split all")
+        several = len(members_of(folder.model))
+        of = "this model" if several == 1 else f"this ensemble, held out by all {several} models"
+        if split == "train":
+            of = of.partition(",")[0]
+        raise InputError(f"--split {split}: {folder.table.folder} has no {side} core of {of}; try --split all")
     trained = len(set(cores) & set(known.train.tolist()))
     if not trained:
         return tuple(cores), []
@@ -177,7 +183,8 @@ def _score(options: EvaluateOptions, folder: ScoredFolder, say: Say, progress: P
 def _report(found: Evaluation, say: Say) -> None:
     """Show the scores on the terminal."""
     model, count = found.folder.model, len(found.cores)
-    show(marker_table(found.card), f"{count} core{'s' * (count != 1)}, epoch {model.epoch} of {model.path}")
+    scored = " + ".join(f"epoch {member.epoch} of {member.path}" for member in members_of(model))
+    show(marker_table(found.card), f"{count} core{'s' * (count != 1)}, {scored}")
     for sentence in verdicts(found.card):
         say(sentence)
     say(f"Baselines: {found.baselines.note}.")

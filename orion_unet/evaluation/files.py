@@ -18,6 +18,7 @@ from orion_unet.evaluation.intervals import COVERAGE, LEAST_UNITS, LEVEL
 from orion_unet.evaluation.results import Evaluation
 from orion_unet.evaluation.scorecard import DUELS, MEAN, MODEL, OVERALL, REGRESSION, Scorecard, trust_of, verdicts
 from orion_unet.evaluation.scores import BOX_PIXELS, METRICS, RANK_METRICS, SAMPLE_SEED, overall
+from orion_unet.inference.ensemble import members_of
 from orion_unet.inference.trust import RULE
 from orion_unet.run_log import fsync_folder, utc_now, write_atomic, write_json
 from orion_unet.text import csv_bytes
@@ -65,6 +66,7 @@ def document(found: Evaluation) -> dict[str, Any]:
         "created": utc_now(),
         "versions": versions(),
         "checkpoint": {"path": str(model.path), "epoch": model.epoch},
+        "ensemble": [{"path": str(member.path), "epoch": member.epoch} for member in members_of(model)],
         "pairs_dir": str(found.options.pairs_dir),
         "split": found.options.split,
         "cores": [

@@ -33,12 +33,13 @@ class MarkerTrust:
     regression: float
     verdict: str
 
-    def sentence(self, name: str) -> str:
+    def sentence(self) -> str:
         """The verdict with its numbers."""
         if self.verdict == NOT_JUDGED:
-            return f"{name}: {self.verdict}"
-        against = f", colours {self.regression:.2f}" if math.isfinite(self.regression) else ""
-        return f"{name}: {self.verdict} (r {self.pearson:.2f}, {self.low:.2f} to {self.high:.2f}{against})"
+            return self.verdict
+        against = f"; regression from colours {self.regression:.3f}" if math.isfinite(self.regression) else ""
+        interval = f"95 % interval {self.low:.3f} to {self.high:.3f}"
+        return f"{self.verdict}: Pearson {self.pearson:.3f}, {interval}{against}"
 
 
 UNKNOWN = MarkerTrust(math.nan, math.nan, math.nan, math.nan, NOT_JUDGED)
