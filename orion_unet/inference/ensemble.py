@@ -181,7 +181,7 @@ def _common_range(members: Sequence[Normalization]) -> Normalization:
 
 
 def _cores(members: Sequence[TrainedModel]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Split and digests of an ensemble: a core that any member was trained on is trained on.
+    """Split and digests of an ensemble: a core is trained on if any member was trained on it or on its group.
 
     Cores of one name and other tissue get names of their own. Without the digests of every member there are none, and
     cores count by name.
@@ -200,11 +200,18 @@ def _cores(members: Sequence[TrainedModel]) -> tuple[dict[str, Any], dict[str, s
                 name = core
                 if described and digests.get(core, member.digests.get(core)) != member.digests.get(core):
                     name = f"{core} of model {number}"
+                    group = name if group == core else group
                 if described and core in member.digests:
                     digests[name] = member.digests[core]
                 sides[side][name] = group
+    trained = set(sides["train"].values())
     held_out = {core: group for core, group in sides["val"].items() if core not in sides["train"]}
-    return {
+    related = {core: group for core, group in held_out.items() if group in trained}
+    document = {
         side: [{"core": core, "group": group} for core, group in cores.items()]
-        for side, cores in (("train", sides["train"]), ("val", held_out))
-    }, digests
+        for side, cores in (
+            ("train", sides["train"] | related),
+            ("val", {core: group for core, group in held_out.items() if core not in related}),
+        )
+    }
+    return document, digests

@@ -1,12 +1,14 @@
 """Several checkpoints predict as one: the mean of their intensities, and what does not fit together is refused."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import tifffile
 import torch
 from predictions import WHITE, image, predictor, write_checkpoint
+from tiny_runs import ROOT
 
 from orion_unet.cli.arguments import run_command
 from orion_unet.cli.evaluate import main as evaluate_main
@@ -162,6 +164,18 @@ def test_a_core_that_any_member_was_trained_on_is_trained_on(tmp_path):
     assert model.digests == {"A": "a", "B": "b", "C": "c", "D": "d", "D of model 2": "x", "E": "e"}
 
 
+def test_a_core_whose_group_any_member_was_trained_on_is_not_held_out(tmp_path):
+    def split(train, val):
+        listed = [[{"core": core, "group": core[0]} for core in cores] for cores in (train, val)]
+        return lambda content: content.update(split=dict(zip(("train", "val"), listed, strict=True)))
+
+    first = write_member(tmp_path / "a" / "best.pt", 1, change=split(["p1"], ["q1", "r1"]))
+    second = write_member(tmp_path / "b" / "best.pt", 2, change=split(["q2"], ["r2"]))
+    model = join([load_trained(first, "cpu"), load_trained(second, "cpu")])
+    assert [row["core"] for row in model.split["val"]] == ["r1", "r2"]
+    assert [row["core"] for row in model.split["train"]] == ["p1", "q2", "q1"]
+
+
 TRUST = {"CD3e": MarkerTrust(0.5, 0.4, 0.6, float("nan"), "supported")}
 
 
@@ -206,3 +220,13 @@ def test_evaluate_refuses_the_folds_of_one_cross_validation(train, pairs, tmp_pa
     assert evaluate("--checkpoint", *runs, "--pairs_dir", pairs, "--output_dir", out, "--device", "cpu") == 2
     assert "has no held-out core of this ensemble, held out by all 2 models" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_ensembles_runs(call):
+    made = call(sys.executable, ROOT / "benchmarks" / "ensemble.py", "--quick")
+    assert made.code == 0
+    rows = [line for line in made.out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 19 + 1
+    numbers = [float(cell) for cell in rows[-1].split("|")[2:5]]
+    assert all(-1 <= number <= 1 for number in numbers)
