@@ -35,7 +35,7 @@ from orion_unet.inference.overview import box_size, thumbnail, write_overview
 from orion_unet.inference.progress import Progress
 from orion_unet.inference.resampled import ResampledImage, on_model_grid
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
-from orion_unet.inference.trust import SUPPORTED, UNKNOWN, MarkerTrust, file_digest, summary
+from orion_unet.inference.trust import SUPPORTED, UNKNOWN, MarkerTrust, file_digest, run_folder_of, summary
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
 from orion_unet.slides.images import HeImage
@@ -221,8 +221,9 @@ def _predict_image(
             progress.end()
         _write_outputs(model, image, job, working, unit, options, trust)
     pixels = image.shape[0] * image.shape[1]
+    markers = len(kept) // 2 if job.spread else len(kept)
     progress.say(
-        f"{job.result.name}: {image.shape[1]:,} x {image.shape[0]:,} pixels, {len(kept)} markers, "
+        f"{job.result.name}: {image.shape[1]:,} x {image.shape[0]:,} pixels, {markers} markers, "
         f"{duration(time.monotonic() - began)} ({pixels / 1e6 / (time.monotonic() - began):.2f} MP/s)"
     )
 
@@ -246,7 +247,11 @@ def _write_outputs(
     # First, because the working file may become the output.
     pictures = _thumbnails(image, working, unit, markers) if job.overview else None
     meaning = "[0, 1]" if unit.normalized else f"the unit of the training data, where {unit.high:g} is white"
-    of = " and ".join(f"{member.path.name} of epoch {member.epoch}" for member in members_of(model))
+    members = [f"{member.path.name} of epoch {member.epoch}" for member in members_of(model)]
+    if len(members) > 1:
+        runs = [run_folder_of(member.path).name for member in members_of(model)]
+        members = [f"{name} ({run})" for name, run in zip(members, runs, strict=True)]
+    of = members[0] if len(members) == 1 else f"the mean of {', '.join(members)}"
     written = [(job.result, slice(0, markers), f"Predicted from {job.source.name} by {of}, in {meaning}", known)]
     if job.spread:
         about = f"Standard deviation over the models that predicted {job.result.name}, in {meaning}"
