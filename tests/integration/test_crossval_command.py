@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from scipy.stats import pearsonr
-from tiny_runs import TINY, command_line, read_status, wait_for
+from tiny_runs import TINY, command_line, read_metrics, read_status, wait_for
 
 from orion_unet.cli.arguments import run_command
 from orion_unet.cli.crossval import main
@@ -118,7 +118,9 @@ def test_a_fold_that_fails_is_named_and_its_exit_code_passed_on(call, pairs, tmp
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_reaches_the_training_and_the_same_command_continues(number, code, start, pairs, tmp_path):
+def test_a_signal_reaches_the_training_which_saves_and_goes_on_with_the_next_call(
+    number, code, start, call, pairs, tmp_path
+):
     run = tmp_path / "cv" / "fold_1"
     begun = start(*command(pairs, tmp_path / "cv", "--fold", "1", epochs=200))
     wait_for(lambda: (run / "metrics.jsonl").exists(), "the first epoch")
@@ -129,3 +131,8 @@ def test_a_signal_reaches_the_training_and_the_same_command_continues(number, co
     assert not begun.others()
     assert read_status(run)["state"] == "interrupted"
     assert (run / "checkpoints" / "last.pt").exists()
+    if number == signal.SIGTERM:
+        again = call(*command(pairs, tmp_path / "cv", "--fold", "1", epochs=read_metrics(run)[-1]["epoch"] + 1))
+        assert (again.code, again.err) == (0, "")
+        assert strict(run / "config.json")["attempt"] == 2
+        assert read_status(run)["state"] in ("finished", "early_stopped")
