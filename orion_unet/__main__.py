@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": ("predict", "predict the markers of H&E images and slides"),
     "evaluate": ("evaluate", "score a model against measured markers"),
     "quantify": ("quantify", "measure the markers of every cell of an image"),
+    "crossval": ("crossval", "train once for every fold, and score each core by the model that held it out"),
     "register": ("register", "move the H&E of pairs that exist onto their markers"),
     "prepare": ("prepare", "turn slides into registered pairs to train on"),
     "check-data": ("check_data", "look at a folder of pairs before training on it"),

@@ -22,6 +22,12 @@ class DataOptions:
         "core_patches_npy", "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", fixed=False
     )
     val_split: float = option(0.2, "fraction of the cores held out for validation", above=0, below=1)
+    fold: str | None = option(
+        None,
+        "hold out part K of N parts of the groups, the same parts for every K, instead of a fraction",
+        metavar="K/N",
+        follows=True,
+    )
     split_file: str | None = option(None, "use the split of an earlier run's split.json", metavar="FILE", fixed=False)
     groups_csv: str | None = option(
         None,
@@ -313,6 +319,13 @@ class TrainConfig:
         if not any(weight > 0 for weight in self.loss.weights.values()):
             names = ", ".join(f"--{name}_weight" for name in self.loss.weights)
             found.append(f"all loss weights are 0, so there is nothing to train: raise one of {names}")
+        if self.data.fold is not None:
+            try:
+                fold_numbers(self.data.fold)
+            except InputError as error:
+                found.append(str(error))
+            if self.data.split_file is not None:
+                found.append("--fold and --split_file both choose the held-out cores: give one of them")
         if self.data.grid_stride is not None and self.data.grid_stride > self.data.patch_size:
             found.append(
                 f"--grid_stride {self.data.grid_stride} leaves gaps between patches of --patch_size "
@@ -326,6 +339,16 @@ class TrainConfig:
         if self.output.overwrite and self.runtime.resume:
             found.append("--overwrite and --resume contradict each other: choose one")
         return found
+
+
+def fold_numbers(text: str) -> tuple[int, int]:
+    """K and N of ``--fold K/N``, 1 <= K <= N and N >= 2. Raises InputError."""
+    part, slash, parts = text.partition("/")
+    if slash and part.isascii() and part.isdecimal() and parts.isascii() and parts.isdecimal():
+        number, count = int(part), int(parts)
+        if 1 <= number <= count and count >= 2:
+            return number, count
+    raise InputError(f"--fold {text}: write K/N with 1 <= K <= N and N >= 2, for example 1/5")
 
 
 def load_options(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -377,7 +400,12 @@ READING = ("channel_names", "exclude_channels", "groups_csv", "he_layout", "orio
 class PredictRequest:
     """task: which model, which images, where to"""
 
-    checkpoint: Path = option(None, "best.pt or last.pt, or a run's folder", metavar="FILE|RUN", required=True)
+    checkpoint: tuple[Path, ...] = option(
+        None,
+        "best.pt or last.pt, or a run's folder; several are averaged",
+        metavar="FILE|RUN",
+        required=True,
+    )
     input: tuple[Path, ...] = option(
         None,
         "images (.npy, .png, .jpg, .tif, .svs; .ndpi, .mrxs, .scn with the extra openslide); for a folder: its "
@@ -412,6 +440,9 @@ class PredictOptions:
     pixel_size_um: float | None = option(
         None, "side of a pixel of the input; default: as its file states", unit="micrometres", above=0, section="input"
     )
+    spread: bool = option(
+        False, "also write NAME_spread, the standard deviation over several checkpoints", section="output"
+    )
     overview: bool = option(True, "draw NAME_overview.png, the H&E beside the markers", section="output")
     overwrite: bool = option(False, "replace outputs that exist", section="output")
     tissue_only: bool | None = option(
@@ -427,7 +458,9 @@ class PredictOptions:
 class EvaluateOptions:
     """evaluation: which model, on which cores, by which measures"""
 
-    checkpoint: Path = option(None, "a run folder (its best.pt), or a .pt file", metavar="RUN|FILE", required=True)
+    checkpoint: tuple[Path, ...] = option(
+        None, "a run folder (its best.pt), or a .pt file; several are averaged", metavar="RUN|FILE", required=True
+    )
     pairs_dir: Path = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", required=True)
     split: str = option(
         "val",
@@ -534,6 +567,19 @@ class QuantifyOptions:
     )
     overview: bool = option(True, "draw the markers with their positive cells", section="output")
     overwrite: bool = option(False, "replace the files of an earlier quantify", section="output")
+
+
+@dataclass(frozen=True)
+class CrossvalOptions:
+    """cross-validation: how many trainings, and where they go"""
+
+    folds: int = option(None, "parts of the groups, each held out by one training", minimum=2, required=True)
+    output_dir: Path = option(
+        None, "folder of the runs fold_1, fold_2, ... and of the scores", metavar="DIR", required=True
+    )
+    fold: int | None = option(
+        None, "train this fold only and score nothing, for a job array; default: all", minimum=1, metavar="K"
+    )
 
 
 @dataclass(frozen=True)

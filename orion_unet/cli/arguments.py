@@ -20,6 +20,9 @@ from orion_unet.text import clean_lines
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 
+# Options of training that choose the held-out cores, one instead of the other.
+SPLITTING = ("val_split", "fold", "split_file")
+
 # By the name a package is imported under: the extra of pyproject.toml that brings it, "" where every command needs it.
 PACKAGES = {
     **dict.fromkeys(("torch", "numpy", "matplotlib", "tqdm", "rich"), ""),
@@ -168,7 +171,13 @@ def parse_train_config(argv: list[str], prog: str | None = None) -> TrainConfig:
     given = vars(train_parser(prog, recipe).parse_args(argv))
     del given["recipe"]
     source = given.pop("config", None)
+    chosen = [option for option in SPLITTING if given.get(option) is not None]
+    if "fold" in chosen and len(chosen) > 1:
+        raise InputError(f"{' and '.join(f'--{option}' for option in chosen)} each choose the held-out cores: give one")
     values, name = ({}, recipe.name) if source is None else load_options(source)
+    if chosen:
+        # A choice on the command line replaces that of the earlier run, whichever of the options it was made with.
+        values = {**values, "fold": None, "split_file": None}
     return TrainConfig.from_options({**recipe.values, **values, **given}, name)
 
 

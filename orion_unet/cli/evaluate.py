@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-import textwrap
-from collections.abc import Callable
-
 from orion_unet.cli.arguments import EXIT_OK, Parser, add_options, add_reading_options
+from orion_unet.cli.progress import progress, say
 from orion_unet.config import READING, DeviceOptions, EvaluateOptions
 from orion_unet.options import checked
 
@@ -37,28 +33,6 @@ def main(argv: list[str]) -> int:
     from orion_unet.evaluation.scored_folder import FolderOptions
 
     reading = FolderOptions(**{name: given[name] for name in READING if name in given})
-    output = evaluate(options, where, reading, _say, _progress)
+    output = evaluate(options, where, reading, say, progress)
     print(f"Written to {output}")
     return EXIT_OK
-
-
-def _say(text: str) -> None:
-    indent = " " * (len(text) - len(text.lstrip()) + 2)
-    columns = shutil.get_terminal_size().columns
-    print(textwrap.fill(text, columns, subsequent_indent=indent, break_on_hyphens=False), flush=True)
-
-
-def _progress(total: int, text: str) -> Callable[[], None]:
-    """A bar on a terminal, for something slow; returns what to call after each of ``total`` parts."""
-    if total == 0 or not sys.stderr.isatty():
-        return lambda: None
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, desc=text, leave=False, dynamic_ncols=True)
-
-    def step() -> None:
-        bar.update()
-        if bar.n >= total:
-            bar.close()
-
-    return step

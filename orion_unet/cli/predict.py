@@ -32,13 +32,17 @@ def main(argv: list[str]) -> int:
     if "dtype" in given and options.format == "npy":
         raise InputError(f"--dtype {options.dtype}: is for --format ome-tiff; a .npy is float32")
     # Only now: --help should not wait for torch.
-    from orion_unet.inference.model import describe, load_trained
+    from orion_unet.inference.ensemble import load_models, members_of
+    from orion_unet.inference.model import describe
     from orion_unet.inference.predict_files import predict_files
 
     # What it has to say about a damaged file is said in our own words.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    model = load_trained(request.checkpoint, where.device, where.use_amp)
-    print(describe(model), flush=True)
+    model = load_models(request.checkpoint, where.device, where.use_amp, options.spread)
+    for member in members_of(model):
+        print(describe(member), flush=True)
+    if len(members_of(model)) > 1:
+        print(f"ensemble        the mean intensity of {len(members_of(model))} models", flush=True)
     try:
         failed = predict_files(model, request.input, request.output_dir, options)
     except KeyboardInterrupt:

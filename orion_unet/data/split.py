@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orion_unet.config import DataOptions
+from orion_unet.config import DataOptions, fold_numbers
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import SPLIT, counter_rng
 from orion_unet.errors import InputError
@@ -22,11 +23,15 @@ GROUPS_FILE = "groups.csv"
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of the training and validation cores in a PairTable, ascending, and the group of every core."""
+    """Indices of the training and validation cores in a PairTable, ascending, and the group of every core.
+
+    ``fold`` is K/N where the validation cores are the K-th of N parts.
+    """
 
     train: np.ndarray
     val: np.ndarray
     groups: tuple[str, ...]
+    fold: str | None = None
 
     def document(self, table: PairTable) -> dict[str, Any]:
         """The content of split.json."""
@@ -35,7 +40,7 @@ class Split:
             side: [{"core": str(table.names[core]), "group": self.groups[core]} for core in cores]
             for side, cores in sides.items()
         }
-        return {"schema": SCHEMA, **rows}
+        return {"schema": SCHEMA, **({"fold": self.fold} if self.fold else {}), **rows}
 
 
 def make_split(
@@ -44,33 +49,63 @@ def make_split(
     """Split the cores as the options say; returns the split and warnings for the user.
 
     Whole groups are drawn in an order that depends on the seed only. As many are held out as bring the share of
-    held-out cores closest to ``val_split``, at least one group on each side. ``earlier``, the split.json of a resumed
-    run, takes precedence. Raises InputError.
+    held-out cores closest to ``val_split``, at least one group on each side; with ``fold``, those of one part of
+    ``fold_parts``. ``earlier``, the split.json of a resumed run, takes precedence. Raises InputError.
     """
     groups = core_groups(table, options.groups_csv)
     if earlier is not None:
-        return _from_document(earlier, "the run to resume", table, groups)
+        split, warnings = _from_document(earlier, "the run to resume", table, groups)
+        return replace(split, fold=earlier.get("fold")), warnings
     if options.split_file:
         return _from_file(Path(options.split_file), table, groups)
     units = sorted(set(groups))
     if len(units) < 2:
         kind = "core" if len(table) < 2 else "group"
         raise InputError(f"--pairs_dir {table.folder}: has only one {kind}; two are needed, one of them to hold out")
-    order = counter_rng(seed, SPLIT).permutation(len(units))
-    members = Counter(groups)
-    sizes = np.array([members[units[index]] for index in order])
-    held_out = np.cumsum(sizes)[:-1]
-    count = 1 + int(np.argmin(np.abs(held_out - options.val_split * len(table))))
-    held = {units[index] for index in order[:count]}
+    if options.fold is not None:
+        number, count = fold_numbers(options.fold)
+        held, wanted = set(fold_parts(groups, count, seed, str(table.folder))[number - 1]), 1 / count
+    else:
+        order = counter_rng(seed, SPLIT).permutation(len(units))
+        members = Counter(groups)
+        sizes = np.array([members[units[index]] for index in order])
+        held_out = np.cumsum(sizes)[:-1]
+        wanted = options.val_split
+        count = 1 + int(np.argmin(np.abs(held_out - wanted * len(table))))
+        held = {units[index] for index in order[:count]}
     on_val = np.array([group in held for group in groups])
     warnings = []
     share = on_val.mean()
-    if abs(share - options.val_split) > 0.1:
+    if abs(share - wanted) > 0.1:
         warnings.append(
-            f"{on_val.sum()} of {len(table)} cores ({share:.0%}) are held out instead of {options.val_split:.0%}, "
+            f"{on_val.sum()} of {len(table)} cores ({share:.0%}) are held out instead of {wanted:.0%}, "
             "because whole cores and groups stay together"
         )
-    return Split(np.flatnonzero(~on_val), np.flatnonzero(on_val), tuple(groups)), warnings
+    return Split(np.flatnonzero(~on_val), np.flatnonzero(on_val), tuple(groups), options.fold), warnings
+
+
+def fold_parts(groups: Sequence[str], count: int, seed: int, folder: str) -> list[list[str]]:
+    """The groups in ``count`` parts of about equally many cores; ``groups`` names the group of every core.
+
+    The largest groups come first, equal ones in an order that depends on the seed only; each joins the part that has
+    the fewest cores. Raises InputError, naming the ``folder``, where there are fewer groups than parts.
+    """
+    units = sorted(set(groups))
+    if count > len(units):
+        kind = "cores" if len(units) == len(groups) else "groups"
+        raise InputError(
+            f"--pairs_dir {folder}: {count} folds need at least {count} {kind}, and there are {len(units)}; ask for "
+            "fewer folds"
+        )
+    members = Counter(groups)
+    drawn = [units[index] for index in counter_rng(seed, SPLIT).permutation(len(units))]
+    parts: list[list[str]] = [[] for _ in range(count)]
+    cores = [0] * count
+    for group in sorted(drawn, key=lambda group: -members[group]):
+        smallest = cores.index(min(cores))
+        parts[smallest].append(group)
+        cores[smallest] += members[group]
+    return parts
 
 
 def core_groups(table: PairTable, given: str | None) -> list[str]:

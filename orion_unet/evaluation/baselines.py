@@ -11,6 +11,7 @@ from torch import Tensor
 from orion_unet.data.colour_regression import ColourRegression, fit_colour_regression
 from orion_unet.data.scale import Progress, no_progress
 from orion_unet.evaluation.scored_folder import ScoredFolder
+from orion_unet.inference.ensemble import members_of
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,21 @@ def fit_baselines(folder: ScoredFolder, progress: Progress = no_progress) -> Bas
     Without any, the mean is the one that training measured, and there is no regression.
     """
     train = folder.known.train
+    ensemble = len(members_of(folder.model)) > 1
     if not len(train):
+        reason = "an ensemble has no regression of its own" if ensemble else "the checkpoint is of version 0.1"
         return Baselines(
             folder.normalization.target_mean,
             None,
-            "the checkpoint is of version 0.1 and no training core is in the folder: the mean is the one measured in "
-            "training, and there is no regression from colours to compare with",
+            f"{reason} and no training core is in the folder: the mean is the one measured in training, and there is "
+            "no regression from colours to compare with",
         )
     patch_size = folder.model.config.data.patch_size
     regression = fit_colour_regression(
         folder.table, folder.scales, folder.transform, train, patch_size, progress=progress
     )
-    note = f"{_fitted_to(regression)} in this folder, because the checkpoint is of version 0.1 and has none"
+    reason = "each model of an ensemble has another" if ensemble else "the checkpoint is of version 0.1 and has none"
+    note = f"{_fitted_to(regression)} in this folder, because {reason}"
     return Baselines(regression.mean, regression, note)
 
 

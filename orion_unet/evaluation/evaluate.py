@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from orion_unet.config import DeviceOptions, EvaluateOptions
 from orion_unet.data.patches import PatchReader
 from orion_unet.data.scale import Progress, no_progress
 from orion_unet.errors import InputError, RunError
-from orion_unet.evaluation.baselines import Baselines, find_baselines
+from orion_unet.evaluation.baselines import find_baselines
 from orion_unet.evaluation.cell_scores import judge_cells
 from orion_unet.evaluation.cells import CellFinder, Cells, reads_images
 from orion_unet.evaluation.files import FILES, write_files
+from orion_unet.evaluation.gathering import GatheredCores
 from orion_unet.evaluation.intervals import leave_one_out, why_no_interval
 from orion_unet.evaluation.patches import PatchGallery
 from orion_unet.evaluation.results import Evaluation
-from orion_unet.evaluation.scorecard import MEAN, MODEL, REGRESSION, make_scorecard, verdicts
-from orion_unet.evaluation.scored_folder import FolderOptions, Region, ScoredFolder, open_folder
-from orion_unet.evaluation.scores import CoreScores, draw_pixels, positive_thresholds, sampled_share, score_core, take
+from orion_unet.evaluation.scorecard import MODEL, trust_of, verdicts
+from orion_unet.evaluation.scored_folder import FolderOptions, ScoredFolder, open_folder
+from orion_unet.evaluation.scores import positive_thresholds, sampled_share
 from orion_unet.evaluation.tables import cell_table, marker_table, show
 from orion_unet.extras import needed
-from orion_unet.inference.model import load_trained
-from orion_unet.run_log import CHECKPOINT_DIR
+from orion_unet.inference.ensemble import load_models, members_of
+from orion_unet.inference.trust import run_folder_of, summary, write_scorecard
 from orion_unet.text import clean
 
 OUTPUT_FOLDER = "evaluation"
@@ -52,9 +51,9 @@ def evaluate(
     def say_clean(text: str) -> None:
         say(clean(text, None))
 
-    _require_packages(options)
+    require_packages(options.cells)
     output_dir = _output_dir(options)
-    model = load_trained(options.checkpoint, where.device, where.use_amp)
+    model = load_models(options.checkpoint, where.device, where.use_amp)
     folder = open_folder(model, options.pairs_dir, reading, progress)
     found = _score(options, folder, say_clean, progress)
     try:
@@ -63,15 +62,35 @@ def evaluate(
     except OSError as error:
         raise RunError(f"{output_dir}: cannot be written ({error.strerror or error})") from None
     _report(found, say_clean)
+    if options.split == "val" and len(options.checkpoint) == 1:
+        _keep_verdicts(found, say_clean)
     return output_dir
 
 
-def _require_packages(options: EvaluateOptions) -> None:
+def _keep_verdicts(found: Evaluation, say: Say) -> None:
+    """Write scorecard.json beside the checkpoint, for predict; a warning where the disk does not allow it."""
+    trust = trust_of(found.card)
+    say(f"{summary(trust, found.card.names)}.")
+    folder = found.folder
+    source = {
+        "command": "evaluate",
+        "pairs_dir": str(found.options.pairs_dir),
+        "unit": "group" if folder.grouped else "core",
+        "units": len({folder.known.groups[core] for core in found.cores}),
+    }
+    try:
+        write_scorecard(folder.model.path, trust, source)
+    except OSError as error:
+        say(f"warning: {error.filename}: cannot be written ({error.strerror}), so predict will not know the verdicts")
+
+
+def require_packages(cells: str | None = None) -> None:
+    """Raise InputError where a package is missing that scoring needs; ``cells`` is the option of that name."""
     needed("scipy")
     needed("sklearn", "scikit-learn")
-    if options.cells is not None:
+    if cells is not None:
         needed("skimage", "scikit-image")
-        if reads_images(options.cells):
+        if reads_images(cells):
             needed("tifffile")
 
 
@@ -83,8 +102,9 @@ def _output_dir(options: EvaluateOptions) -> Path:
     if options.output_dir is not None:
         folder = options.output_dir
     else:
-        run = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
-        folder = (run.parent if run.name == CHECKPOINT_DIR else run) / OUTPUT_FOLDER
+        if len(options.checkpoint) > 1:
+            raise InputError("several --checkpoint have no run folder in common: give --output_dir")
+        folder = run_folder_of(options.checkpoint[0]) / OUTPUT_FOLDER
     present = [name for name in FILES if (folder / name).exists()]
     if present and not options.overwrite:
         raise InputError(f"{folder}: already holds {present[0]}; add --overwrite, or give another --output_dir")
@@ -102,7 +122,11 @@ def _chosen(folder: ScoredFolder, split: str) -> tuple[tuple[int, ...], list[str
     cores = {"val": known.val, "train": known.train, "all": np.arange(len(folder.table))}[split].tolist()
     if not cores:
         side = "held-out" if split == "val" else "training"
-        raise InputError(f"--split {split}: {folder.table.folder} has no {side} core of this model; try --split all")
+        several = len(members_of(folder.model))
+        of = "this model" if several == 1 else f"this ensemble, held out by all {several} models"
+        if split == "train":
+            of = of.partition(",")[0]
+        raise InputError(f"--split {split}: {folder.table.folder} has no {side} core of {of}; try --split all")
     trained = len(set(cores) & set(known.train.tolist()))
     if not trained:
         return tuple(cores), []
@@ -129,30 +153,26 @@ def _score(options: EvaluateOptions, folder: ScoredFolder, say: Say, progress: P
     share = sampled_share(sum(height * width for height, width in sizes), len(folder.names))
     gallery = PatchGallery(min(folder.model.config.data.patch_size, *(min(size) for size in sizes)))
     tissue = PatchReader(folder.table, folder.scales, gallery.side)
-    on_device = torch.from_numpy(thresholds).to(folder.model.device, torch.float32)
-    parts: dict[str, list[CoreScores]] = {}
-    measured, cells = [], []
+    gathered = GatheredCores(thresholds, share)
+    cells = []
     step = progress(len(cores), "scoring")
     for core in cores:
         region = folder.region(core)
-        pixels = draw_pixels(core, region.measured[0].numel(), share)
-        measured.append(take(region.measured, pixels))
-        for predictor, image in _predictions(region, baselines):
-            parts.setdefault(predictor, []).append(score_core(image, region.measured, on_device, pixels))
+        gathered.add(core, region, baselines)
         gallery.add(str(folder.table.names[core]), region, partial(tissue.tissue_fraction, core))
         if finder is not None:
             cells.append(finder.find(core, region))
         # Else this core would be in memory beside the next.
-        del region, image
+        del region
         step()
-    card = make_scorecard(folder.names, parts, measured, thresholds, left_out)
+    card = gathered.card(folder.names, left_out)
     result = None
     if finder is not None:
         given = None if options.positive_threshold is None else thresholds
         result = judge_cells(finder, Cells.joined(cells, len(folder.names)), given, left_out, progress)
     samples = (
-        np.concatenate(measured, axis=1),
-        np.concatenate([part.sample for part in parts[MODEL]], axis=1),
+        np.concatenate(gathered.measured, axis=1),
+        np.concatenate([part.sample for part in gathered.parts[MODEL]], axis=1),
     )
     return Evaluation(
         options, folder, cores, card, baselines, thresholds, share, samples, gallery.shown(), result, no_interval,
@@ -160,17 +180,11 @@ def _score(options: EvaluateOptions, folder: ScoredFolder, say: Say, progress: P
     )  # fmt: skip
 
 
-def _predictions(region: Region, baselines: Baselines) -> Iterator[tuple[str, Tensor]]:
-    yield MODEL, region.predicted
-    yield MEAN, baselines.predict_mean(region.measured)
-    if baselines.regression is not None:
-        yield REGRESSION, baselines.regression.predict(region.he)
-
-
 def _report(found: Evaluation, say: Say) -> None:
     """Show the scores on the terminal."""
     model, count = found.folder.model, len(found.cores)
-    show(marker_table(found.card), f"{count} core{'s' * (count != 1)}, epoch {model.epoch} of {model.path}")
+    scored = " + ".join(f"epoch {member.epoch} of {member.path}" for member in members_of(model))
+    show(marker_table(found.card), f"{count} core{'s' * (count != 1)}, {scored}")
     for sentence in verdicts(found.card):
         say(sentence)
     say(f"Baselines: {found.baselines.note}.")

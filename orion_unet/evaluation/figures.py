@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from orion_unet.evaluation.patches import ScoredPatch
 from orion_unet.evaluation.scorecard import BASELINE_NAMES, MEAN, MODEL, REGRESSION, Scorecard
+from orion_unet.inference.trust import NOT_SUPPORTED, WEAK
 from orion_unet.text import for_figure
 
 BAR_METRICS = {"pearson": "Pearson r", "psnr_db": "PSNR [dB]", "auc": "area under the ROC"}
@@ -40,8 +41,11 @@ def _png(figure: Figure) -> bytes:
     return drawn.getvalue()
 
 
-def draw_markers(card: Scorecard) -> bytes:
-    """Bars of every marker, best first, with intervals and what the baselines reach; a PNG."""
+def draw_markers(card: Scorecard, marks: Sequence[str]) -> bytes:
+    """Bars of every marker, best first, with intervals and what the baselines reach; a PNG.
+
+    ``marks`` are the verdicts on the markers; one that is weak or not supported is named beside the marker.
+    """
     order = np.argsort(np.nan_to_num(card.values[MODEL]["pearson"], nan=-2))[::-1].tolist()
     rows = np.arange(len(order))
     figure = _figure(11, 1.5 + 0.24 * max(3, len(order)))
@@ -83,7 +87,9 @@ def draw_markers(card: Scorecard) -> bytes:
         ax.set_axisbelow(True)
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
-    axes[0].set_yticks(rows, [for_figure(card.names[marker], LONG_NAME) for marker in order], fontsize=8)
+    named = [for_figure(card.names[marker], LONG_NAME) for marker in order]
+    doubts = [f"\n({marks[marker]})" if marks[marker] in (WEAK, NOT_SUPPORTED) else "" for marker in order]
+    axes[0].set_yticks(rows, [name + doubt for name, doubt in zip(named, doubts, strict=True)], fontsize=7)
     axes[0].set_ylim(len(order) - 0.4, -0.6)
     shown_labels = {text: mark for ax in axes for mark, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown_labels = dict(sorted(shown_labels.items(), key=lambda item: LEGEND.index(item[0])))

@@ -16,8 +16,10 @@ from orion_unet.evaluation.cell_scores import CELL_METRICS, CellResult
 from orion_unet.evaluation.figures import draw_markers, draw_patches, draw_scatter
 from orion_unet.evaluation.intervals import COVERAGE, LEAST_UNITS, LEVEL
 from orion_unet.evaluation.results import Evaluation
-from orion_unet.evaluation.scorecard import DUELS, MEAN, MODEL, OVERALL, REGRESSION, Scorecard, verdicts
+from orion_unet.evaluation.scorecard import DUELS, MEAN, MODEL, OVERALL, REGRESSION, Scorecard, trust_of, verdicts
 from orion_unet.evaluation.scores import BOX_PIXELS, METRICS, RANK_METRICS, SAMPLE_SEED, overall
+from orion_unet.inference.ensemble import members_of
+from orion_unet.inference.trust import RULE
 from orion_unet.run_log import fsync_folder, utc_now, write_atomic, write_json
 from orion_unet.text import csv_bytes
 
@@ -38,11 +40,11 @@ def write_files(found: Evaluation, folder: Path) -> None:
     card = found.card
     with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=folder) as scratch:
         new = Path(scratch)
-        write_atomic(new / SCORES_CSV, csv_bytes(["marker", *_score_columns()], _score_rows(card)))
+        write_atomic(new / SCORES_CSV, csv_bytes(["marker", *score_columns()], score_rows(card)))
         write_atomic(new / CORES_CSV, csv_bytes(["core", "group", "split", "marker", *METRICS], _core_rows(found)))
         if found.cells is not None:
             write_atomic(new / CELLS_CSV, csv_bytes(_cell_columns(), _cell_rows(card.names, found.cells)))
-        write_atomic(new / MARKERS_PNG, draw_markers(card))
+        write_atomic(new / MARKERS_PNG, draw_markers(card, [found.verdict for found in trust_of(card).values()]))
         write_atomic(new / SCATTER_PNG, draw_scatter(card, *found.samples))
         if found.patches:
             write_atomic(new / PATCHES_PNG, draw_patches(found.patches, card.names))
@@ -58,12 +60,13 @@ def write_files(found: Evaluation, folder: Path) -> None:
 def document(found: Evaluation) -> dict[str, Any]:
     """Content of scores.json; what is undefined is null."""
     card, folder, model = found.card, found.folder, found.folder.model
-    known = folder.known
+    known, trust = folder.known, trust_of(card)
     return {
         "schema": SCHEMA,
         "created": utc_now(),
-        "versions": _versions(),
+        "versions": versions(),
         "checkpoint": {"path": str(model.path), "epoch": model.epoch},
+        "ensemble": [{"path": str(member.path), "epoch": member.epoch} for member in members_of(model)],
         "pairs_dir": str(found.options.pairs_dir),
         "split": found.options.split,
         "cores": [
@@ -91,24 +94,20 @@ def document(found: Evaluation) -> dict[str, Any]:
             "share": found.share,
             "seed": SAMPLE_SEED,
         },
-        "intervals": {
-            "level": LEVEL,
-            "method": "Student t with the jackknife's standard error over units",
-            "coverage": COVERAGE,
-            "unit": "group" if folder.grouped else "core",
-            "units": len({known.groups[core] for core in found.cores}),
-            "least_units": LEAST_UNITS,
-            "missing_because": found.no_interval or None,
-        },
+        "intervals": interval_document(
+            folder.grouped, len({known.groups[core] for core in found.cores}), found.no_interval
+        ),
         "baselines": found.baselines.note,
+        "rule": RULE,
         "verdicts": [sentence.strip() for sentence in verdicts(card)],
         "warnings": list(found.warnings),
-        "overall": _json_scores(card, None),
+        "overall": json_scores(card, None),
         "markers": {
             name: {
+                "verdict": trust[name].verdict,
                 "positive_threshold": float(found.thresholds[marker]),
                 "range": [float(folder.normalization.lower[marker]), float(folder.normalization.upper[marker])],
-                **_json_scores(card, marker),
+                **json_scores(card, marker),
             }
             for marker, name in enumerate(card.names)
         },
@@ -116,7 +115,21 @@ def document(found: Evaluation) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def interval_document(grouped: bool, units: int, no_interval: str) -> dict[str, Any]:
+    """What is said of the intervals; ``no_interval`` is why there are none, else empty."""
+    return {
+        "level": LEVEL,
+        "method": "Student t with the jackknife's standard error over units",
+        "coverage": COVERAGE,
+        "unit": "group" if grouped else "core",
+        "units": units,
+        "least_units": LEAST_UNITS,
+        "missing_because": no_interval or None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that its numbers depend on."""
     found = {"orion_unet": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "scipy", "scikit-learn", "scikit-image"):
         try:
@@ -135,8 +148,8 @@ def _interval(value: float, low: float, high: float) -> dict[str, float]:
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def _json_scores(card: Scorecard, marker: int | None) -> dict[str, Any]:
-    """Scores of a marker, or (None) overall."""
+def json_scores(card: Scorecard, marker: int | None) -> dict[str, Any]:
+    """Scores of a marker, or (None) overall, beside those of the baselines."""
     scores: dict[str, dict[str, float]] = {}
     for metric in METRICS:
         scores[metric] = _interval(*card.score(MODEL, metric, marker))
@@ -177,15 +190,17 @@ def _cell_document(names: tuple[str, ...], cells: CellResult) -> dict[str, Any]:
     }
 
 
-def _score_columns() -> list[str]:
+def score_columns() -> list[str]:
+    """Columns of scores.csv after the marker's name."""
     columns = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
     columns += [f"{baseline}_{metric}" for baseline in (MEAN, REGRESSION) for metric in BASELINE_METRICS]
-    return columns + [
-        f"{metric}_gain_over_{baseline}{end}" for baseline, metric in DUELS for end in ("", "_low", "_high")
-    ]
+    gains = [f"{metric}_gain_over_{baseline}{end}" for baseline, metric in DUELS for end in ("", "_low", "_high")]
+    return [*columns, *gains, "verdict"]
 
 
-def _score_rows(card: Scorecard) -> Iterable[list[Any]]:
+def score_rows(card: Scorecard) -> Iterable[list[Any]]:
+    """Rows of scores.csv: every marker, and the mean over markers, which has no verdict."""
+    trust = trust_of(card)
     for marker in (*range(len(card.names)), None):
         row: list[Any] = [OVERALL if marker is None else card.names[marker]]
         row += [value for metric in METRICS for value in card.score(MODEL, metric, marker)]
@@ -194,6 +209,7 @@ def _score_rows(card: Scorecard) -> Iterable[list[Any]]:
             row += [card.score(baseline, name, marker)[0] if fitted else math.nan for name in BASELINE_METRICS]
         for baseline, metric in DUELS:
             row += card.gain(baseline, metric, marker) if baseline in card.values else [math.nan] * 3
+        row.append("" if marker is None else trust[card.names[marker]].verdict)
         yield row
 
 

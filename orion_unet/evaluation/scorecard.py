@@ -17,6 +17,7 @@ from orion_unet.evaluation.scores import (
     rank_scores,
     sum_scores,
 )
+from orion_unet.inference.trust import MarkerTrust, judge_marker
 
 MODEL, MEAN, REGRESSION = "model", "mean", "regression"
 BASELINE_NAMES = {MEAN: "the training mean", REGRESSION: "the regression from colours"}
@@ -148,6 +149,17 @@ def verdicts(card: Scorecard) -> list[str]:
             if listed and card.without:
                 said.append(f"  {words} for {len(listed)} of {compared} markers: {', '.join(listed)}.")
     return said
+
+
+def trust_of(card: Scorecard) -> dict[str, MarkerTrust]:
+    """The verdict on every marker, with the numbers it follows from."""
+    found = {}
+    for marker, name in enumerate(card.names):
+        value, low, high = card.score(MODEL, "pearson", marker)
+        other = float(card.values[REGRESSION]["pearson"][marker]) if REGRESSION in card.values else None
+        verdict = judge_marker(low, other)
+        found[name] = MarkerTrust(value, low, high, np.nan if other is None else other, verdict)
+    return found
 
 
 def _verdict(gain: float, low: float, high: float) -> str:

@@ -6,7 +6,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ DEFLATE_LEVEL = 1
 WAITING_BYTES = 1 << 26
 # A classic TIFF is limited to 4 GiB. Without counting on compression, and with a third more for the pyramid.
 CLASSIC_BYTES = 3 * (1 << 30)
+ANNOTATIONS = "orion-unet/held-out-tissue"
 NUCLEAR_BLUE = (0, 90, 255)
 
 
@@ -41,6 +42,7 @@ def write_ome_tiff(
     dtype: str = "uint16",
     high: float = 1.0,
     description: str = "",
+    annotations: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``image`` (C, H, W), float, with its C channel names; replaces ``path`` once the file is complete.
 
@@ -51,6 +53,9 @@ def write_ome_tiff(
 
     The image may be a memory map: it is read once, in bands of 512 rows, and the smaller levels pass through
     unnamed files beside ``path`` (a third of the stored size). Memory: a few bands, whatever the height.
+
+    ``annotations`` become a MapAnnotation of OME in the namespace ANNOTATIONS, which QuPath and OMERO show as key-value
+    pairs: by channel, how well its prediction agreed with held-out tissue.
 
     Display: OME has no field for it. napari's reader shows uint16 from 0 to 65535, so that equal intensities look
     equal in every image; QuPath, whatever a file says, starts 16-bit and float images at the 0.1 and 99.9 %
@@ -66,7 +71,7 @@ def write_ome_tiff(
     require_writer()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _write(temporary, image, names, pixel_size_um, np.dtype(dtype), high, description)
+        _write(temporary, image, names, pixel_size_um, np.dtype(dtype), high, description, annotations or {})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -100,6 +105,7 @@ def _write(
     dtype: np.dtype,
     high: float,
     description: str,
+    annotations: Mapping[str, str],
 ) -> None:
     import tifffile
 
@@ -115,6 +121,9 @@ def _write(
     }
     if description:
         metadata["Description"] = _printable(description)
+    if annotations:
+        pairs = {_printable(name): _printable(text) for name, text in annotations.items()}
+        metadata["MapAnnotation"] = {"Namespace": ANNOTATIONS, "Value": pairs}
     if pixel_size_um:
         for axis in "XY":
             metadata[f"PhysicalSize{axis}"] = pixel_size_um

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from orion_unet.data.channels import NAMES_FILE
 from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
 from orion_unet.errors import InputError, RunError
-from orion_unet.run_log import read_document, write_atomic, write_json
+from orion_unet.inference.trust import UNKNOWN, MarkerTrust
+from orion_unet.run_log import fsync_folder, read_document, write_atomic, write_json
 from orion_unet.slides.open import SUFFIXES
+from orion_unet.text import csv_bytes
 
 RESULT_SUFFIX = {"npy": ".npy", "ome-tiff": ".ome.tiff"}
+SPREAD = "_spread"
+VERDICTS_FILE = "marker_verdicts.csv"
 RECORD_FILE = ".predict.partial.json"
 
 
@@ -33,6 +39,12 @@ class Job:
     overview: Path | None
     fingerprint: dict[str, Any]
     pixel_size_um: float | None = None
+    spread: Path | None = None
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Every file that becomes of the input."""
+        return [path for path in (self.result, self.spread, self.overview) if path is not None]
 
     @property
     def done(self) -> dict[str, Any]:
@@ -85,8 +97,11 @@ def plan_jobs(
     overview: bool,
     decisive: dict[str, Any],
     pixel_size_um: float | None = None,
+    spread: bool = False,
 ) -> list[Job]:
     """A job for each input. ``decisive`` are the options and the checkpoint that decide the values.
+
+    With ``spread``, each also has an output NAME_spread.
 
     Raises InputError if two inputs would have the same output, or an output would replace an input.
     """
@@ -104,12 +119,15 @@ def plan_jobs(
         result = output_dir / f"{name}{RESULT_SUFFIX[kind]}"
         if result.resolve() in inputs:
             problems.append(f"{result}: is an input, and would be replaced; name another --output_dir")
+        extra = output_dir / f"{name}{SPREAD}{RESULT_SUFFIX[kind]}" if spread else None
+        if extra and extra.resolve() in inputs:
+            problems.append(f"{extra}: is an input, and would be replaced; name another --output_dir")
         drawn = output_dir / f"{name}_overview.png" if overview else None
         if drawn and drawn.resolve() in inputs:
             problems.append(f"{drawn}: is an input, and would be replaced; name another --output_dir")
         # Through JSON and back, because it is compared with what was stored as JSON.
         fingerprint = json.loads(json.dumps({"input": seen, **decisive}))
-        jobs.append(Job(source, name, result, drawn, fingerprint, pixel_size_um))
+        jobs.append(Job(source, name, result, drawn, fingerprint, pixel_size_um, extra))
     if problems:
         raise InputError.listing("--input cannot be used:", problems)
     return jobs
@@ -128,8 +146,7 @@ class Record:
 
     def has(self, job: Job) -> bool:
         """Whether an interrupted command has finished this job, and its outputs still exist."""
-        outputs = [job.result, *([job.overview] if job.overview else [])]
-        return self._finished.get(job.result.name) == job.done and all(path.exists() for path in outputs)
+        return self._finished.get(job.result.name) == job.done and all(path.exists() for path in job.outputs)
 
     def add(self, job: Job) -> None:
         """Record a finished job."""
@@ -154,11 +171,12 @@ def prepare_folder(output_dir: Path) -> None:
         raise InputError(f"--output_dir {output_dir}: cannot be written to")
 
 
-def refuse_existing(jobs: Sequence[Job], names_file: tuple[Path, str] | None) -> None:
-    """Raise InputError that lists every output that exists; ``names_file`` is one with the content it should have."""
-    found = [str(path) for job in jobs for path in (job.result, job.overview) if path is not None and path.exists()]
-    if names_file is not None and names_file[0].exists() and _text(names_file[0]) != names_file[1]:
-        found.append(f"{names_file[0]} (of other markers)")
+def refuse_existing(jobs: Sequence[Job], tables: Sequence[tuple[Path, str]] = ()) -> None:
+    """Raise InputError that lists every output that exists; ``tables`` are files with the content they should have."""
+    found = [str(path) for job in jobs for path in job.outputs if path.exists()]
+    for path, content in tables:
+        if path.exists() and _text(path) != content:
+            found.append(f"{path} (of other markers)" if path.name == NAMES_FILE else f"{path} (of another scorecard)")
     if found:
         raise InputError.listing(
             "these outputs exist:", found, "Add --overwrite to replace them, or name another --output_dir.", limit=10
@@ -170,8 +188,37 @@ def names_file(output_dir: Path, names: Sequence[str]) -> tuple[Path, str]:
     return output_dir / NAMES_FILE, "".join(f"{name}\n" for name in names)
 
 
-def write_names(path: Path, content: str) -> None:
-    """Write channel_names.txt unless it already has this content; raises RunError."""
+def verdicts_file(output_dir: Path, names: Sequence[str], trust: Mapping[str, MarkerTrust]) -> tuple[Path, str]:
+    """The table of the verdicts on the predicted markers, and its content."""
+    rows = [(name, trust.get(name, UNKNOWN)) for name in names]
+    columns = ["marker", "verdict", "pearson", "pearson_low", "pearson_high", "regression_pearson"]
+    content = csv_bytes(
+        columns, ([name, found.verdict, found.pearson, found.low, found.high, found.regression] for name, found in rows)
+    )
+    return output_dir / VERDICTS_FILE, content.decode()
+
+
+def write_npy(path: Path, image: np.ndarray) -> None:
+    """Write ``image`` (C, H, W), perhaps a memory map, channel by channel; raises RunError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(image.dtype), "fortran_order": False, "shape": image.shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for channel in image:
+                channel.tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table(path: Path, content: str) -> None:
+    """Write a text file unless it already has this content; raises RunError."""
     if _text(path) == content:
         return
     try:

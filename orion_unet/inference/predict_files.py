@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from orion_unet import __version__
 from orion_unet.config import PredictOptions
 from orion_unet.errors import InputError, RunError
+from orion_unet.inference.ensemble import members_of, shared_scorecard
 from orion_unet.inference.model import TrainedModel
 from orion_unet.inference.ome_tiff import require_writer, write_ome_tiff
 from orion_unet.inference.outputs import (
@@ -27,12 +27,15 @@ from orion_unet.inference.outputs import (
     plan_jobs,
     prepare_folder,
     refuse_existing,
-    write_names,
+    verdicts_file,
+    write_npy,
+    write_table,
 )
 from orion_unet.inference.overview import box_size, thumbnail, write_overview
 from orion_unet.inference.progress import Progress
 from orion_unet.inference.resampled import ResampledImage, on_model_grid
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
+from orion_unet.inference.trust import SUPPORTED, UNKNOWN, MarkerTrust, file_digest, run_folder_of, summary
 from orion_unet.inference.units import LEVELS, Unit
 from orion_unet.inference.working_file import WorkingFile
 from orion_unet.slides.images import HeImage
@@ -46,29 +49,45 @@ CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
 def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir: Path, options: PredictOptions) -> int:
     """Predict every image of ``inputs`` (files and folders) into ``output_dir``; returns how many failed.
 
-    Writes NAME.npy or NAME.ome.tiff, and NAME_overview.png; for .npy also channel_names.txt. Each output gets its name
+    Writes NAME.npy or NAME.ome.tiff, and NAME_overview.png; for .npy also channel_names.txt, for an ensemble with
+    ``spread`` also NAME_spread, and marker_verdicts.csv where the model has a scorecard. Each output gets its name
     only when it is complete. After an interruption, a call with the same options continues at the tile row where the
     last one stopped. An image that cannot be read is reported and skipped. Raises InputError for options that cannot
     be used and outputs that exist, RunError if the disk or memory fails.
     """
     choose_tiling(model, (1, 1), options.tile, options.overlap)
-    kept = chosen_markers(options.markers, model.names)
+    markers = len(model.names) // 2 if options.spread else len(model.names)
+    kept = chosen_markers(options.markers, model.names[:markers])
     names = [model.names[index] for index in kept]
+    if options.spread:
+        kept = [*kept, *(markers + index for index in kept)]
     decisive = _decisive(model, options)
-    jobs = plan_jobs(find_inputs(inputs), output_dir, options.format, options.overview, decisive, options.pixel_size_um)
+    jobs = plan_jobs(
+        find_inputs(inputs),
+        output_dir,
+        options.format,
+        options.overview,
+        decisive,
+        options.pixel_size_um,
+        options.spread,
+    )
     require_readers(job.source for job in jobs)
     if options.format == "ome-tiff":
         require_writer()
     prepare_folder(output_dir)
     record, progress = Record(output_dir), Progress()
     waiting = [job for job in jobs if not record.has(job)]
-    listed = names_file(output_dir, names) if options.format == "npy" else None
+    trust, without = shared_scorecard(model)
+    progress.say(without if trust is None else summary(trust, names))
+    tables = [names_file(output_dir, names)] if options.format == "npy" else []
+    if trust is not None:
+        tables.append(verdicts_file(output_dir, names, trust))
     if not options.overwrite:
-        refuse_existing(waiting, listed)
+        refuse_existing(waiting, tables)
     if len(waiting) < len(jobs):
         progress.say(f"{len(jobs) - len(waiting)} of {len(jobs)} images were finished before")
-    if listed is not None:
-        write_names(*listed)
+    for table in tables:
+        write_table(*table)
     failed, warned = 0, False
     for job in waiting:
         try:
@@ -80,7 +99,7 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
                         "note: the model does not know the pixel size that it was trained at, so images are predicted "
                         "as they are"
                     )
-                _predict_image(model, image, job, kept, options, progress)
+                _predict_image(model, image, job, kept, options, trust, progress)
         except InputError as error:
             if len(jobs) == 1:
                 raise
@@ -111,11 +130,11 @@ def chosen_markers(given: str | None, names: Sequence[str]) -> list[int]:
 
 def _decisive(model: TrainedModel, options: PredictOptions) -> dict[str, Any]:
     """What decides the values of an output besides the input: a call only continues one that had the same."""
-    with open(model.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = [file_digest(member.path) for member in members_of(model)]
     return {
         "version": __version__,
-        "checkpoint": digest,
+        "checkpoint": digests[0] if len(digests) == 1 else digests,
+        **({"spread": True} if options.spread else {}),
         "precision": str(model.precision),
         "format": options.format,
         "dtype": options.dtype,
@@ -151,7 +170,13 @@ def _fitted(model: TrainedModel, image: HeImage, job: Job, options: PredictOptio
 
 
 def _predict_image(
-    model: TrainedModel, image: HeImage, job: Job, kept: list[int], options: PredictOptions, progress: Progress
+    model: TrainedModel,
+    image: HeImage,
+    job: Job,
+    kept: list[int],
+    options: PredictOptions,
+    trust: dict[str, MarkerTrust] | None,
+    progress: Progress,
 ) -> None:
     began = time.monotonic()
     tiles = TiledPrediction(
@@ -170,7 +195,7 @@ def _predict_image(
         if not options.overwrite and job.result.exists():
             # Another process has written it since this one checked.
             working.remove()
-            refuse_existing([job], None)
+            refuse_existing([job])
         first = working.finished_rows
         if first:
             progress.say(f"{job.name}: continuing at tile row {first + 1} of {len(tiles.rows)}")
@@ -194,10 +219,11 @@ def _predict_image(
             ) from error
         finally:
             progress.end()
-        _write_outputs(model, image, job, working, unit, options)
+        _write_outputs(model, image, job, working, unit, options, trust)
     pixels = image.shape[0] * image.shape[1]
+    markers = len(kept) // 2 if job.spread else len(kept)
     progress.say(
-        f"{job.result.name}: {image.shape[1]:,} x {image.shape[0]:,} pixels, {len(kept)} markers, "
+        f"{job.result.name}: {image.shape[1]:,} x {image.shape[0]:,} pixels, {markers} markers, "
         f"{duration(time.monotonic() - began)} ({pixels / 1e6 / (time.monotonic() - began):.2f} MP/s)"
     )
 
@@ -209,39 +235,61 @@ def _write_outputs(
     working: WorkingFile,
     unit: Unit,
     options: PredictOptions,
+    trust: dict[str, MarkerTrust] | None,
 ) -> None:
-    """Write the output under its final name, and its overview."""
+    """Write the output under its final name, and its overview; both say which markers are not supported."""
+    markers = len(unit.names) // 2 if job.spread else len(unit.names)
+    names = unit.names[:markers]
+    known = {} if trust is None else {name: trust.get(name, UNKNOWN) for name in names}
     # A resampled image has the pixel size of the training, whatever was given for the input.
     resampled = isinstance(image, ResampledImage)
     pixel_size_um = image.pixel_size_um if resampled else options.pixel_size_um or image.pixel_size_um
     # First, because the working file may become the output.
-    pictures = _thumbnails(image, working, unit) if job.overview else None
-    if options.format == "npy":
+    pictures = _thumbnails(image, working, unit, markers) if job.overview else None
+    meaning = "[0, 1]" if unit.normalized else f"the unit of the training data, where {unit.high:g} is white"
+    members = [f"{member.path.name} of epoch {member.epoch}" for member in members_of(model)]
+    if len(members) > 1:
+        runs = [run_folder_of(member.path).name for member in members_of(model)]
+        members = [f"{name} ({run})" for name, run in zip(members, runs, strict=True)]
+    of = members[0] if len(members) == 1 else f"the mean of {', '.join(members)}"
+    written = [(job.result, slice(0, markers), f"Predicted from {job.source.name} by {of}, in {meaning}", known)]
+    if job.spread:
+        about = f"Standard deviation over the models that predicted {job.result.name}, in {meaning}"
+        written.insert(0, (job.spread, slice(markers, None), about, {}))
+    for path, channels, description, verdicts in written:
+        if options.format == "ome-tiff":
+            write_ome_tiff(
+                path,
+                working.open()[channels],
+                unit.names[channels],
+                pixel_size_um=pixel_size_um,
+                dtype=options.dtype,
+                # The working file may already have the levels of the output.
+                high=LEVELS if working.dtype.kind == "u" else unit.high,
+                description=description,
+                annotations={name: found.sentence() for name, found in verdicts.items()},
+            )
+        elif job.spread:
+            write_npy(path, working.open()[channels])
+    if options.format == "npy" and not job.spread:
         working.become(job.result)
     else:
-        meaning = "[0, 1]" if unit.normalized else f"the unit of the training data, where {unit.high:g} is white"
-        write_ome_tiff(
-            job.result,
-            working.open(),
-            unit.names,
-            pixel_size_um=pixel_size_um,
-            dtype=options.dtype,
-            # The working file may already have the levels of the output.
-            high=LEVELS if working.dtype.kind == "u" else unit.high,
-            description=f"Predicted from {job.source.name} by {model.path.name} of epoch {model.epoch}, in {meaning}",
-        )
         working.remove()
     if job.overview and pictures:
         shown = pixel_size_um * box_size(image.shape) if pixel_size_um else None
-        write_overview(job.overview, *pictures, unit.names, pixel_size_um=shown)
+        marked = [
+            f"{name} ({known[name].verdict})" if name in known and known[name].verdict != SUPPORTED else name
+            for name in names
+        ]
+        write_overview(job.overview, *pictures, marked, pixel_size_um=shown)
 
 
-def _thumbnails(image: HeImage, working: WorkingFile, unit: Unit) -> tuple[np.ndarray, np.ndarray]:
-    """Thumbnails of the H&E (h, w, 3) and the markers (C, h, w), both in [0, 1]."""
+def _thumbnails(image: HeImage, working: WorkingFile, unit: Unit, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Thumbnails of the H&E (h, w, 3) and the first ``count`` markers (count, h, w), both in [0, 1]."""
     scale = unit.high / LEVELS if working.dtype.kind == "u" else 1.0
     markers = [
         unit.displayed(thumbnail(partial(working.rows, channel), image.shape) * scale, channel)
-        for channel in range(len(unit.names))
+        for channel in range(count)
     ]
     he = thumbnail(lambda rows: image.read(rows.start, 0, rows.stop - rows.start, image.shape[1]), image.shape)
     return he, np.stack(markers)

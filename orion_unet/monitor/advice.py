@@ -48,6 +48,9 @@ def judge_config(config: Mapping[str, Any], calm: bool = True) -> list[Finding]:
     found = _judge_rate(option_number(values, "learning_rate"), *known, calm)
     for name, concern, threshold, message, instead in _RULES:
         value = option_number(values, name)
+        if name == "val_split" and values.get("fold"):
+            # The fold chooses the held-out cores, and the fraction is not used.
+            continue
         if value is not None and concern(value):
             found.append(Finding(name, NOTICE, message.format(value), value, threshold, (instead,)))
     batch = option_number(config, "global_batch")
@@ -130,7 +133,8 @@ def worse_than_mean(options: Mapping[str, Any], calm: bool) -> tuple[str, ...]:
 def overfitting(options: Mapping[str, Any]) -> tuple[str, ...]:
     """More cores to validate on, more weight decay, a smaller network."""
     decay = _value(options, "weight_decay", 2e-4)
-    found = ["--val_split 0.25"] if _value(options, "val_split", 0.2) < 0.25 else []
+    few = not options.get("fold") and _value(options, "val_split", 0.2) < 0.25
+    found = ["--val_split 0.25"] if few else []
     found.append(f"--weight_decay {decay * 5 if decay > 0 else 1e-3:.1g}")
     if _value(options, "base_features", 32) > 24:
         found.append("--base_features 24")

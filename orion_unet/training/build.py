@@ -46,6 +46,7 @@ from orion_unet.training.tensorboard import EventWriter
 FRESH: dict[str, Callable[[TrainConfig, Prepared], Any]] = {
     "learning_rate": lambda config, prepared: automatic_rate(planned_steps(config, prepared)),
     "statistics_batches": lambda config, prepared: 16,
+    "fold": lambda config, prepared: config.data.fold,
     "pixel_size_um": lambda config, prepared: prepared.pixel_size_um,
 }
 

@@ -452,7 +452,7 @@ def test_a_missing_package_is_named_before_any_work(run, named, module, package,
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "core_00_LABELS.tif").touch()
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(evaluation, "load_trained", work)
+    monkeypatch.setattr(evaluation, "load_models", work)
     assert evaluate(run, named, *words) == 2
     assert f'the package {package} is needed for this: pip install "orion-unet[inference]"' in capsys.readouterr().err
 

@@ -3,13 +3,16 @@
 import shutil
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import tifffile
 import tiny_runs
 from predictions import LOWER, NAMES, UPPER, WHITE, contents, image, predictor, write_checkpoint
 
 import orion_unet
+from orion_unet.inference.trust import MarkerTrust, write_scorecard
 
 
 @pytest.fixture
@@ -331,6 +334,59 @@ def test_a_bad_checkpoint_or_input_is_one_sentence(predict, core, tmp_path):
 
 def test_progress_off_a_terminal_is_a_line_an_image(predict, core):
     lines = predict(core).out.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
+    assert lines[2].startswith("no verdict on the markers")
     assert lines[-1].startswith("core.npy: 170 x 150 pixels, 3 markers, ")
-    assert all(len(line) <= 80 or "best.pt" in line for line in lines)
+    assert all(len(line) <= 80 or "best.pt" in line or "scorecard.json" in line for line in lines)
+
+
+TRUST = {
+    "Hoechst": MarkerTrust(0.9, 0.8, 0.95, 0.7, "supported"),
+    "CD3e": MarkerTrust(0.1, -0.1, 0.3, 0.2, "not supported"),
+}
+VERDICTS = {
+    "Hoechst": "supported: Pearson 0.900, 95 % interval 0.800 to 0.950; regression from colours 0.700",
+    "CD3e": "not supported: Pearson 0.100, 95 % interval -0.100 to 0.300; regression from colours 0.200",
+    "Blank": "not judged",
+}
+
+
+def test_an_ome_tiff_and_a_table_carry_the_verdict_on_every_marker(predict, core, model):
+    write_scorecard(model, TRUST, {"command": "evaluate"})
+    made = predict(core, format="ome-tiff")
+    assert made.code == 0
+    said = " ".join(made.out.split())
+    assert "On held-out tissue supported: Hoechst; not supported: CD3e; not judged: Blank" in said
+    with tifffile.TiffFile(made.dir / "core.ome.tiff") as tiff:
+        root = ElementTree.fromstring(tiff.ome_metadata)
+        assert tiff.series[0].shape[0] == 3
+    of = "{http://www.openmicroscopy.org/Schemas/OME/2016-06}"
+    annotation = root.find(f"{of}StructuredAnnotations/{of}MapAnnotation")
+    assert annotation.get("Namespace") == "orion-unet/held-out-tissue"
+    assert {pair.get("K"): pair.text for pair in annotation.iter(f"{of}M")} == VERDICTS
+    rows = (made.dir / "marker_verdicts.csv").read_text().splitlines()
+    assert rows[0] == "marker,verdict,pearson,pearson_low,pearson_high,regression_pearson"
+    assert rows[1:] == [
+        "Hoechst,supported,0.9,0.8,0.95,0.7",
+        "CD3e,not supported,0.1,-0.1,0.3,0.2",
+        "Blank,not judged,,,,",
+    ]
+
+
+def test_without_a_scorecard_predict_says_so_in_one_line_and_claims_nothing(predict, core):
+    made = predict(core, format="ome-tiff")
+    assert [line for line in made.out.splitlines() if line.startswith("no verdict on the markers")]
+    assert not (made.dir / "marker_verdicts.csv").exists()
+    with tifffile.TiffFile(made.dir / "core.ome.tiff") as tiff:
+        assert "MapAnnotation" not in tiff.ome_metadata
+
+
+def test_a_table_of_another_scorecard_is_not_replaced_unasked(predict, core, model):
+    write_scorecard(model, TRUST, {})
+    assert predict(core, out="one").code == 0
+    (core.parent / "one" / "core.npy").unlink()
+    (core.parent / "one" / "core_overview.png").unlink()
+    write_scorecard(model, {**TRUST, "CD3e": TRUST["Hoechst"]}, {})
+    made = predict(core, out="one")
+    assert made.code == 2
+    assert "marker_verdicts.csv (of another scorecard)" in made.err

@@ -212,6 +212,7 @@ def test_tensorboard_events_say_what_the_log_says(train):
 # Each option, given here beside TINY and one epoch, must change what is trained or measured.
 EFFECTS = {
     "val_split": {"val_split": 0.5},
+    "fold": {"fold": "2/4"},
     "exclude_channels": {"exclude_channels": "channel_01"},
     "patch_size": {"patch_size": 48},
     "patches_per_image": {"patches_per_image": 6},
@@ -420,6 +421,17 @@ def test_a_split_file_repeats_an_earlier_split(train):
     again = train("again", epochs=1, seed=7, split_file=str(split))
     assert strict_json(again.dir / "split.json") == strict_json(split)
     assert strict_json(train("other", epochs=1, seed=7).dir / "split.json") != strict_json(split)
+
+
+def test_a_fold_is_recorded_and_kept_by_a_resumed_run(train):
+    made = train(epochs=1, fold="2/4")
+    split = strict_json(made.dir / "split.json")
+    assert split["fold"] == strict_json(made.dir / "config.json")["options"]["fold"] == "2/4"
+    assert train(epochs=2, resume="auto").code == 0
+    assert strict_json(made.dir / "split.json") == split
+    assert strict_json(made.dir / "config.json")["options"]["fold"] == "2/4"
+    with pytest.raises(InputError, match="--fold: 2/4 in the run, 1/4 now"):
+        train(epochs=3, fold="1/4", resume="auto")
 
 
 def test_groups_stay_together(train, tmp_path):

@@ -16,6 +16,7 @@ DEFAULTS = {
     "data": {
         "pairs_dir": "core_patches_npy",
         "val_split": 0.2,
+        "fold": None,
         "split_file": None,
         "groups_csv": None,
         "channel_names": None,
@@ -145,6 +146,9 @@ def test_an_option_takes_a_value_and_the_last_one_wins(name):
         "lr_factor": "0.25",
         "val_split": "0.25",
     }
+    if name == "fold":
+        assert options("--fold", "1/3", "--fold=2/3")[name] == "2/3"
+        return
     text = isinstance(FLAT[name], str) or name in (
         "split_file", "groups_csv", "channel_names", "exclude_channels", "keep_channels", "channel_weights",
         "resume",
@@ -195,6 +199,7 @@ BAD_VALUES = [
     ("--val_split", "0"),
     ("--val_split", "1"),
     ("--val_split", "nan"),
+    *(("--fold", text) for text in ("2", "0/3", "4/3", "1/1", "-1/3", "1/x", "²/3", "1/3/5", "")),
     ("--patch_size", "15"),
     ("--patch_size", "5000"),
     ("--patch_size", "64.5"),
@@ -493,3 +498,20 @@ def test_a_failure_that_is_no_bad_input_shows_its_traceback_and_ends_with_1(caps
 
     assert run_command(fail, []) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [("--val_split", "0.3"), ("--split_file", "split.json")])
+def test_a_fold_beside_another_choice_of_held_out_cores_is_refused(other):
+    with pytest.raises(InputError, match=f"{other[0]} and --fold|--fold and {other[0]}"):
+        options("--fold", "1/3", *other)
+
+
+def test_a_fold_on_the_command_line_replaces_the_split_of_the_earlier_run_and_the_reverse(tmp_path):
+    earlier = tmp_path / "config.json"
+    earlier.write_text(json.dumps({"options": {"split_file": "split.json"}}))
+    found = options("--config", str(earlier), "--fold", "1/3")
+    assert (found["fold"], found["split_file"]) == ("1/3", None)
+    earlier.write_text(json.dumps({"options": {"fold": "1/3"}}))
+    assert options("--config", str(earlier))["fold"] == "1/3"
+    found = options("--config", str(earlier), "--val_split", "0.3")
+    assert (found["fold"], found["val_split"]) == (None, 0.3)

@@ -313,3 +313,13 @@ def test_labelled_real_curves_are_judged_as_a_person_would(name):
         pytest.skip(f"{path} is not here")
     curve = json.loads(path.read_text())
     assert warnings(curve["train_loss"], curve["val_loss"]) == sorted(curve["expected"])
+
+
+def test_a_run_of_a_fold_gets_no_advice_on_the_fraction_held_out():
+    assert judge_config({"options": {"val_split": 0.15, "fold": "1/5"}}) == []
+    train, val = former_losses()
+    found = {
+        f.code: f
+        for f in diagnose(np.arange(1, 21), np.array(train), np.array(val), options={"val_split": 0.2, "fold": "1/5"})
+    }
+    assert not any("val_split" in item for item in found["overfitting"].advice)

@@ -180,3 +180,36 @@ def test_a_bad_split_file_is_refused(tmp_path, content, culprits):
 def test_a_missing_split_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"--split_file .*gone\.json: cannot be read"):
         make_split(table_of(3), DataOptions(split_file=str(tmp_path / "gone.json")), 0)
+
+
+@given(
+    groups=st.lists(st.sampled_from("ABCDEFGHIJ"), min_size=3, max_size=60).filter(lambda g: len(set(g)) > 2),
+    count=st.integers(2, 5),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_folds_hold_out_every_group_once_in_parts_of_like_size(tmp_path_factory, groups, count, seed):
+    folder = tmp_path_factory.mktemp("folds")
+    write_groups(folder / "groups.csv", groups)
+    count = min(count, len(set(groups)))
+    held = []
+    for number in range(1, count + 1):
+        split, _ = make_split(table_of(len(groups), folder), DataOptions(fold=f"{number}/{count}"), seed)
+        assert sorted([*split.train.tolist(), *split.val.tolist()]) == list(range(len(groups)))
+        assert not {groups[core] for core in split.train} & {groups[core] for core in split.val}
+        held.append(split.val.tolist())
+    assert sorted(core for cores in held for core in cores) == list(range(len(groups)))
+    sizes = [len(cores) for cores in held]
+    # Each group joined the smallest part, so no part is ahead by more than its last group.
+    assert max(sizes) - min(sizes) <= max(Counter(groups).values())
+
+
+def test_another_seed_makes_other_folds_and_the_same_seed_the_same():
+    held = [tuple(make_split(table_of(12), DataOptions(fold="1/3"), seed)[0].val.tolist()) for seed in (0, 0, 1, 2)]
+    assert held[0] == held[1]
+    assert len(set(held)) == 3
+
+
+def test_more_folds_than_groups_are_refused_in_one_sentence(tmp_path):
+    write_groups(tmp_path / "groups.csv", "AABBCC")
+    with pytest.raises(InputError, match="4 folds need at least 4 groups, and there are 3; ask for fewer folds"):
+        make_split(table_of(6, tmp_path), DataOptions(fold="1/4"), 0)
