@@ -96,6 +96,25 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class TransferOptions:
+    """transfer: start from an earlier model"""
+
+    init_from: str | None = option(
+        None,
+        "start a new run from the weights of an earlier model (a run folder, best.pt or last.pt); the head's rows are "
+        "matched by marker name. A resumed run does not read it again",
+        metavar="RUN|FILE",
+        fixed=False,
+    )
+    init_partial: bool = option(
+        False,
+        "where init_from names a model: take what fits from a network of another depth, norm or input, or without "
+        "shared markers",
+        fixed=False,
+    )
+
+
+@dataclass(frozen=True)
 class LossOptions:
     """loss: weights of the composite loss; a term of weight 0 is not computed in training"""
 
@@ -238,6 +257,7 @@ def declared_options() -> dict[str, Field[Any]]:
 GROUPS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
+    "transfer": TransferOptions,
     "loss": LossOptions,
     "optimisation": OptimisationOptions,
     "runtime": RuntimeOptions,
@@ -251,6 +271,7 @@ class TrainConfig:
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    transfer: TransferOptions = field(default_factory=TransferOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)

@@ -25,7 +25,8 @@ class TrainedModel:
     ``names`` are its C markers, ``normalization`` inverts [0, 1] to the unit of the training data, ``config`` holds
     the options it was trained with, ``epoch`` the epoch whose weights these are. ``split`` is the content
     of split.json: which cores it was trained on. ``digests`` are those of their H&E by name, and
-    ``colour_regression`` is what the model has to beat; a checkpoint of version 0.1 has neither.
+    ``colour_regression`` is what the model has to beat; a checkpoint of version 0.1 has neither. ``earlier_digests``
+    are those of the cores that the models it started from were trained on.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class TrainedModel:
     precision: torch.dtype | None = None
     digests: dict[str, str] = field(default_factory=dict)
     colour_regression: ColourRegression | None = None
+    earlier_digests: tuple[str, ...] = ()
 
     @property
     def pixel_size_um(self) -> float | None:
@@ -99,6 +101,7 @@ def load_trained(path: str | Path, device: str = "auto", use_amp: bool = False) 
         _precision(chosen) if use_amp else None,
         digests,
         regression,
+        _earlier_digests(path, content),
     )
 
 
@@ -117,6 +120,13 @@ def _cores_and_baselines(
     if regression is not None and regression.names != names:
         raise InputError(f"{path}: is damaged, its regression from colours is of other markers than its model")
     return digests, regression
+
+
+def _earlier_digests(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
+    earlier = content.get("cores", {}).get("earlier", [])
+    if not isinstance(earlier, list):
+        raise InputError(f"{path}: is damaged, the digests of the cores of its first model cannot be read")
+    return tuple(str(digest) for digest in earlier)
 
 
 def _device(name: str) -> torch.device:

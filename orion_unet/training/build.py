@@ -41,6 +41,7 @@ from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, autom
 from orion_unet.training.prepare import Prepared, planned_steps
 from orion_unet.training.state import TrainState, check_resumable, restore
 from orion_unet.training.tensorboard import EventWriter
+from orion_unet.training.transfer import Source, take_over
 
 # What a new run takes for the options that are left open.
 FRESH: dict[str, Callable[[TrainConfig, Prepared], Any]] = {
@@ -107,10 +108,20 @@ class Run:
         return [self.state.schedule.at(epoch - 1, step // accumulate) for step in range(self.steps)]
 
 
-def build_run(config: TrainConfig, device: torch.device, prepared: Prepared, earlier: dict[str, Any] | None) -> Run:
-    """Build a run, or continue the one whose checkpoint is ``earlier``; the same on every rank for the same seed."""
+def build_run(
+    config: TrainConfig,
+    device: torch.device,
+    prepared: Prepared,
+    earlier: dict[str, Any] | None,
+    source: Source | None = None,
+) -> Run:
+    """Build a run, or continue the one whose checkpoint is ``earlier``; the same on every rank for the same seed.
+
+    A new run starts from the weights of ``source``, where there is one.
+    """
     feeds = build_feeds(config, prepared, device)
-    state = build_state(config, prepared, device, math.ceil(feeds.order.steps / config.optimisation.accumulate_steps))
+    steps = math.ceil(feeds.order.steps / config.optimisation.accumulate_steps)
+    state = build_state(config, prepared, device, steps, source)
     loss = build_loss(config, prepared, device)
     validated = state.validated
     if config.runtime.compile:
@@ -133,13 +144,17 @@ def build_run(config: TrainConfig, device: torch.device, prepared: Prepared, ear
     return Run(config, device, prepared, feeds, loss, state, validated, resumed_from)
 
 
-def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, steps: int) -> TrainState:
-    """A run before its first step; ``steps`` are the optimiser steps of an epoch."""
+def build_state(
+    config: TrainConfig, prepared: Prepared, device: torch.device, steps: int, source: Source | None = None
+) -> TrainState:
+    """A run before its first step; ``steps`` are the optimiser steps of an epoch, ``source`` its first weights."""
     optimisation = config.optimisation
     torch.manual_seed(optimisation.seed)
     model = SpatialUNet.from_options(config.model, len(prepared.table.kept_channels))
-    if config.model.output_start == "mean":
-        model.start_at(torch.from_numpy(prepared.normalization.target_mean))
+    means = torch.from_numpy(prepared.normalization.target_mean) if config.model.output_start == "mean" else None
+    if means is not None:
+        model.start_at(means)
+    origin = None if source is None else take_over(model, source, prepared.table.kept_names, means)
     model = model.to(device, memory_format=memory_format(config.model.norm, device))  # type: ignore[call-overload]
     statistics = RunningStatistics(model)
     learner = Learner(
@@ -152,7 +167,11 @@ def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, s
         optimisation.grad_clip,
     )
     return TrainState(
-        model, learner, LearningRateSchedule(optimisation, steps), EarlyStopping(optimisation.early_stopping_patience)
+        model,
+        learner,
+        LearningRateSchedule(optimisation, steps),
+        EarlyStopping(optimisation.early_stopping_patience),
+        origin=origin,
     )
 
 

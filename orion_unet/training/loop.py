@@ -51,6 +51,7 @@ from orion_unet.training.run_folder import RunLock
 from orion_unet.training.sanity import SanityPanel
 from orion_unet.training.state import capture, capture_model, rank_states
 from orion_unet.training.tensorboard import EventWriter
+from orion_unet.training.transfer import find_source
 
 FINISHED, DIVERGED = 0, 3
 DIVERGENCE_ADVICE = (
@@ -72,7 +73,8 @@ def train(config: TrainConfig) -> int:
     with process_group(device):
         console = Console()
         earlier = from_main_process(lambda: find_earlier(config, console))
-        prepared = from_main_process(lambda: prepare_data(config, world_size(), earlier, console.progress))
+        source = from_main_process(lambda: find_source(config, earlier))
+        prepared = from_main_process(lambda: prepare_data(config, world_size(), earlier, source, console.progress))
         config = settled(config, prepared, earlier)
         from_main_process(lambda: run_folder.make(run_dir))
         lock = RunLock(run_dir, console.say)
@@ -82,9 +84,9 @@ def train(config: TrainConfig) -> int:
                 run_folder.clear(run_dir, config.output.overwrite)
                 if earlier is not None:
                     carry_best_over(config, earlier, console)
-            run = build_run(config, device, prepared, earlier)
+            run = build_run(config, device, prepared, earlier, source)
             # The weights are in the model now; every rank would keep a second copy of all state for the whole run.
-            earlier = None
+            earlier = source = None
             return Loop(run, console).run()
         except Exception as error:
             if not is_main_process():

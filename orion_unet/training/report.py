@@ -15,6 +15,7 @@ from orion_unet.training.engine import TrainSums, Validation, batch_norms
 from orion_unet.training.optim import LITTLE_TRAVEL, MUCH_LOWER, automatic_rate
 from orion_unet.training.prepare import planned_steps
 from orion_unet.training.state import global_batch
+from orion_unet.training.transfer import describe, is_source
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -28,7 +29,14 @@ def facts(run: Run) -> dict[str, Any]:
         "optimiser_steps": steps,
         "automatic_learning_rate": automatic_rate(steps),
         "attempt": run.state.attempt,
+        "started_from": _origin(run),
     }
+
+
+def _origin(run: Run) -> dict[str, Any] | None:
+    """The record of the model the run started from, without the digests of its cores: those are in the checkpoints."""
+    origin = run.state.origin
+    return None if origin is None else {name: value for name, value in origin.items() if name != "trained_on"}
 
 
 def greeting(run: Run, known: dict[str, Any]) -> str:
@@ -51,6 +59,7 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
         f"steps           {steps} optimiser steps, learning rate up to {rate:.2g}",
         f"model           {known['parameters']:,} parameters",
         f"batch norm      {_statistics(run)}",
+        *_started_from(run),
         f"run folder      {run.dir}",
         f"monitor with    python monitor_training.py --output_dir {run.dir} --watch",
     ]
@@ -67,6 +76,14 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
     if run.resumed_from is not None:
         lines += _resumed(run, run.resumed_from)
     return "\n".join(lines)
+
+
+def _started_from(run: Run) -> list[str]:
+    origin, asked = run.state.origin, run.config.transfer.init_from
+    lines = [] if origin is None else describe(origin)
+    if run.resumed_from is not None and asked is not None and not is_source(asked, origin):
+        lines.append(f"note: --init_from {asked} is not read, because the weights of a resumed run are its own")
+    return lines
 
 
 def _pixel_size(config: TrainConfig) -> str:

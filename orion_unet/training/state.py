@@ -24,7 +24,8 @@ class TrainState:
     """Model, learner and progress of one rank.
 
     ``epoch`` counts finished epochs, ``step`` the batches done of the epoch under way, whose sums are ``sums``. All
-    batches done, but the epoch not finished: it is trained and not validated.
+    batches done, but the epoch not finished: it is trained and not validated. ``origin`` is the record of the model
+    that the run started from (``transfer.take_over``); None for a run that started from random weights.
     """
 
     model: SpatialUNet
@@ -35,6 +36,7 @@ class TrainState:
     step: int = 0
     attempt: int = 1
     sums: TrainSums | None = None
+    origin: dict[str, Any] | None = None
 
     @property
     def validated(self) -> nn.Module:
@@ -120,7 +122,8 @@ def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, mo
         "normalization": prepared.normalization.document(),
         "channel_names": list(prepared.table.kept_names),
         "split": prepared.split.document(prepared.table),
-        "cores": {"digests": prepared.digests},
+        "cores": {"digests": prepared.digests, "earlier": (state.origin or {}).get("trained_on", [])},
+        "started_from": state.origin,
         "colour_regression": prepared.colour_regression,
         "epoch": state.epoch,
         "best_val_loss": state.early_stopping.best,
@@ -159,3 +162,4 @@ def restore(state: TrainState, earlier: dict[str, Any], loss: CompositeLoss, dev
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"--resume: the checkpoint does not fit this model ({error})") from None
     state.epoch, state.step, state.attempt = earlier["epoch"], earlier["step"], earlier["attempt"] + 1
+    state.origin = earlier.get("started_from")

@@ -230,6 +230,8 @@ SHOWN_BY = {
     "tensorboard": "test_tensorboard_events_say_what_the_log_says",
     "overwrite": "test_overwrite_replaces_the_run_and_nothing_else",
     "resume": "test_resume.py",
+    "init_from": "test_transfer_runs.py",
+    "init_partial": "test_transfer_runs.py",
     "save_every_minutes": "test_resume.py",
 }
 

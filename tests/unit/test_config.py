@@ -41,6 +41,10 @@ DEFAULTS = {
         "output_start": "mean",
         "use_boundary_guidance": False,
     },
+    "transfer": {
+        "init_from": None,
+        "init_partial": False,
+    },
     "loss": {
         "mse_weight": 0.8,
         "l1_weight": 0.3,
@@ -144,7 +148,7 @@ def test_an_option_takes_a_value_and_the_last_one_wins(name):
         "val_split": "0.25",
     }
     text = isinstance(FLAT[name], str) or name in (
-        "split_file", "groups_csv", "channel_names", "exclude_channels", "channel_weights", "resume"
+        "split_file", "groups_csv", "channel_names", "exclude_channels", "channel_weights", "resume", "init_from"
     )  # fmt: skip
     number = words.get(name, "0.25" if isinstance(FLAT[name], float) else "7")
     first, last = ("first", "last") if text else (str(FLAT[name] or 16), "16" if name == "patch_size" else number)
