@@ -112,6 +112,15 @@ class TransferOptions:
         "shared markers",
         fixed=False,
     )
+    encoder_train: str = option(
+        "full",
+        "what of the encoder trains: all of it; nothing (frozen, batch norm's statistics included); or its last stage, "
+        "the bottleneck",
+        choices=("full", "frozen", "last"),
+    )
+    encoder_rate_factor: float = option(
+        1.0, "learning rate of the encoder, as a multiple of that of the decoder", above=0, maximum=10
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self, cast
+from collections.abc import Sequence
+from typing import Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from orion_unet.config import ModelOptions
 from orion_unet.models.blocks import ConvBlock, UpBlock, sobel_magnitude
+from orion_unet.models.freezing import freeze, hold_frozen
+
+T = TypeVar("T")
 
 # Closest to 0 or 1 that the untrained output may be: beyond it the sigmoid is nearly flat and learns too slowly.
 SMALLEST_START = 0.01
@@ -84,6 +88,25 @@ class SpatialUNet(nn.Module):
         # In float32 also under autocast: losses and metrics need finer steps than bfloat16 has.
         return torch.sigmoid(logits.float())
 
+    @property
+    def encoder_stages(self) -> list[nn.Module]:
+        """The encoder from full resolution down, the bottleneck last, without its dropout."""
+        return [*self.encoder, self.bottleneck[0]]
+
+    def freeze_encoder(self, how: str) -> None:
+        """Take the encoder out of training: ``frozen`` all of it, ``last`` all but its last stage, ``full`` nothing.
+
+        Frozen stages keep their weights and the statistics of their norms, in training mode, too.
+        """
+        for stage in frozen_stages(self.encoder_stages, how):
+            freeze(stage)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        hold_frozen(self)
+        return self
+
     @torch.no_grad()
     def start_at(self, means: Tensor) -> None:
         """Set the bias of the head so that the untrained network predicts about ``means`` (out_channels,) in [0, 1].
@@ -106,6 +129,11 @@ class SpatialUNet(nn.Module):
         return F.pad(he, (0, right, 0, bottom), mode="replicate") if right or bottom else he
 
 
+def frozen_stages(stages: Sequence[T], how: str) -> Sequence[T]:
+    """Those of the encoder's stages that ``--encoder_train`` takes out of training."""
+    return {"full": stages[:0], "last": stages[:-1], "frozen": stages}[how]
+
+
 def memory_format(norm: str, device: torch.device) -> torch.memory_format:
     """Memory format in which the network runs fastest: channels last, except with instance norm on a CPU.
 
@@ -126,6 +154,6 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def parameter_count(model: nn.Module) -> int:
-    """Number of trainable parameters of a model."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def parameter_count(model: nn.Module, trainable: bool = True) -> int:
+    """Number of parameters of a model that train, or with ``trainable`` False of those that are frozen."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad == trainable)

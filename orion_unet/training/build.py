@@ -155,11 +155,18 @@ def build_state(
     if means is not None:
         model.start_at(means)
     origin = None if source is None else take_over(model, source, prepared.table.kept_names, means)
+    model.freeze_encoder(config.transfer.encoder_train)
     model = model.to(device, memory_format=memory_format(config.model.norm, device))  # type: ignore[call-overload]
     statistics = RunningStatistics(model)
     learner = Learner(
         model,
-        build_optimizer(model, optimisation, device),
+        build_optimizer(
+            model,
+            optimisation,
+            device,
+            (parameter for stage in model.encoder_stages for parameter in stage.parameters()),
+            config.transfer.encoder_rate_factor,
+        ),
         statistics,
         ModelEma(model, statistics, optimisation.ema_decay) if optimisation.ema_decay > 0 else None,
         _precision(config, device),

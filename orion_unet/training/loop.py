@@ -151,7 +151,8 @@ class Loop:
 
     def _begin(self) -> None:
         run, state = self.built, self.state
-        run_folder.check_space(run.dir, parameter_count(state.model), state.learner.ema is not None)
+        parameters = parameter_count(state.model) + parameter_count(state.model, trainable=False)
+        run_folder.check_space(run.dir, parameters, state.learner.ema is not None)
         self.console.log_to(run.dir)
         facts = report.facts(run)
         run_folder.write_start(run.dir, self.config, run.prepared, facts)

@@ -25,7 +25,8 @@ def facts(run: Run) -> dict[str, Any]:
         "device": describe_devices(run.device, world_size()),
         "world_size": world_size(),
         "global_batch": global_batch(run.config) * run.config.optimisation.accumulate_steps,
-        "parameters": parameter_count(run.state.model),
+        "parameters": parameter_count(run.state.model) + parameter_count(run.state.model, trainable=False),
+        "frozen_parameters": parameter_count(run.state.model, trainable=False),
         "optimiser_steps": steps,
         "automatic_learning_rate": automatic_rate(steps),
         "attempt": run.state.attempt,
@@ -57,9 +58,11 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
         f"pixel size      {_pixel_size(config)}",
         f"recipe          {config.recipe}",
         f"steps           {steps} optimiser steps, learning rate up to {rate:.2g}",
-        f"model           {known['parameters']:,} parameters",
+        f"model           {known['parameters']:,} parameters"
+        + (f", {known['frozen_parameters']:,} of them frozen" if known["frozen_parameters"] else ""),
         f"batch norm      {_statistics(run)}",
         *_started_from(run),
+        *_encoder(config),
         f"run folder      {run.dir}",
         f"monitor with    python monitor_training.py --output_dir {run.dir} --watch",
     ]
@@ -83,6 +86,21 @@ def _started_from(run: Run) -> list[str]:
     lines = [] if origin is None else describe(origin)
     if run.resumed_from is not None and asked is not None and not is_source(asked, origin):
         lines.append(f"note: --init_from {asked} is not read, because the weights of a resumed run are its own")
+    return lines
+
+
+def _encoder(config: TrainConfig) -> list[str]:
+    how, factor = config.transfer.encoder_train, config.transfer.encoder_rate_factor
+    kept = ", which keeps its weights and the statistics of its norms"
+    lines = {
+        "full": [],
+        "frozen": [f"encoder         frozen{kept}"],
+        "last": [f"encoder         frozen but for its last stage{kept}"],
+    }[how]
+    if factor != 1 and how == "frozen":
+        lines.append(f"note: --encoder_rate_factor {factor:g} has no effect, because the encoder is frozen")
+    elif factor != 1:
+        lines.append(f"encoder rate    {factor:g} x the learning rate")
     return lines
 
 

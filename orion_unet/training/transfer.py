@@ -16,7 +16,7 @@ from orion_unet.checkpoint import BEST, checkpoint_path
 from orion_unet.config import ModelOptions, TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.inference.model import TrainedModel, load_trained
-from orion_unet.models.unet import SpatialUNet
+from orion_unet.models.unet import SpatialUNet, frozen_stages
 
 # Options that decide which layers a network has, and of which shape.
 ARCHITECTURE = ("base_features", "depth", "norm", "use_boundary_guidance")
@@ -62,7 +62,14 @@ def find_source(config: TrainConfig, earlier: dict[str, Any] | None) -> Source |
     Raises InputError where it cannot be read or has another architecture.
     """
     options = config.transfer
-    if options.init_from is None or earlier is not None:
+    if earlier is not None:
+        return None
+    if options.init_from is None:
+        if options.encoder_train != "full":
+            raise InputError(
+                f"--encoder_train {options.encoder_train}: would keep random weights, because this run starts from no "
+                "earlier model; name one with --init_from"
+            )
         return None
     path = _checkpoint(options.init_from)
     try:
@@ -72,8 +79,7 @@ def find_source(config: TrainConfig, earlier: dict[str, Any] | None) -> Source |
         raise InputError(f"--init_from {error}") from None
     if _sha256(path) != digest:
         raise InputError(f"--init_from {path}: was replaced while it was read, perhaps by a run in progress; try again")
-    if not options.init_partial:
-        _check_architecture(path, model.config.model, config.model)
+    _check_architecture(path, model.config.model, config)
     return Source(
         str(path.resolve()),
         digest,
@@ -111,12 +117,20 @@ def _trained_on(model: TrainedModel) -> tuple[str, ...]:
     return tuple(sorted(own | set(model.earlier_digests)))
 
 
-def _check_architecture(path: Path, there: ModelOptions, here: ModelOptions) -> None:
+def _check_architecture(path: Path, there: ModelOptions, config: TrainConfig) -> None:
+    here, how = config.model, config.transfer.encoder_train
     differing = [name for name in ARCHITECTURE if getattr(there, name) != getattr(here, name)]
-    if differing:
+    different = (
+        f"--init_from {path}: its network has {_flags(differing, there)}, this run's has {_flags(differing, here)}"
+    )
+    if differing and not config.transfer.init_partial:
+        raise InputError(f"{different}; use the same, or add --init_partial to take the layers that fit")
+    if "base_features" in differing:
+        raise InputError(f"{different}; no layer would fit, so use the same --base_features")
+    deepest = len(frozen_stages(range(here.depth + 1), how)) - 1
+    if how != "full" and ("norm" in differing or deepest > there.depth):
         raise InputError(
-            f"--init_from {path}: its network has {_flags(differing, there)}, this run's has "
-            f"{_flags(differing, here)}; use the same, or add --init_partial to take the layers that fit"
+            f"{different}, so --encoder_train {how} would keep random weights or statistics; train it full"
         )
 
 
@@ -130,7 +144,7 @@ def _flags(names: Sequence[str], options: ModelOptions) -> str:
 
 @torch.no_grad()
 def take_over(model: SpatialUNet, source: Source, names: Sequence[str], means: Tensor | None) -> dict[str, Any]:
-    """Give a new model the weights of ``source`` wherever place and shape fit; returns the record of what was taken.
+    """Give a new model of the same base width the weights of ``source`` that fit; returns what was taken.
 
     Layers are matched by their level of resolution, so that a source of another depth fits at the levels that both
     have. Rows of the head are matched by marker name. A marker that the source does not know gets a row of zeros and
@@ -139,7 +153,7 @@ def take_over(model: SpatialUNet, source: Source, names: Sequence[str], means: T
 
     The record holds ``path``, ``sha256`` and ``epoch`` of the source, ``parts`` (per part the taken and the new
     levels), ``markers`` (for every marker of the run its name in the source, or None), ``dropped`` markers, and
-    ``trained_on``. Raises InputError where no layer fits.
+    ``trained_on``.
     """
     state = model.state_dict()
     theirs = {_place(name, source.options.depth): tensor for name, tensor in source.weights.items()}
@@ -151,11 +165,6 @@ def take_over(model: SpatialUNet, source: Source, names: Sequence[str], means: T
         fits = _copy_fitting(tensor, theirs.get((part, level, rest)))
         if not name.endswith(STATISTICS):
             parts[part].setdefault(level, []).append(fits)
-    if not any(any(taken) for levels in parts.values() for taken in levels.values()):
-        raise InputError(
-            f"--init_from {source.path}: no layer fits, because its network has --base_features "
-            f"{source.options.base_features} and this run's has {model.head.in_channels}; give its value"
-        )
     markers = _take_head(model, source, names, means)
     return {
         "path": source.path,
@@ -209,8 +218,6 @@ def _take_head(model: SpatialUNet, source: Source, names: Sequence[str], means: 
     if means is not None:
         model.start_at(means)
     their_weight, their_bias = source.weights["head.weight"], source.weights["head.bias"]
-    if weight.shape[1:] != their_weight.shape[1:]:
-        return dict.fromkeys(names)
     for row, name in enumerate(names):
         if name in source.names:
             weight[row].copy_(their_weight[source.names.index(name)])

@@ -179,6 +179,7 @@ EFFECTS = {
     "norm": {"norm": "group"},
     "norm, instance": {"norm": "instance"},
     "dropout": {"dropout": 0.5},
+    "encoder_rate_factor": {"encoder_rate_factor": 0.1},
     "output_start": {"output_start": "half"},
     "use_boundary_guidance": {"use_boundary_guidance": True},
     "mse_weight": {"mse_weight": 0.0},
@@ -232,6 +233,7 @@ SHOWN_BY = {
     "resume": "test_resume.py",
     "init_from": "test_transfer_runs.py",
     "init_partial": "test_transfer_runs.py",
+    "encoder_train": "test_transfer_runs.py",
     "save_every_minutes": "test_resume.py",
 }
 

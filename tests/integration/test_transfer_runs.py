@@ -199,6 +199,10 @@ def test_with_a_part_the_panels_need_not_share_a_marker(source, built):
             "--depth 3 --use_boundary_guidance; use the same, or add --init_partial",
         ),
         ({"norm": "group"}, "its network has --norm batch, this run's has --norm group"),
+        ({"base_features": 6, "init_partial": True}, "no layer would fit, so use the same --base_features"),
+        ({"norm": "group", "init_partial": True, "encoder_train": "last"}, "--encoder_train last would keep random"),
+        ({"depth": 3, "init_partial": True, "encoder_train": "frozen"}, "--encoder_train frozen would keep random"),
+        ({"init_from": None, "encoder_train": "frozen"}, "would keep random weights, because this run starts from no"),
     ],
 )
 def test_a_source_that_cannot_be_used_is_refused_in_one_sentence(
@@ -242,3 +246,90 @@ def test_ranks_start_alike_and_an_interrupted_run_continues_to_the_same_weights(
     assert differing(weights(tmp_path / "run"), weights(tmp_path / "straight")) == []
     assert started_from(tmp_path / "run") == started_from(tmp_path / "straight")
     assert started_from(tmp_path / "run")["markers"] == {"CD20": "CD20", "SMA": None, "Hoechst": "Hoechst"}
+
+
+def stage_of(name, depth=TINY["depth"]):
+    """The encoder's stage of a tensor, from 0 at full resolution; None for decoder and head."""
+    part, number, *_ = name.split(".")
+    return {"encoder": int(number), "bottleneck": depth}.get(part) if part in ("encoder", "bottleneck") else None
+
+
+@pytest.mark.parametrize(("how", "first_that_trains"), [("full", 0), ("last", TINY["depth"]), ("frozen", 99)])
+def test_what_is_frozen_keeps_every_bit_and_all_else_moves(how, first_that_trains, source, others, train):
+    before = weights(source.dir, "best.pt")
+    made = train("tuned", pairs_dir=str(others), init_from=str(source.dir), encoder_train=how, ema_decay=0.9)
+    for stored in (weights(made.dir), weights(made.dir, "last.pt", "ema"), weights(made.dir, "best.pt")):
+        moved = {name for name in stored if stage_of(name) is not None and not torch.equal(stored[name], before[name])}
+        assert moved == {name for name in stored if stage_of(name) is not None and stage_of(name) >= first_that_trains}
+        decoder = [name for name in stored if name.startswith("decoder")]
+        assert not any(torch.equal(stored[name], before[name]) for name in decoder)
+    config = json.loads((made.dir / "config.json").read_text())
+    frozen = {"full": [], "last": ["encoder"], "frozen": ["encoder", "bottleneck"]}[how]
+    kept = [
+        name for name, _ in load_trained(made.dir, "cpu").network.named_parameters() if name.split(".")[0] in frozen
+    ]
+    assert config["frozen_parameters"] == sum(before[name].numel() for name in kept)
+    said = (made.dir / "train.log").read_text().count("which keeps its weights and the statistics of its norms")
+    assert said == (0 if how == "full" else 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"encoder_train": "frozen"}, {"encoder_train": "last", "encoder_rate_factor": 0.2}, {"norm": "group"}]
+)
+@pytest.mark.parametrize("ranks", [2])
+def test_partly_frozen_ranks_continue_bit_for_bit(options, ranks, pairs, train, others, start, tmp_path):
+    shape = {"norm": options["norm"]} if "norm" in options else {}
+    first = train("first", **shape, epochs=1, channel_names="Hoechst,CD3,CD20")
+    given = {
+        **TINY,
+        "pairs_dir": str(others),
+        "init_from": str(first.dir),
+        "batch_size": 1,
+        "ema_decay": 0.9,
+        "encoder_train": "frozen",
+        **options,
+    }
+    runs = [
+        {"port": free_port(), "options": {**given, "output_dir": str(tmp_path / name), **resume}, "stop_at": stop_at}
+        for name, stop_at, resume in (("run", 2, {}), ("run", None, {"resume": "auto"}), ("straight", None, {}))
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    script = ROOT / "tests" / "integration" / "rank_runs.py"
+    begun = [start(sys.executable, script, tmp_path / "runs.json", **env) for env in environments(ranks)]
+    for ended in [rank.end() for rank in begun]:
+        assert ended.code == 0, ended.err
+        assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    stored = weights(tmp_path / "run")
+    assert differing(stored, weights(tmp_path / "straight")) == []
+    kept = [name for name in stored if stage_of(name) is not None and stage_of(name) < TINY["depth"]]
+    before = weights(first.dir, "best.pt")
+    assert kept
+    assert all(torch.equal(stored[name], before[name]) for name in kept)
+
+
+def test_another_encoder_training_is_refused_when_a_run_is_resumed(source, train):
+    options = {"init_from": str(source.dir), "encoder_train": "frozen", "encoder_rate_factor": 0.5}
+    made = train("run", **options, epochs=1)
+    assert "--encoder_rate_factor 0.5 has no effect" in (made.dir / "train.log").read_text()
+    with pytest.raises(InputError, match="--encoder_train: frozen in the run, full now"):
+        train("run", **{**options, "encoder_train": "full"}, epochs=2, resume="auto")
+    assert train("run", **options, epochs=2, resume="auto").code == 0
+
+
+def test_the_encoder_has_a_rate_of_its_own(built):
+    groups = built(encoder_rate_factor=0.25, weight_decay=0.3).state.learner.optimizer.param_groups
+    assert [(group["rate_factor"], group["weight_decay"]) for group in groups] == [
+        (1.0, 0.3), (1.0, 0.0), (0.25, 0.3), (0.25, 0.0)
+    ]  # fmt: skip
+
+
+def test_a_slow_encoder_moves_in_its_first_step_by_the_factor(train):
+    """Adam's first step moves every weight by the learning rate, whatever its gradient."""
+    options = {"epochs": 1, "patches_per_image": 2, "batch_size": 6, "weight_decay": 0.0, "grad_clip": 0.0}
+    plain = weights(train("plain", **options, learning_rate=1e-3).dir)
+    still = weights(train("still", **options, learning_rate=1e-12).dir)
+    slow = weights(train("slow", **options, learning_rate=1e-3, encoder_rate_factor=0.25).dir)
+    for name, factor in (("encoder.0.0.weight", 0.25), ("bottleneck.0.3.weight", 0.25), ("decoder.0.up.weight", 1.0)):
+        moves = (slow[name] - still[name]).abs().median() / (plain[name] - still[name]).abs().median()
+        assert moves.item() == pytest.approx(factor, rel=1e-2)

@@ -44,6 +44,8 @@ DEFAULTS = {
     "transfer": {
         "init_from": None,
         "init_partial": False,
+        "encoder_train": "full",
+        "encoder_rate_factor": 1.0,
     },
     "loss": {
         "mse_weight": 0.8,
@@ -100,6 +102,7 @@ CHOICES = {
     "target_transform": ("linear", "log1p"),
     "norm": ("batch", "group", "instance"),
     "output_start": ("mean", "half"),
+    "encoder_train": ("full", "frozen", "last"),
     "variance_form": ("target", "exponential"),
     "scheduler": ("plateau", "cosine", "constant"),
     "amp_dtype": ("auto", "bfloat16", "float16"),
