@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
 
     # What it has to say about a damaged file is said in our own words.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    model = load_trained(request.checkpoint, where.device, where.use_amp)
+    model = load_trained(request.checkpoint, where.device, where.use_amp, where.encoder_weights)
     print(describe(model), flush=True)
     try:
         failed = predict_files(model, request.input, request.output_dir, options)

@@ -54,7 +54,7 @@ def evaluate(
 
     _require_packages(options)
     output_dir = _output_dir(options)
-    model = load_trained(options.checkpoint, where.device, where.use_amp)
+    model = load_trained(options.checkpoint, where.device, where.use_amp, where.encoder_weights)
     folder = open_folder(model, options.pairs_dir, reading, progress)
     found = _score(options, folder, say_clean, progress)
     try:

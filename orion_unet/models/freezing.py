@@ -5,15 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 
-def freeze(part: nn.Module) -> None:
-    """Take a part of a network out of training. Its modules work as in evaluation from now on.
+def freeze(part: nn.Module, but: nn.Module | None = None) -> None:
+    """Take a part of a network out of training, without its submodule ``but``. It works as in evaluation from now on.
 
     A network with frozen parts must call ``hold_frozen`` in its ``train``.
     """
-    part.requires_grad_(False)
+    kept = set() if but is None else set(but.modules())
     for module in part.modules():
-        module.frozen = True  # type: ignore[assignment]
-    part.eval()
+        if module not in kept:
+            module.frozen = True  # type: ignore[assignment]
+            module.training = False
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -51,7 +51,7 @@ from orion_unet.training.run_folder import RunLock
 from orion_unet.training.sanity import SanityPanel
 from orion_unet.training.state import capture, capture_model, rank_states
 from orion_unet.training.tensorboard import EventWriter
-from orion_unet.training.transfer import find_source
+from orion_unet.training.transfer import find_encoder, find_source
 
 FINISHED, DIVERGED = 0, 3
 DIVERGENCE_ADVICE = (
@@ -74,6 +74,7 @@ def train(config: TrainConfig) -> int:
         console = Console()
         earlier = from_main_process(lambda: find_earlier(config, console))
         source = from_main_process(lambda: find_source(config, earlier))
+        encoder = from_main_process(lambda: find_encoder(config, earlier))
         prepared = from_main_process(lambda: prepare_data(config, world_size(), earlier, source, console.progress))
         config = settled(config, prepared, earlier)
         from_main_process(lambda: run_folder.make(run_dir))
@@ -84,9 +85,9 @@ def train(config: TrainConfig) -> int:
                 run_folder.clear(run_dir, config.output.overwrite)
                 if earlier is not None:
                     carry_best_over(config, earlier, console)
-            run = build_run(config, device, prepared, earlier, source)
+            run = build_run(config, device, prepared, earlier, source, encoder)
             # The weights are in the model now; every rank would keep a second copy of all state for the whole run.
-            earlier = source = None
+            earlier = source = encoder = None
             return Loop(run, console).run()
         except Exception as error:
             if not is_main_process():

@@ -15,7 +15,7 @@ from orion_unet.training.engine import TrainSums, Validation, batch_norms
 from orion_unet.training.optim import LITTLE_TRAVEL, MUCH_LOWER, automatic_rate
 from orion_unet.training.prepare import planned_steps
 from orion_unet.training.state import global_batch
-from orion_unet.training.transfer import describe, is_source
+from orion_unet.training.transfer import describe, describe_encoder, is_source
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -31,6 +31,7 @@ def facts(run: Run) -> dict[str, Any]:
         "automatic_learning_rate": automatic_rate(steps),
         "attempt": run.state.attempt,
         "started_from": _origin(run),
+        "encoder_weights": run.state.encoder,
     }
 
 
@@ -59,10 +60,10 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
         f"recipe          {config.recipe}",
         f"steps           {steps} optimiser steps, learning rate up to {rate:.2g}",
         f"model           {known['parameters']:,} parameters"
-        + (f", {known['frozen_parameters']:,} of them frozen" if known["frozen_parameters"] else ""),
+        + (f", {known['frozen_parameters']:,} of them do not train" if known["frozen_parameters"] else ""),
         f"batch norm      {_statistics(run)}",
         *_started_from(run),
-        *_encoder(config),
+        *_encoder(run),
         f"run folder      {run.dir}",
         f"monitor with    python monitor_training.py --output_dir {run.dir} --watch",
     ]
@@ -89,10 +90,12 @@ def _started_from(run: Run) -> list[str]:
     return lines
 
 
-def _encoder(config: TrainConfig) -> list[str]:
+def _encoder(run: Run) -> list[str]:
+    config = run.config
     how, factor = config.transfer.encoder_train, config.transfer.encoder_rate_factor
     kept = ", which keeps its weights and the statistics of its norms"
-    lines = {
+    lines = [] if run.state.encoder is None else describe_encoder(run.state.encoder)
+    lines += {
         "full": [],
         "frozen": [f"encoder         frozen{kept}"],
         "last": [f"encoder         frozen but for its last stage{kept}"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,16 @@ import torch
 from torch import Tensor
 
 from orion_unet.checkpoint import BEST, checkpoint_path
-from orion_unet.config import ModelOptions, TrainConfig
+from orion_unet.config import UNET, ModelOptions, TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.inference.model import TrainedModel, load_trained
-from orion_unet.models.unet import SpatialUNet, frozen_stages
+from orion_unet.models.build import build_network
+from orion_unet.models.encoder_weights import file_digest, match_weights, read_weights, weights_of_record
+from orion_unet.models.timm_unet import TimmUNet
+from orion_unet.models.unet import UNet, frozen_stages
 
 # Options that decide which layers a network has, and of which shape.
-ARCHITECTURE = ("base_features", "depth", "norm", "use_boundary_guidance")
+ARCHITECTURE = ("encoder", "base_features", "depth", "norm", "use_boundary_guidance")
 # Names that channels get when nobody has named them: they say nothing about the marker.
 UNNAMED = re.compile(r"channel_\d+")
 # Pixel sizes that differ by less than this fraction count as the same.
@@ -65,19 +67,19 @@ def find_source(config: TrainConfig, earlier: dict[str, Any] | None) -> Source |
     if earlier is not None:
         return None
     if options.init_from is None:
-        if options.encoder_train != "full":
+        if options.encoder_train != "full" and options.encoder_weights is None:
             raise InputError(
                 f"--encoder_train {options.encoder_train}: would keep random weights, because this run starts from no "
-                "earlier model; name one with --init_from"
+                "earlier model; name one with --init_from, or the weights of a timm encoder with --encoder_weights"
             )
         return None
     path = _checkpoint(options.init_from)
     try:
-        digest = _sha256(path)
-        model = load_trained(path, device="cpu")
+        digest = file_digest(path)
+        model = load_trained(path, device="cpu", encoder_weights=options.encoder_weights)
     except InputError as error:
         raise InputError(f"--init_from {error}") from None
-    if _sha256(path) != digest:
+    if file_digest(path) != digest:
         raise InputError(f"--init_from {path}: was replaced while it was read, perhaps by a run in progress; try again")
     _check_architecture(path, model.config.model, config)
     return Source(
@@ -93,6 +95,47 @@ def find_source(config: TrainConfig, earlier: dict[str, Any] | None) -> Source |
     )
 
 
+@dataclass(frozen=True)
+class EncoderFile:
+    """Weights of a timm encoder by its own names, and the record of the file they came from."""
+
+    weights: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+def find_encoder(config: TrainConfig, earlier: dict[str, Any] | None) -> EncoderFile | None:
+    """The weights named by ``--encoder_weights``, or, where the run continues, those its checkpoint does not contain.
+
+    None where there are none to read. Raises InputError where the file or the encoder cannot be used.
+    """
+    options, name = config.transfer, config.model.encoder
+    if name == UNET:
+        if options.encoder_weights is not None:
+            raise InputError("--encoder_weights: is for an encoder from timm; choose one with --encoder timm:NAME")
+        return None
+    # Built here as well, so that a name that cannot be used is refused before anything is written.
+    encoder = cast(TimmUNet, build_network(config.model, 1)).encoder
+    if earlier is not None:
+        record = earlier.get("encoder_weights")
+        if not record or not record["left_out"]:
+            return None
+        given = None if options.encoder_weights is None else Path(options.encoder_weights)
+        return EncoderFile(weights_of_record(encoder, record, given), record)
+    if options.encoder_weights is None or options.init_from is not None:
+        return None
+    path = Path(options.encoder_weights)
+    matched = match_weights(encoder, read_weights(path), path)
+    record = {
+        "path": str(path.resolve()),
+        "sha256": file_digest(path),
+        "taken": len(matched.weights),
+        "missing": list(matched.missing),
+        "unexpected": list(matched.unexpected),
+        "left_out": options.encoder_train == "frozen",
+    }
+    return EncoderFile(matched.weights, record)
+
+
 def _checkpoint(given: str) -> Path:
     path = Path(given)
     return checkpoint_path(path, BEST) if path.is_dir() else path
@@ -101,14 +144,6 @@ def _checkpoint(given: str) -> Path:
 def is_source(given: str, record: Mapping[str, Any] | None) -> bool:
     """Whether ``--init_from`` names the file of a record."""
     return record is not None and str(_checkpoint(given).resolve()) == record["path"]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _trained_on(model: TrainedModel) -> tuple[str, ...]:
@@ -120,13 +155,18 @@ def _trained_on(model: TrainedModel) -> tuple[str, ...]:
 def _check_architecture(path: Path, there: ModelOptions, config: TrainConfig) -> None:
     here, how = config.model, config.transfer.encoder_train
     differing = [name for name in ARCHITECTURE if getattr(there, name) != getattr(here, name)]
+    if here.encoder == there.encoder != UNET:
+        # Its depth follows from its strides.
+        differing = [name for name in differing if name != "depth"]
     different = (
         f"--init_from {path}: its network has {_flags(differing, there)}, this run's has {_flags(differing, here)}"
     )
     if differing and not config.transfer.init_partial:
         raise InputError(f"{different}; use the same, or add --init_partial to take the layers that fit")
-    if "base_features" in differing:
-        raise InputError(f"{different}; no layer would fit, so use the same --base_features")
+    if needed := [f"--{name}" for name in ("encoder", "base_features") if name in differing]:
+        raise InputError(f"{different}; no layer would fit, so use the same {' and '.join(needed)}")
+    if here.encoder != UNET:
+        return
     deepest = len(frozen_stages(range(here.depth + 1), how)) - 1
     if how != "full" and ("norm" in differing or deepest > there.depth):
         raise InputError(
@@ -143,7 +183,7 @@ def _flags(names: Sequence[str], options: ModelOptions) -> str:
 
 
 @torch.no_grad()
-def take_over(model: SpatialUNet, source: Source, names: Sequence[str], means: Tensor | None) -> dict[str, Any]:
+def take_over(model: UNet, source: Source, names: Sequence[str], means: Tensor | None) -> dict[str, Any]:
     """Give a new model of the same base width the weights of ``source`` that fit; returns what was taken.
 
     Layers are matched by their level of resolution, so that a source of another depth fits at the levels that both
@@ -156,7 +196,8 @@ def take_over(model: SpatialUNet, source: Source, names: Sequence[str], means: T
     ``trained_on``.
     """
     state = model.state_dict()
-    theirs = {_place(name, source.options.depth): tensor for name, tensor in source.weights.items()}
+    depth = source.options.depth if source.options.encoder == UNET else model.depth
+    theirs = {_place(name, depth): tensor for name, tensor in source.weights.items()}
     parts: dict[str, dict[int, list[bool]]] = {"encoder": {}, "decoder": {}}
     for name, tensor in state.items():
         part, level, rest = _place(name, model.depth)
@@ -185,10 +226,16 @@ def take_over(model: SpatialUNet, source: Source, names: Sequence[str], means: T
 
 
 def _place(name: str, depth: int) -> tuple[str, int, str]:
-    """Part, level of resolution (0: full) and the rest of the name of a tensor; the bottleneck is level ``depth``."""
+    """Part, level of resolution (0: full) and the rest of the name of a tensor.
+
+    The bottleneck is level ``depth``, and so is all of a timm encoder.
+    """
     part, _, rest = name.partition(".")
     if part == "head":
         return part, 0, rest
+    if part in ("stem", "project", "standardise") or (part == "encoder" and not rest[0].isdecimal()):
+        # Parts of a network with a timm encoder, which fits as a whole.
+        return "encoder", depth, name
     number, _, rest = rest.partition(".")
     if part == "bottleneck":
         return "encoder", depth, rest
@@ -210,7 +257,7 @@ def _copy_fitting(mine: Tensor, theirs: Tensor | None) -> bool:
     return False
 
 
-def _take_head(model: SpatialUNet, source: Source, names: Sequence[str], means: Tensor | None) -> dict[str, str | None]:
+def _take_head(model: UNet, source: Source, names: Sequence[str], means: Tensor | None) -> dict[str, str | None]:
     """Set every row of the head; returns each marker's name in the source, None for a new one."""
     weight, bias = model.head.weight, cast(Tensor, model.head.bias)
     weight.zero_()
@@ -244,6 +291,18 @@ def describe(record: Mapping[str, Any]) -> list[str]:
     head += f"; new: {', '.join(new)}" if new else ""
     head += f"; dropped: {', '.join(record['dropped'])}" if record["dropped"] else ""
     return [*lines, f"  {'head':14}{head}"]
+
+
+def describe_encoder(record: Mapping[str, Any]) -> list[str]:
+    """The record of a file of weights as lines for a person."""
+    lines = [f"encoder weights {record['path']}: {record['taken']} tensors"]
+    for key, words in (("missing", "not in the file, so random"), ("unexpected", "in the file and not used")):
+        names = record[key]
+        if names:
+            lines.append(f"  {words}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}")
+    if record["left_out"]:
+        lines.append("  the checkpoints leave them out and keep the file's digest: keep the file to predict")
+    return lines
 
 
 def source_warnings(

@@ -234,6 +234,10 @@ SHOWN_BY = {
     "init_from": "test_transfer_runs.py",
     "init_partial": "test_transfer_runs.py",
     "encoder_train": "test_transfer_runs.py",
+    "encoder": "test_timm_runs.py",
+    "encoder_mean": "test_timm_unet.py",
+    "encoder_std": "test_timm_unet.py",
+    "encoder_weights": "test_timm_runs.py",
     "save_every_minutes": "test_resume.py",
 }
 
