@@ -166,7 +166,9 @@ def build_state(
     origin = None if source is None else take_over(model, source, prepared.table.kept_names, means)
     if encoder is not None:
         cast(TimmUNet, model).encoder.load_state_dict(encoder.weights, strict=False)
-    model.freeze_encoder(config.transfer.encoder_train)
+    transfer = config.transfer
+    if transfer.encoder_train != "full":
+        model.freeze_encoder(transfer.encoder_train)
     model = model.to(device, memory_format=memory_format(config.model.norm, device))  # type: ignore[call-overload]
     statistics = RunningStatistics(model)
     learner = Learner(
@@ -175,8 +177,8 @@ def build_state(
             model,
             optimisation,
             device,
-            model.encoder_parameters,
-            config.transfer.encoder_rate_factor,
+            () if transfer.encoder_rate_factor == 1 else model.encoder_parameters,
+            transfer.encoder_rate_factor,
         ),
         statistics,
         ModelEma(model, statistics, optimisation.ema_decay) if optimisation.ema_decay > 0 else None,

@@ -13,6 +13,7 @@ from test_transfer_runs import started_from
 from timm_here import TinyEncoder, timm_or_skip
 from tiny_runs import ROOT, TINY, differing, environments, free_port, losses, weights
 
+from orion_unet.cli.predict import main as predict_command
 from orion_unet.config import TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.inference.model import load_trained
@@ -100,6 +101,26 @@ def test_the_prediction_is_the_same_wherever_the_file_is_and_refuses_another(tin
     torch.save(state, moved)
     with pytest.raises(InputError, match="is another file than the one the model was trained with"):
         load_trained(made.dir, "cpu", encoder_weights=moved)
+
+
+def test_the_predict_command_takes_the_file(tiny, file, train, pairs, tmp_path):
+    made = train(**OPTIONS, encoder_weights=str(file), encoder_train="frozen", epochs=1)
+    moved = tmp_path / "elsewhere.pt"
+    shutil.move(file, moved)
+    words = [
+        "--checkpoint",
+        str(made.dir),
+        "--input",
+        str(pairs / "core_00_HE.npy"),
+        "--no_overview",
+        "--device",
+        "cpu",
+    ]
+    with pytest.raises(InputError, match="give the file they came from with --encoder_weights"):
+        predict_command([*words, "--output_dir", str(tmp_path / "a")])
+    assert not (tmp_path / "a").exists()
+    assert predict_command([*words, "--output_dir", str(tmp_path / "a"), "--encoder_weights", str(moved)]) == 0
+    assert len(list((tmp_path / "a").glob("*.npy"))) == 1
 
 
 @pytest.mark.parametrize("how", ["full", "last"])
