@@ -6,11 +6,11 @@
 
 A source model is trained on one set. Then one core of the new set is trained on, in several ways with the same number
 of steps, and every way is scored on the other cores of the new set: Pearson's r after the last epoch, mean over the
-markers.
-The held-out cores choose nothing, neither an epoch nor a rate. In real pairs (with groups.csv) the new set is one group
-and the source is trained on all the others.
+markers. The held-out cores choose nothing, neither an epoch nor a rate. In real pairs (with groups.csv) the new set is
+one group and the source is trained on all the others.
 
-Finished trainings are kept in --output_dir/trials.json; the same command continues.
+Finished trainings are kept in --output_dir/trials.json; the same command continues. --report trains nothing and shows
+the seeds of which all ways are finished.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,6 +97,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--targets", type=int, default=2, metavar="N", help="groups that are the new set; default: 2")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each kind; default: 3")
     parser.add_argument("--quick", action="store_true", help="seconds, to try the benchmark; one seed")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/transfer"), metavar="DIR", help="default: runs/…")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> int:
     tasks = [generated(output, size), *(task for folder in options.pairs for task in real(folder, options.targets))]
     trials = Trials(output / "trials.json", size)
     # All tasks once before any is repeated, so that an interrupted benchmark has something to say of each.
-    for seed in range(seeds):
+    for seed in range(0 if options.report else seeds):
         for task in tasks:
             run_task(task, seed, size, trials, output / "runs")
     text = report(tasks, seeds, trials)
@@ -273,21 +274,24 @@ def over_markers(values: dict[str, float | None], among: set[str] | None = None)
 
 
 def report(tasks: list[Task], seeds: int, trials: Trials) -> str:
-    lines = [f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}; {seeds} seeds", ""]
+    """A table for each task, over the seeds of which every way is finished."""
+    lines = [f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}", ""]
     for task in tasks:
-        found = {way: [trials.get(task, seed, way) for seed in range(seeds)] for way in WAYS}
-        scratch = [over_markers(trial["epochs"][-1]) for trial in found[SCRATCH] if trial]
+        whole = [seed for seed in range(seeds) if all(trials.get(task, seed, way) for way in WAYS)]
+        if not whole:
+            continue
+        found = {way: [cast(dict, trials.get(task, seed, way))["epochs"] for seed in whole] for way in WAYS}
+        scratch = [over_markers(epochs[-1]) for epochs in found[SCRATCH]]
         lines += [
             f"## {task.name}: {len(task.source_cores)} cores of the source, 1 core to train on, "
-            f"{len(task.new_cores) - 1} to score",
+            f"{len(task.new_cores) - 1} to score, {len(whole)} {'seed' if len(whole) == 1 else 'seeds'}",
             "",
             "| way | r, last epoch | lowest, highest seed | r after a quarter | against random weights, seed by seed |",
             "| --- | --- | --- | --- | --- |",
         ]
-        for way, some in found.items():
-            kept = [trial["epochs"] for trial in some if trial]
-            last = [over_markers(epochs[-1]) for epochs in kept]
-            early = [over_markers(epochs[max(0, len(epochs) // 4 - 1)]) for epochs in kept]
+        for way, runs in found.items():
+            last = [over_markers(epochs[-1]) for epochs in runs]
+            early = [over_markers(epochs[max(0, len(epochs) // 4 - 1)]) for epochs in runs]
             gains = ", ".join(f"{a - b:+.2f}" for a, b in zip(last, scratch, strict=True))
             lines.append(
                 f"| {way} | {mean(last):.3f} | {min(last):.2f}, {max(last):.2f} | {mean(early):.3f} | {gains} |"
@@ -298,14 +302,13 @@ def report(tasks: list[Task], seeds: int, trials: Trials) -> str:
     return "\n".join(lines)
 
 
-def new_marker(found: dict[str, list[Any]]) -> list[str]:
+def new_marker(found: dict[str, list[list[dict[str, float | None]]]]) -> list[str]:
     """The markers that both panels have, and the one that only the new panel has."""
     shared = set(SOURCE_PANEL) & set(NEW_PANEL)
     (new,) = set(NEW_PANEL) - shared
     lines = [f"| way | r of the {len(shared)} shared markers | r of {new}, which is new |", "| --- | --- | --- |"]
-    for way, some in found.items():
-        kept = [trial["epochs"][-1] for trial in some if trial]
-        parts = [mean(over_markers(values, among) for values in kept) for among in (shared, {new})]
+    for way, runs in found.items():
+        parts = [mean(over_markers(epochs[-1], among) for epochs in runs) for among in (shared, {new})]
         lines.append(f"| {way} | {parts[0]:.3f} | {parts[1]:.3f} |")
     return [*lines, ""]
 

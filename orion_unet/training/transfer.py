@@ -120,7 +120,10 @@ def find_encoder(config: TrainConfig, earlier: dict[str, Any] | None) -> Encoder
         if not record or not record["left_out"]:
             return None
         given = None if options.encoder_weights is None else Path(options.encoder_weights)
-        return EncoderFile(weights_of_record(encoder, record, given), record)
+        try:
+            return EncoderFile(weights_of_record(encoder, record, given), record)
+        except InputError as error:
+            raise InputError(f"--resume: the checkpoint cannot be continued: {error}") from None
     if options.encoder_weights is None or options.init_from is not None:
         return None
     path = Path(options.encoder_weights)

@@ -154,6 +154,11 @@ def test_an_interrupted_run_continues_to_the_same_weights(how, tiny, file, train
         patched.setattr(Loop, "_epoch", die_in_the_second)
         with pytest.raises(ConnectionError):
             train("run", **options, resume="auto")
+    if how == "frozen":
+        moved = file.rename(file.with_name("moved.pt"))
+        with pytest.raises(InputError, match="--resume: the checkpoint cannot be continued: the weights of its frozen"):
+            train("run", **{**options, "encoder_weights": None}, resume="auto")
+        moved.rename(file)
     # A run that left weights out reads them from the file of its record.
     made = train("run", **{**options, "encoder_weights": None}, resume="auto")
     assert losses(made.dir) == losses(straight.dir)

@@ -32,7 +32,7 @@ def test_the_quick_form_reports_every_way_and_repeats_only_what_is_missing(tmp_p
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "transfer.md").read_text()
     assert done.stdout.strip() == text.strip()
-    assert "## pairs, new is new: 3 cores of the source, 1 core to train on, 2 to score" in text
+    assert "## pairs, new is new: 3 cores of the source, 1 core to train on, 2 to score, 1 seed" in text
     trials = tmp_path / "out" / "trials.json"
     document = json.loads(trials.read_text())
     ways = document["settings"]["ways"]
@@ -42,6 +42,10 @@ def test_the_quick_form_reports_every_way_and_repeats_only_what_is_missing(tmp_p
     lost = "generated | 0 | --init_from, encoder frozen"
     found = document["trials"].pop(lost)
     trials.write_text(json.dumps(document))
+    # A seed of which a way is missing is not in a report.
+    partial = quick(tmp_path / "out", *words, "--report")
+    assert partial.returncode == 0
+    assert "## generated" not in partial.stdout and "## pairs, new is new" in partial.stdout
     again = quick(tmp_path / "out", *words)
     assert again.stderr.splitlines() == ["generated, seed 0: --init_from, encoder frozen"]
     # A training is a function of its seed: repeated, it comes to the same numbers.
