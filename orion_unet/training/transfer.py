@@ -164,10 +164,10 @@ def _check_architecture(path: Path, there: ModelOptions, config: TrainConfig) ->
     different = (
         f"--init_from {path}: its network has {_flags(differing, there)}, this run's has {_flags(differing, here)}"
     )
+    if needed := [f"--{name}" for name in ("encoder", "base_features") if name in differing]:
+        raise InputError(f"{different}; use the same, because no layer fits another {' or '.join(needed)}")
     if differing and not config.transfer.init_partial:
         raise InputError(f"{different}; use the same, or add --init_partial to take the layers that fit")
-    if needed := [f"--{name}" for name in ("encoder", "base_features") if name in differing]:
-        raise InputError(f"{different}; no layer would fit, so use the same {' and '.join(needed)}")
     if here.encoder != UNET:
         return
     deepest = len(frozen_stages(range(here.depth + 1), how)) - 1

@@ -178,7 +178,7 @@ def test_a_new_run_starts_from_one_with_the_same_encoder(tiny, file, train):
     assert all(levels["new"] == [] for levels in started_from(made.dir)["parts"].values())
     with pytest.raises(InputError, match="its network has --encoder timm:tiny, this run's has --encoder unet"):
         train("third", init_from=str(first.dir))
-    with pytest.raises(InputError, match="no layer would fit, so use the same --encoder"):
+    with pytest.raises(InputError, match="use the same, because no layer fits another --encoder"):
         train("third", init_from=str(first.dir), init_partial=True)
 
 

@@ -196,10 +196,13 @@ def test_with_a_part_the_panels_need_not_share_a_marker(source, built):
         (
             {"depth": 3, "base_features": 6, "use_boundary_guidance": True},
             "its network has --base_features 4 --depth 2 --no_use_boundary_guidance, this run's has --base_features 6 "
-            "--depth 3 --use_boundary_guidance; use the same, or add --init_partial",
+            "--depth 3 --use_boundary_guidance; use the same, because no layer fits another --base_features",
         ),
-        ({"norm": "group"}, "its network has --norm batch, this run's has --norm group"),
-        ({"base_features": 6, "init_partial": True}, "no layer would fit, so use the same --base_features"),
+        (
+            {"norm": "group"},
+            "its network has --norm batch, this run's has --norm group; use the same, or add --init_part",
+        ),
+        ({"base_features": 6, "init_partial": True}, "use the same, because no layer fits another --base_features"),
         ({"norm": "group", "init_partial": True, "encoder_train": "last"}, "--encoder_train last would keep random"),
         ({"depth": 3, "init_partial": True, "encoder_train": "frozen"}, "--encoder_train frozen would keep random"),
         ({"init_from": None, "encoder_train": "frozen"}, "would keep random weights, because this run starts from no"),
