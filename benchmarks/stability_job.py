@@ -63,7 +63,7 @@ class BasicUNet(nn.Module):
 
 def default_initialisation() -> None:
     """Keep torch's default initial weights."""
-    unet._initialise = lambda module: None
+    unet.initialise = lambda module: None
 
 
 def basic_unet() -> None:

@@ -6,12 +6,16 @@ The options of a training run come first, in groups that TrainConfig checks as a
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from orion_unet.errors import InputError
 from orion_unet.options import option, range_problems
+
+# Values of --encoder: our own, and the start of the name of one of timm's.
+UNET, TIMM = "unet", "timm:"
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,61 @@ class ModelOptions:
     )
     use_boundary_guidance: bool = option(
         False, "give the network the Sobel gradient of the H&E as a fourth input channel"
+    )
+    encoder: str = option(
+        UNET,
+        "unet, or a model of timm by its name (timm:resnet50), whose largest stride then decides on the depth",
+        metavar="unet|timm:NAME",
+    )
+    encoder_mean: str | None = option(
+        None,
+        "mean of red, green and blue in [0, 1] that a timm encoder expects, separated by commas; default: timm's",
+        metavar="R,G,B",
+    )
+    encoder_std: str | None = option(None, "their standard deviation, likewise; default: timm's", metavar="R,G,B")
+
+
+def channel_values(text: str | None) -> tuple[float, ...] | None:
+    """Three numbers separated by commas, None for None; raises ValueError for anything else."""
+    if text is None:
+        return None
+    values = tuple(float(part) for part in text.split(","))
+    if len(values) != 3 or not all(math.isfinite(value) for value in values):
+        raise ValueError("three numbers are needed")
+    return values
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """transfer: start from an earlier model"""
+
+    init_from: str | None = option(
+        None,
+        "start a new run from the weights of an earlier model (a run folder, best.pt or last.pt); the head's rows are "
+        "matched by marker name. A resumed run does not read it again",
+        metavar="RUN|FILE",
+        fixed=False,
+    )
+    init_partial: bool = option(
+        False,
+        "where init_from names a model: take what fits from a network of another depth, norm or input, or without "
+        "shared markers",
+        fixed=False,
+    )
+    encoder_weights: str | None = option(
+        None,
+        "weights of a timm encoder in a local file, .safetensors or .pt; never downloaded",
+        metavar="FILE",
+        fixed=False,
+    )
+    encoder_train: str = option(
+        "full",
+        "what of the encoder trains: all of it; nothing (frozen, batch norm's statistics included); or its last stage "
+        "(unet: the bottleneck)",
+        choices=("full", "frozen", "last"),
+    )
+    encoder_rate_factor: float = option(
+        1.0, "learning rate of the encoder, as a multiple of that of the decoder", above=0, maximum=10
     )
 
 
@@ -258,6 +317,7 @@ def declared_options() -> dict[str, Field[Any]]:
 GROUPS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
+    "transfer": TransferOptions,
     "loss": LossOptions,
     "optimisation": OptimisationOptions,
     "runtime": RuntimeOptions,
@@ -271,6 +331,7 @@ class TrainConfig:
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    transfer: TransferOptions = field(default_factory=TransferOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
@@ -336,8 +397,24 @@ class TrainConfig:
                 f"--warmup_epochs {self.optimisation.warmup_epochs:g} leaves no epoch of --epochs "
                 f"{self.optimisation.epochs} after the warm-up: lower it"
             )
+        found += self._encoder_problems()
         if self.output.overwrite and self.runtime.resume:
             found.append("--overwrite and --resume contradict each other: choose one")
+        return found
+
+    def _encoder_problems(self) -> list[str]:
+        found = []
+        name = self.model.encoder
+        if name != UNET and not (name.startswith(TIMM) and name != TIMM):
+            found.append(f"--encoder {name}: must be {UNET} or {TIMM}NAME")
+        for option_name, text in (("encoder_mean", self.model.encoder_mean), ("encoder_std", self.model.encoder_std)):
+            try:
+                values = channel_values(text)
+            except ValueError:
+                found.append(f"--{option_name} {text}: must be three numbers separated by commas, one a colour")
+                continue
+            if option_name == "encoder_std" and values is not None and min(values) <= 0:
+                found.append(f"--encoder_std {text}: every number must be above 0")
         return found
 
 
@@ -422,6 +499,11 @@ class DeviceOptions:
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", metavar="NAME")
     use_amp: bool = option(False, "mixed precision on a GPU")
+    encoder_weights: Path | None = option(
+        None,
+        "weights of a frozen timm encoder, which its checkpoint leaves out; default: the file that the training read",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
     # What it has to say about a damaged file is said in our own words.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    model = load_models(request.checkpoint, where.device, where.use_amp, options.spread)
+    model = load_models(request.checkpoint, where.device, where.use_amp, options.spread, where.encoder_weights)
     for member in members_of(model):
         print(describe(member), flush=True)
     if len(members_of(model)) > 1:

@@ -53,7 +53,7 @@ def evaluate(
 
     require_packages(options.cells)
     output_dir = _output_dir(options)
-    model = load_models(options.checkpoint, where.device, where.use_amp)
+    model = load_models(options.checkpoint, where.device, where.use_amp, encoder_weights=where.encoder_weights)
     folder = open_folder(model, options.pairs_dir, reading, progress)
     found = _score(options, folder, say_clean, progress)
     try:

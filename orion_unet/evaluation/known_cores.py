@@ -33,7 +33,8 @@ class KnownCores:
 def recognise_cores(model: TrainedModel, table: PairTable, groups_csv: str | None) -> KnownCores:
     """Recognise the cores of the training by their digests, in a checkpoint of version 0.1 by their names.
 
-    New cores can be judged by, unless their group was trained on. Raises InputError.
+    New cores can be judged by, unless their group was trained on. Cores that an earlier model was trained on, from
+    whose weights this one started, cannot. Raises InputError.
     """
     try:
         sides = {side: {str(row["core"]): str(row["group"]) for row in model.split[side]} for side in ("train", "val")}
@@ -45,10 +46,13 @@ def recognise_cores(model: TrainedModel, table: PairTable, groups_csv: str | Non
     warnings = []
     if model.digests:
         digests = {name: digest for name, digest in model.digests.items() if name in group_of}
-        known = _by_digest(digests, trained_on, own, core_digests(table, range(len(table))))
+        found = core_digests(table, range(len(table)))
+        known = _by_digest(digests, trained_on, own, found)
+        seen = [core for core, name in enumerate(own) if found[name] in model.earlier_digests]
         matching = _matching(own, known, group_of)
     else:
         known = [name if name in group_of else None for name in own]
+        seen = []
         matching = ""
         warnings.append(
             "the checkpoint is of version 0.1 and does not describe its cores: they are recognised by name alone, and "
@@ -62,7 +66,13 @@ def recognise_cores(model: TrainedModel, table: PairTable, groups_csv: str | Non
         trained_groups = set()
     train = [core for core, name in enumerate(known) if name in trained_on]
     related = [core for core, name in enumerate(known) if name is None and groups[core] in trained_groups]
-    val = sorted(set(range(len(table))) - set(train) - set(related))
+    seen = sorted(set(seen) - set(train))
+    val = sorted(set(range(len(table))) - set(train) - set(related) - set(seen))
+    if seen:
+        warnings.append(
+            f"{len(seen)} cores were not trained on here, but by the model that this one started from "
+            f"(--init_from); they do not count as held out: {', '.join(own[core] for core in seen)}"
+        )
     if related:
         warnings.append(
             f"{len(related)} cores are new, but in groups with the names of groups that were trained on; they do not "

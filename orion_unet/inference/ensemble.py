@@ -67,13 +67,17 @@ class Ensemble(TrainedModel):
 
 
 def load_models(
-    paths: Sequence[Path], device: str = "auto", use_amp: bool = False, spread: bool = False
+    paths: Sequence[Path],
+    device: str = "auto",
+    use_amp: bool = False,
+    spread: bool = False,
+    encoder_weights: str | Path | None = None,
 ) -> TrainedModel:
-    """Load one checkpoint, or several as an Ensemble.
+    """Load one checkpoint, or several as an Ensemble; ``encoder_weights`` is for all of them.
 
     Raises InputError as ``load_trained`` does, and where checkpoints differ in what they predict or need.
     """
-    members = tuple(load_trained(path, device, use_amp) for path in paths)
+    members = tuple(load_trained(path, device, use_amp, encoder_weights) for path in paths)
     if spread and len(members) < 2:
         raise InputError("--spread: is the standard deviation over several models; give several to --checkpoint")
     return members[0] if len(members) == 1 else join(members, spread)
@@ -106,6 +110,7 @@ def join(members: Sequence[TrainedModel], spread: bool = False) -> Ensemble:
             "normalization": normalization,
             "split": split,
             "digests": digests,
+            "earlier_digests": tuple(digest for member in members for digest in member.earlier_digests),
             # Each member has its own, in its own range: evaluate fits one anew.
             "colour_regression": None,
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from orion_unet.config import TrainConfig
 from orion_unet.data.colour_regression import ColourRegression
 from orion_unet.data.normalization import Normalization
 from orion_unet.errors import InputError
-from orion_unet.models.unet import SpatialUNet, memory_format
+from orion_unet.models.build import build_network
+from orion_unet.models.encoder_weights import weights_of_record
+from orion_unet.models.timm_unet import TimmUNet
+from orion_unet.models.unet import UNet, memory_format
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,12 @@ class TrainedModel:
     ``names`` are its C markers, ``normalization`` inverts [0, 1] to the unit of the training data, ``config`` holds
     the options it was trained with, ``epoch`` the epoch whose weights these are. ``split`` is the content
     of split.json: which cores it was trained on. ``digests`` are those of their H&E by name, and
-    ``colour_regression`` is what the model has to beat; a checkpoint of version 0.1 has neither.
+    ``colour_regression`` is what the model has to beat; a checkpoint of version 0.1 has neither. ``earlier_digests``
+    are those of the cores that the models it started from were trained on.
     """
 
     path: Path
-    network: SpatialUNet
+    network: UNet
     names: tuple[str, ...]
     normalization: Normalization
     config: TrainConfig
@@ -39,6 +43,7 @@ class TrainedModel:
     precision: torch.dtype | None = None
     digests: dict[str, str] = field(default_factory=dict)
     colour_regression: ColourRegression | None = None
+    earlier_digests: tuple[str, ...] = ()
 
     @property
     def pixel_size_um(self) -> float | None:
@@ -59,12 +64,15 @@ class TrainedModel:
         return prediction.float()
 
 
-def load_trained(path: str | Path, device: str = "auto", use_amp: bool = False) -> TrainedModel:
+def load_trained(
+    path: str | Path, device: str = "auto", use_amp: bool = False, encoder_weights: str | Path | None = None
+) -> TrainedModel:
     """Load best.pt or last.pt (its averaged weights where it has them), or the best model of a run folder.
 
     ``device`` is auto (the first GPU, else the CPU), cpu, cuda or cuda:N. ``use_amp`` is mixed precision on a GPU:
-    bfloat16 where it has it, else float16; on a CPU it does nothing. Nothing in the file is executed. Raises
-    InputError where the file is missing, damaged or of another kind, or the device is not there.
+    bfloat16 where it has it, else float16; on a CPU it does nothing. A checkpoint without the weights of its frozen
+    encoder takes them from the file that its training read, or from ``encoder_weights``. Nothing in the file is
+    executed. Raises InputError where the file is missing, damaged or of another kind, or the device is not there.
     """
     chosen = _device(device)
     path = Path(path)
@@ -77,9 +85,23 @@ def load_trained(path: str | Path, device: str = "auto", use_amp: bool = False) 
     normalization = Normalization.from_document(content["normalization"])
     try:
         config = TrainConfig.from_options(content["options"])
-        network = SpatialUNet.from_options(config.model, len(names))
+    except (TypeError, InputError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: contains no model of this version ({reason})") from None
+    left_out = _left_out(content)
+    if encoder_weights is not None and left_out is None:
+        raise InputError(f"{path}: contains the weights of its encoder; leave out --encoder_weights")
+    try:
+        network = build_network(config.model, len(names))
+        if left_out is not None:
+            given = None if encoder_weights is None else Path(encoder_weights)
+            found = weights_of_record(cast(TimmUNet, network).encoder, left_out, given)
+            weights = {**{f"encoder.{name}": tensor for name, tensor in found.items()}, **weights}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    try:
         network.load_state_dict(weights)
-    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, InputError) as error:
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: contains no model of this version ({reason})") from None
     if normalization.names != names:
@@ -99,6 +121,7 @@ def load_trained(path: str | Path, device: str = "auto", use_amp: bool = False) 
         _precision(chosen) if use_amp else None,
         digests,
         regression,
+        _earlier_digests(path, content),
     )
 
 
@@ -117,6 +140,19 @@ def _cores_and_baselines(
     if regression is not None and regression.names != names:
         raise InputError(f"{path}: is damaged, its regression from colours is of other markers than its model")
     return digests, regression
+
+
+def _left_out(content: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the file with the encoder's weights; None where the checkpoint has them."""
+    record = content.get("encoder_weights")
+    return record if isinstance(record, dict) and record.get("left_out") else None
+
+
+def _earlier_digests(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
+    earlier = content.get("cores", {}).get("earlier", [])
+    if not isinstance(earlier, list):
+        raise InputError(f"{path}: is damaged, the digests of the cores of its first model cannot be read")
+    return tuple(str(digest) for digest in earlier)
 
 
 def _device(name: str) -> torch.device:

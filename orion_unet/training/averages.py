@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from orion_unet.distributed import all_reduce_sum, world_size
+from orion_unet.models.freezing import is_frozen
 
 
 class RunningStatistics:
-    """All floating-point buffers of a model in one tensor, so that a step can remember and restore them at once.
+    """The floating-point buffers of a model that training changes in one tensor, to remember and restore at once.
 
     A forward pass updates them before anyone knows whether its loss is finite. The model's buffers become views
     of the one tensor; nothing else about the model changes. A model without such buffers is left alone.
@@ -23,7 +24,7 @@ class RunningStatistics:
             (module, name, buffer)
             for module in model.modules()
             for name, buffer in module.named_buffers(recurse=False)
-            if buffer.is_floating_point()
+            if buffer.is_floating_point() and not is_frozen(module)
         ]
         self.flat = torch.cat([buffer.reshape(-1) for _, _, buffer in buffers]) if buffers else torch.empty(0)
         self._kept = self.flat.clone()
@@ -51,9 +52,9 @@ class ModelEma:
     """An exponential moving average of a model's weights, which validates more evenly than the weights of one step.
 
     ``model`` is the averaged copy, in evaluation mode and without gradients. Parameters and floating-point buffers
-    are averaged, other buffers copied. After n updates the decay is min(decay, (1 + n) / (10 + n)): the first
-    averages forget the initial weights fast instead of carrying them for 1 / (1 − decay) steps. ``statistics`` are
-    those of the model given here, which is the bare one, without any wrapper.
+    that train are averaged, other buffers copied. After n updates the decay is min(decay, (1 + n) / (10 + n)): the
+    first averages forget the initial weights fast instead of carrying them for 1 / (1 − decay) steps. ``statistics``
+    are those of the model given here, which is the bare one, without any wrapper.
     """
 
     def __init__(self, model: nn.Module, statistics: RunningStatistics, decay: float) -> None:
@@ -73,8 +74,12 @@ class ModelEma:
         taken = torch.ones_like(self._updates) if skip is None else 1 - skip.to(self._updates)
         decay = ((1 + self._updates) / (10 + self._updates)).clamp(max=self.decay)
         share = (1 - decay) * taken
-        averages: list[Tensor] = [*self.model.parameters()]
-        current: list[Tensor] = [*self._current.parameters()]
+        averages: list[Tensor] = []
+        current: list[Tensor] = []
+        for mine, theirs in zip(self.model.parameters(), self._current.parameters(), strict=True):
+            if theirs.requires_grad:
+                averages.append(mine)
+                current.append(theirs)
         moves = [*torch._foreach_sub(current, averages)]
         torch._foreach_mul_(moves, share)
         torch._foreach_add_(averages, moves)
@@ -85,12 +90,12 @@ class ModelEma:
                 move.masked_fill_(skip.bool(), 0.0)
             self.statistics.flat.add_(move.mul_(share))
         counts = [
-            (mine, theirs)
-            for mine, theirs in zip(self.model.buffers(), self._current.buffers(), strict=True)
-            if not mine.is_floating_point()
+            (count, latest)
+            for count, latest in zip(self.model.buffers(), self._current.buffers(), strict=True)
+            if not count.is_floating_point()
         ]
         if counts:
-            torch._foreach_copy_([mine for mine, _ in counts], [theirs for _, theirs in counts])
+            torch._foreach_copy_([count for count, _ in counts], [latest for _, latest in counts])
         self._updates += taken
 
     def state_dict(self) -> dict[str, Any]:

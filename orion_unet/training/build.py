@@ -31,7 +31,9 @@ from orion_unet.data.transforms import BatchTransform
 from orion_unet.distributed import local_world_size, mean_over_ranks, rank, world_size
 from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
-from orion_unet.models.unet import SpatialUNet, memory_format
+from orion_unet.models.build import build_network
+from orion_unet.models.timm_unet import TimmUNet
+from orion_unet.models.unet import memory_format
 from orion_unet.training import run_folder
 from orion_unet.training.averages import ModelEma, RunningStatistics
 from orion_unet.training.console import Console
@@ -41,6 +43,7 @@ from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, autom
 from orion_unet.training.prepare import Prepared, planned_steps
 from orion_unet.training.state import TrainState, check_resumable, restore
 from orion_unet.training.tensorboard import EventWriter
+from orion_unet.training.transfer import EncoderFile, Source, take_over
 
 # What a new run takes for the options that are left open.
 FRESH: dict[str, Callable[[TrainConfig, Prepared], Any]] = {
@@ -108,10 +111,21 @@ class Run:
         return [self.state.schedule.at(epoch - 1, step // accumulate) for step in range(self.steps)]
 
 
-def build_run(config: TrainConfig, device: torch.device, prepared: Prepared, earlier: dict[str, Any] | None) -> Run:
-    """Build a run, or continue the one whose checkpoint is ``earlier``; the same on every rank for the same seed."""
+def build_run(
+    config: TrainConfig,
+    device: torch.device,
+    prepared: Prepared,
+    earlier: dict[str, Any] | None,
+    source: Source | None = None,
+    encoder: EncoderFile | None = None,
+) -> Run:
+    """Build a run, or continue the one whose checkpoint is ``earlier``; the same on every rank for the same seed.
+
+    A new run starts from the weights of ``source``, where there is one, and a timm encoder from those of ``encoder``.
+    """
     feeds = build_feeds(config, prepared, device)
-    state = build_state(config, prepared, device, math.ceil(feeds.order.steps / config.optimisation.accumulate_steps))
+    steps = math.ceil(feeds.order.steps / config.optimisation.accumulate_steps)
+    state = build_state(config, prepared, device, steps, source, encoder)
     loss = build_loss(config, prepared, device)
     validated = state.validated
     if config.runtime.compile:
@@ -134,18 +148,39 @@ def build_run(config: TrainConfig, device: torch.device, prepared: Prepared, ear
     return Run(config, device, prepared, feeds, loss, state, validated, resumed_from)
 
 
-def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, steps: int) -> TrainState:
-    """A run before its first step; ``steps`` are the optimiser steps of an epoch."""
+def build_state(
+    config: TrainConfig,
+    prepared: Prepared,
+    device: torch.device,
+    steps: int,
+    source: Source | None = None,
+    encoder: EncoderFile | None = None,
+) -> TrainState:
+    """A run before its first step; ``steps`` are the optimiser steps of an epoch, ``source`` its first weights, and
+    ``encoder`` those of a timm encoder."""
     optimisation = config.optimisation
     torch.manual_seed(optimisation.seed)
-    model = SpatialUNet.from_options(config.model, len(prepared.table.kept_channels))
-    if config.model.output_start == "mean":
-        model.start_at(torch.from_numpy(prepared.normalization.target_mean))
+    model = build_network(config.model, len(prepared.table.kept_channels))
+    means = torch.from_numpy(prepared.normalization.target_mean) if config.model.output_start == "mean" else None
+    if means is not None:
+        model.start_at(means)
+    origin = None if source is None else take_over(model, source, prepared.table.kept_names, means)
+    if encoder is not None:
+        cast(TimmUNet, model).encoder.load_state_dict(encoder.weights, strict=False)
+    transfer = config.transfer
+    if transfer.encoder_train != "full":
+        model.freeze_encoder(transfer.encoder_train)
     model = model.to(device, memory_format=memory_format(config.model.norm, device))  # type: ignore[call-overload]
     statistics = RunningStatistics(model)
     learner = Learner(
         model,
-        build_optimizer(model, optimisation, device),
+        build_optimizer(
+            model,
+            optimisation,
+            device,
+            () if transfer.encoder_rate_factor == 1 else model.encoder_parameters,
+            transfer.encoder_rate_factor,
+        ),
         statistics,
         ModelEma(model, statistics, optimisation.ema_decay) if optimisation.ema_decay > 0 else None,
         _precision(config, device),
@@ -153,7 +188,12 @@ def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, s
         optimisation.grad_clip,
     )
     return TrainState(
-        model, learner, LearningRateSchedule(optimisation, steps), EarlyStopping(optimisation.early_stopping_patience)
+        model,
+        learner,
+        LearningRateSchedule(optimisation, steps),
+        EarlyStopping(optimisation.early_stopping_patience),
+        origin=origin,
+        encoder=None if encoder is None else encoder.record,
     )
 
 

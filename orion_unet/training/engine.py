@@ -17,6 +17,7 @@ from orion_unet.data.transforms import Batch
 from orion_unet.distributed import all_reduce_sum, world_size
 from orion_unet.losses import TERMS, CompositeLoss
 from orion_unet.metrics import MarkerSums
+from orion_unet.models.freezing import is_frozen
 from orion_unet.patch_sums import patch_sums
 from orion_unet.training.averages import ModelEma, RunningStatistics
 
@@ -158,7 +159,8 @@ def train_steps(
         ends_window = step == window_start + window - 1
         if step == window_start:
             for group in learner.optimizer.param_groups:
-                group["lr"] = rates[step]
+                # Optimisers of runs made before there were factors have none.
+                group["lr"] = rates[step] * group.get("rate_factor", 1.0)
             if seeds is not None:
                 torch.manual_seed(seeds[step])
             learner.optimizer.zero_grad(set_to_none=True)
@@ -353,8 +355,12 @@ def settle_buckets(learner: Learner, he: Tensor) -> None:
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The layers of a model that normalise by running statistics in evaluation mode."""
-    return [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    """The layers of a model that normalise by running statistics in evaluation mode, without frozen ones."""
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats and not is_frozen(layer)
+    ]
 
 
 @torch.no_grad()
@@ -371,7 +377,8 @@ def measure_statistics(
     Running averages mix the statistics of weights that no longer exist. At a high learning rate, or in the first
     epochs, they describe none of them, and the validation judges a network that nobody trained. The mean and the
     unbiased variance of each batch count alike, as in torch.optim.swa_utils.update_bn. Other layers work as in
-    evaluation: a dropped feature map would widen the variance. ``batches`` must be equally many on every rank.
+    evaluation: a dropped feature map would widen the variance. Frozen norms keep their statistics. ``batches`` must be
+    equally many on every rank.
     """
     norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]

@@ -52,6 +52,7 @@ from orion_unet.training.sanity import SanityPanel
 from orion_unet.training.state import capture, capture_model, rank_states
 from orion_unet.training.steps import StepLog, line_interval
 from orion_unet.training.tensorboard import EventWriter
+from orion_unet.training.transfer import find_encoder, find_source
 
 FINISHED, DIVERGED = 0, 3
 DIVERGENCE_ADVICE = (
@@ -73,7 +74,9 @@ def train(config: TrainConfig) -> int:
     with process_group(device):
         console = Console()
         earlier = from_main_process(lambda: find_earlier(config, console))
-        prepared = from_main_process(lambda: prepare_data(config, world_size(), earlier, console.progress))
+        source = from_main_process(lambda: find_source(config, earlier))
+        encoder = from_main_process(lambda: find_encoder(config, earlier))
+        prepared = from_main_process(lambda: prepare_data(config, world_size(), earlier, source, console.progress))
         config = settled(config, prepared, earlier)
         from_main_process(lambda: run_folder.make(run_dir))
         lock = RunLock(run_dir, console.say)
@@ -83,9 +86,9 @@ def train(config: TrainConfig) -> int:
                 run_folder.clear(run_dir, config.output.overwrite)
                 if earlier is not None:
                     carry_best_over(config, earlier, console)
-            run = build_run(config, device, prepared, earlier)
+            run = build_run(config, device, prepared, earlier, source, encoder)
             # The weights are in the model now; every rank would keep a second copy of all state for the whole run.
-            earlier = None
+            earlier = source = encoder = None
             return Loop(run, console).run()
         except Exception as error:
             if not is_main_process():
@@ -151,7 +154,8 @@ class Loop:
 
     def _begin(self) -> None:
         run, state = self.built, self.state
-        run_folder.check_space(run.dir, parameter_count(state.model), state.learner.ema is not None)
+        parameters = parameter_count(state.model) + parameter_count(state.model, trainable=False)
+        run_folder.check_space(run.dir, parameters, state.learner.ema is not None)
         self.console.log_to(run.dir)
         facts = report.facts(run)
         run_folder.write_start(run.dir, self.config, run.prepared, facts)

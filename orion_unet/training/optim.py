@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,17 +22,32 @@ TRAVEL, LITTLE_TRAVEL, MUCH_LOWER = 8.0, 1.0, 1 / 8
 LOWEST_RATE, HIGHEST_RATE = 1e-4, 1e-2
 
 
-def build_optimizer(model: nn.Module, options: OptimisationOptions, device: torch.device) -> AdamW:
+def build_optimizer(
+    model: nn.Module,
+    options: OptimisationOptions,
+    device: torch.device,
+    encoder: Iterable[nn.Parameter] = (),
+    encoder_rate_factor: float = 1.0,
+) -> AdamW:
     """AdamW (Loshchilov & Hutter, ICLR 2019) that decays convolution kernels only, not norms and biases.
+
+    Where ``encoder_rate_factor`` is not 1, the parameters ``encoder`` have groups of their own, whose ``rate_factor``
+    the training steps multiply the learning rate by. Parameters that do not require a gradient are left out.
 
     On a CPU or CUDA device it is the fused form, which honours a 0/1 float tensor set as its attribute
     ``found_inf``: 1 makes ``step()`` change neither weights nor moments nor step counts, without waiting for the
     device.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    slow = set() if encoder_rate_factor == 1 else {id(p) for p in encoder}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if (p.ndim >= 2) == decayed and (id(p) in slow) == own_rate],
+            "weight_decay": options.weight_decay if decayed else 0.0,
+            "rate_factor": encoder_rate_factor if own_rate else 1.0,
+        }
+        for own_rate in (False, True)
+        for decayed in (True, False)
     ]
     return AdamW(
         [group for group in groups if group["params"]],

@@ -21,6 +21,7 @@ from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.data.split import Split, make_split
 from orion_unet.distributed import world_size
 from orion_unet.errors import InputError
+from orion_unet.training.transfer import Source, source_warnings
 
 
 @dataclass
@@ -44,12 +45,16 @@ class Prepared:
 
 
 def prepare_data(
-    config: TrainConfig, ranks: int, earlier: dict[str, Any] | None = None, progress: Progress = no_progress
+    config: TrainConfig,
+    ranks: int,
+    earlier: dict[str, Any] | None = None,
+    source: Source | None = None,
+    progress: Progress = no_progress,
 ) -> Prepared:
     """Check the data and fit the normalisation; cheap checks first, so that a mistake shows at once.
 
-    ``earlier`` is the checkpoint of a run that is continued: its split and normalisation are kept. Raises
-    InputError.
+    ``earlier`` is the checkpoint of a run that is continued: its split and normalisation are kept. ``source`` is the
+    model that a new run starts from. Raises InputError.
     """
     data = config.data
     table = find_pairs(data)
@@ -64,6 +69,8 @@ def prepare_data(
         )
     names = table.kept_names
     keep = [names[channel] for channel in sorted(listed_channels("keep_channels", data.keep_channels, names))]
+    if source is not None:
+        source.check_markers(table.kept_names, config.transfer.init_partial)
     scales = measure_scales(table, data.target_normalization == "none", progress)
     if earlier:
         normalization = Normalization.from_document(earlier["normalization"])
@@ -84,6 +91,9 @@ def prepare_data(
     places = validation_patches(reader, split.val, data, config.optimisation.seed)
     digests = core_digests(table, [*split.train.tolist(), *split.val.tolist()])
     regression = known_colour_regression(table, scales, normalization, split.train, data, progress)
+    if source is not None:
+        validated = {name: digests[name] for name in table.names[split.val].astype(str)}
+        warnings += source_warnings(source, data.target_transform, size_um, table.kept_names, validated)
     warnings = table.warnings + warnings
     return Prepared(
         table, split, scales, normalization, places, channel_weights, digests, regression, warnings, size_um

@@ -15,6 +15,7 @@ from orion_unet.training.engine import TrainSums, Validation, batch_norms
 from orion_unet.training.optim import LITTLE_TRAVEL, MUCH_LOWER, automatic_rate
 from orion_unet.training.prepare import planned_steps
 from orion_unet.training.state import global_batch
+from orion_unet.training.transfer import describe, describe_encoder, is_source
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -28,11 +29,20 @@ def facts(run: Run) -> dict[str, Any]:
         "target_layouts": sorted({str(layout) for layout in run.prepared.table.orion["layout"]}),
         "world_size": world_size(),
         "global_batch": global_batch(run.config) * run.config.optimisation.accumulate_steps,
-        "parameters": parameter_count(run.state.model),
+        "parameters": parameter_count(run.state.model) + parameter_count(run.state.model, trainable=False),
+        "frozen_parameters": parameter_count(run.state.model, trainable=False),
         "optimiser_steps": steps,
         "automatic_learning_rate": automatic_rate(steps),
         "attempt": run.state.attempt,
+        "started_from": _origin(run),
+        "encoder_weights": run.state.encoder,
     }
+
+
+def _origin(run: Run) -> dict[str, Any] | None:
+    """The record of the model the run started from, without the digests of its cores: those are in the checkpoints."""
+    origin = run.state.origin
+    return None if origin is None else {name: value for name, value in origin.items() if name != "trained_on"}
 
 
 def greeting(run: Run, known: dict[str, Any]) -> str:
@@ -53,8 +63,11 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
         f"pixel size      {_pixel_size(config)}",
         f"recipe          {config.recipe}",
         f"steps           {steps} optimiser steps, learning rate up to {rate:.2g}",
-        f"model           {known['parameters']:,} parameters",
+        f"model           {known['parameters']:,} parameters"
+        + (f", {known['frozen_parameters']:,} of them do not train" if known["frozen_parameters"] else ""),
         f"batch norm      {_statistics(run)}",
+        *_started_from(run),
+        *_encoder(run),
         f"run folder      {run.dir}",
         f"monitor with    python monitor_training.py --output_dir {run.dir} --watch",
     ]
@@ -71,6 +84,31 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
     if run.resumed_from is not None:
         lines += _resumed(run, run.resumed_from)
     return "\n".join(lines)
+
+
+def _started_from(run: Run) -> list[str]:
+    origin, asked = run.state.origin, run.config.transfer.init_from
+    lines = [] if origin is None else describe(origin)
+    if run.resumed_from is not None and asked is not None and not is_source(asked, origin):
+        lines.append(f"note: --init_from {asked} is not read, because the weights of a resumed run are its own")
+    return lines
+
+
+def _encoder(run: Run) -> list[str]:
+    config = run.config
+    how, factor = config.transfer.encoder_train, config.transfer.encoder_rate_factor
+    kept = ", which keeps its weights and the statistics of its norms"
+    lines = [] if run.state.encoder is None else describe_encoder(run.state.encoder)
+    lines += {
+        "full": [],
+        "frozen": [f"encoder         frozen{kept}"],
+        "last": [f"encoder         frozen but for its last stage{kept}"],
+    }[how]
+    if factor != 1 and how == "frozen":
+        lines.append(f"note: --encoder_rate_factor {factor:g} has no effect, because the encoder is frozen")
+    elif factor != 1:
+        lines.append(f"encoder rate    {factor:g} x the learning rate")
+    return lines
 
 
 def _pixel_size(config: TrainConfig) -> str:

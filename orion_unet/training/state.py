@@ -12,7 +12,7 @@ from orion_unet.config import TrainConfig
 from orion_unet.distributed import gather, rank, world_size
 from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
-from orion_unet.models.unet import SpatialUNet
+from orion_unet.models.unet import UNet
 from orion_unet.training.averages import RunningStatistics
 from orion_unet.training.engine import Learner, TrainSums
 from orion_unet.training.optim import EarlyStopping, LearningRateSchedule, align_moments
@@ -24,10 +24,12 @@ class TrainState:
     """Model, learner and progress of one rank.
 
     ``epoch`` counts finished epochs, ``step`` the batches done of the epoch under way, whose sums are ``sums``. All
-    batches done, but the epoch not finished: it is trained and not validated.
+    batches done, but the epoch not finished: it is trained and not validated. ``origin`` is the record of the model
+    that the run started from (``transfer.take_over``); None for a run that started from random weights. ``encoder`` is
+    the record of the file with the weights of a timm encoder; None without one.
     """
 
-    model: SpatialUNet
+    model: UNet
     learner: Learner
     schedule: LearningRateSchedule
     early_stopping: EarlyStopping
@@ -35,6 +37,8 @@ class TrainState:
     step: int = 0
     attempt: int = 1
     sums: TrainSums | None = None
+    origin: dict[str, Any] | None = None
+    encoder: dict[str, Any] | None = None
 
     @property
     def validated(self) -> nn.Module:
@@ -65,7 +69,7 @@ def capture(
     learner = state.learner
     return {
         **capture_model(state, config, prepared, state.model),
-        "ema": learner.ema.state_dict() if learner.ema else None,
+        "ema": _averages(state),
         "optimizer": learner.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
         "early_stopping": state.early_stopping.state_dict(),
@@ -115,16 +119,41 @@ def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, mo
         "model": {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
             for name, tensor in model.state_dict().items()
+            if not _is_left_out(name, state)
         },
         "options": config.options(),
         "normalization": prepared.normalization.document(),
         "channel_names": list(prepared.table.kept_names),
         "split": prepared.split.document(prepared.table),
-        "cores": {"digests": prepared.digests},
+        "cores": {"digests": prepared.digests, "earlier": (state.origin or {}).get("trained_on", [])},
+        "started_from": state.origin,
+        "encoder_weights": state.encoder,
         "colour_regression": prepared.colour_regression,
         "epoch": state.epoch,
         "best_val_loss": state.early_stopping.best,
     }
+
+
+def _is_left_out(name: str, state: TrainState) -> bool:
+    """Whether checkpoints do without a tensor of the model, because it is in the file of the encoder's weights."""
+    if state.encoder is None or not state.encoder["left_out"]:
+        return False
+    part, _, inner = name.partition(".")
+    return part == "encoder" and inner not in state.encoder["missing"]
+
+
+def _averages(state: TrainState) -> dict[str, Any] | None:
+    if state.learner.ema is None:
+        return None
+    averages = state.learner.ema.state_dict()
+    kept = {name: tensor for name, tensor in averages["model"].items() if not _is_left_out(name, state)}
+    return {**averages, "model": kept}
+
+
+def _completed(stored: dict[str, Any], state: TrainState) -> dict[str, Any]:
+    """Weights of a checkpoint, with those that it leaves out as they are in the model."""
+    present = state.model.state_dict().items()
+    return {**{name: tensor for name, tensor in present if _is_left_out(name, state)}, **stored}
 
 
 def check_resumable(config: TrainConfig, earlier: dict[str, Any], source: str) -> None:
@@ -145,9 +174,10 @@ def restore(state: TrainState, earlier: dict[str, Any], loss: CompositeLoss, dev
     """Continue from the content of a last.pt. Raises InputError where it is of another model."""
     learner = state.learner
     try:
-        state.model.load_state_dict(earlier["model"])
+        state.model.load_state_dict(_completed(earlier["model"], state))
         if learner.ema is not None:
-            learner.ema.load_state_dict(earlier["ema"])
+            averages = earlier["ema"]
+            learner.ema.load_state_dict({**averages, "model": _completed(averages["model"], state)})
         learner.optimizer.load_state_dict(earlier["optimizer"])
         align_moments(learner.optimizer)
         state.schedule.load_state_dict(earlier["schedule"])
@@ -159,3 +189,5 @@ def restore(state: TrainState, earlier: dict[str, Any], loss: CompositeLoss, dev
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"--resume: the checkpoint does not fit this model ({error})") from None
     state.epoch, state.step, state.attempt = earlier["epoch"], earlier["step"], earlier["attempt"] + 1
+    state.origin = earlier.get("started_from")
+    state.encoder = earlier.get("encoder_weights")

@@ -226,6 +226,7 @@ EFFECTS = {
     "norm": {"norm": "group"},
     "norm, instance": {"norm": "instance"},
     "dropout": {"dropout": 0.5},
+    "encoder_rate_factor": {"encoder_rate_factor": 0.1},
     "output_start": {"output_start": "half"},
     "use_boundary_guidance": {"use_boundary_guidance": True},
     "mse_weight": {"mse_weight": 0.0},
@@ -278,6 +279,13 @@ SHOWN_BY = {
     "tensorboard": "test_tensorboard_events_say_what_the_log_says",
     "overwrite": "test_overwrite_replaces_the_run_and_nothing_else",
     "resume": "test_resume.py",
+    "init_from": "test_transfer_runs.py",
+    "init_partial": "test_transfer_runs.py",
+    "encoder_train": "test_transfer_runs.py",
+    "encoder": "test_timm_runs.py",
+    "encoder_mean": "test_timm_unet.py",
+    "encoder_std": "test_timm_unet.py",
+    "encoder_weights": "test_timm_runs.py",
     "save_every_minutes": "test_resume.py",
 }
 

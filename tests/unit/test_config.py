@@ -42,6 +42,16 @@ DEFAULTS = {
         "dropout": 0.0,
         "output_start": "mean",
         "use_boundary_guidance": False,
+        "encoder": "unet",
+        "encoder_mean": None,
+        "encoder_std": None,
+    },
+    "transfer": {
+        "init_from": None,
+        "init_partial": False,
+        "encoder_weights": None,
+        "encoder_train": "full",
+        "encoder_rate_factor": 1.0,
     },
     "loss": {
         "mse_weight": 0.8,
@@ -99,6 +109,7 @@ CHOICES = {
     "target_transform": ("linear", "log1p"),
     "norm": ("batch", "group", "instance"),
     "output_start": ("mean", "half"),
+    "encoder_train": ("full", "frozen", "last"),
     "variance_form": ("target", "exponential"),
     "scheduler": ("plateau", "cosine", "constant"),
     "amp_dtype": ("auto", "bfloat16", "float16"),
@@ -151,10 +162,15 @@ def test_an_option_takes_a_value_and_the_last_one_wins(name):
         return
     text = isinstance(FLAT[name], str) or name in (
         "split_file", "groups_csv", "channel_names", "exclude_channels", "keep_channels", "channel_weights",
-        "resume",
+        "resume", "init_from", "encoder_weights", "encoder_mean", "encoder_std",
     )  # fmt: skip
     number = words.get(name, "0.25" if isinstance(FLAT[name], float) else "7")
     first, last = ("first", "last") if text else (str(FLAT[name] or 16), "16" if name == "patch_size" else number)
+    first, last = {
+        "encoder": ("unet", "timm:resnet18"),
+        "encoder_mean": ("0,0,0", "0.5,0.5,0.5"),
+        "encoder_std": ("1,1,1", "0.5,0.5,0.5"),
+    }.get(name, (first, last))
     found = options(f"--{name}", first, f"--{name}={last}")[name]
     assert found == (last if text else float(last))
     assert text or type(found) is (float if isinstance(FLAT[name], float) or name == "pixel_size_um" else int)
@@ -190,6 +206,8 @@ def test_help_shows_every_option_with_its_default(capsys):
             "log_every_steps": "auto",
             "grid_stride": "patch_size",
             "pixel_size_um": "that",
+            "encoder_mean": "timm's",
+            "encoder_std": "timm's",
         }.get(name, usual)
         assert entry[1] == usual, name
         assert (f"--no_{name}" in entry[0]) == isinstance(value, bool)
@@ -266,6 +284,10 @@ def test_a_value_out_of_range_ends_with_2_and_names_its_option(capsys, name, val
             ["all loss weights are 0", "--mse_weight", "--variance_weight"],
         ),
         (["--warmup_epochs", "5", "--epochs", "5"], ["--warmup_epochs", "--epochs"]),
+        (["--encoder", "resnet18"], ["--encoder resnet18: must be unet or timm:NAME"]),
+        (["--encoder", "timm:"], ["--encoder timm:"]),
+        (["--encoder_mean", "1,2"], ["--encoder_mean 1,2: must be three numbers"]),
+        (["--encoder_std", "1,0,1"], ["--encoder_std 1,0,1: every number must be above 0"]),
         (["--patch_size", "64", "--grid_stride", "65"], ["--grid_stride 65", "--patch_size 64"]),
     ],
 )

@@ -286,3 +286,22 @@ def test_the_model_learns_where_the_tissue_is(norm):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1 * target.var().item()
+
+
+@pytest.mark.parametrize(("how", "frozen"), [("full", 0), ("last", 2), ("frozen", 3)])
+def test_frozen_stages_stay_in_evaluation_mode_and_take_no_gradient(how, frozen):
+    model = SpatialUNet(2, base_features=4, depth=2, dropout=0.5)
+    everything = parameter_count(model)
+    model.freeze_encoder(how)
+    model.train()
+    assert [stage.training for stage in model.encoder_stages] == [False] * frozen + [True] * (3 - frozen)
+    # The dropout behind the encoder goes on.
+    assert model.bottleneck[1].training
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.rand(2, 3, 32, 32)).sum().backward()
+    held = {id(tensor) for stage in model.encoder_stages[:frozen] for tensor in (*stage.parameters(), *stage.buffers())}
+    assert all((parameter.grad is None) == (id(parameter) in held) for parameter in model.parameters())
+    assert all(torch.equal(buffer, before[name]) == (id(buffer) in held) for name, buffer in model.named_buffers())
+    kept = parameter_count(model, trainable=False)
+    assert kept == sum(p.numel() for stage in model.encoder_stages[:frozen] for p in stage.parameters())
+    assert parameter_count(model) + kept == everything

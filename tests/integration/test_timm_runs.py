@@ -1,0 +1,252 @@
+"""Runs with an encoder from timm: weights from a file, frozen ones left out of checkpoints, ranks, prediction."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_transfer_runs import started_from
+from timm_here import TinyEncoder, timm_or_skip
+from tiny_runs import ROOT, TINY, differing, environments, free_port, losses, weights
+
+from orion_unet.cli.predict import main as predict_command
+from orion_unet.config import TrainConfig
+from orion_unet.errors import InputError
+from orion_unet.inference.model import load_trained
+from orion_unet.inference.predict import predict
+from orion_unet.models import timm_unet
+from orion_unet.models.build import build_network
+from orion_unet.training.loop import Loop
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = {"encoder": "timm:tiny", "ema_decay": 0.9}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """An encoder of three layers in the place of timm's."""
+    monkeypatch.setattr(timm_unet, "create_encoder", lambda name: TinyEncoder())
+    monkeypatch.setattr(timm_unet, "_colours", lambda name: ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Weights of the encoder, with one tensor missing and one too many."""
+    torch.manual_seed(8)
+    state = {f"model.{name}": tensor for name, tensor in TinyEncoder().state_dict().items()}
+    state["model.fc.bias"] = torch.zeros(3)
+    path = tmp_path / "encoder.pt"
+    torch.save(state, path)
+    return path
+
+
+def stored(run_dir, name="best.pt"):
+    return torch.load(run_dir / "checkpoints" / name, weights_only=True)
+
+
+def inside(state):
+    return {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+
+
+def test_an_encoder_with_random_weights_trains(tiny, train):
+    made = train(**OPTIONS)
+    assert made.code == 0
+    config = json.loads((made.dir / "config.json").read_text())
+    assert config["encoder_weights"] is None
+    network = load_trained(made.dir, "cpu").network
+    assert differing(network.state_dict(), stored(made.dir)["model"]) == []
+
+
+def test_a_frozen_encoder_keeps_the_weights_of_the_file_and_is_not_in_the_checkpoints(tiny, file, train):
+    made = train(**OPTIONS, encoder_weights=str(file), encoder_train="frozen")
+    assert made.code == 0
+    record = json.loads((made.dir / "config.json").read_text())["encoder_weights"]
+    assert record == {
+        "path": str(file.resolve()),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "taken": 11,
+        "missing": [],
+        "unexpected": ["model.fc.bias"],
+        "left_out": True,
+    }
+    for name, part in (("best.pt", "model"), ("last.pt", "model"), ("last.pt", "ema")):
+        assert inside(weights(made.dir, name, part)) == {}
+    found = inside(load_trained(made.dir, "cpu").network.state_dict())
+    expected = {name.removeprefix("model."): tensor for name, tensor in torch.load(file, weights_only=True).items()}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    log = (made.dir / "train.log").read_text()
+    lines = (f"encoder weights {file.resolve()}: 11 tensors\n", "in the file and not used: model.fc.bias\n")
+    assert all(log.count(line) == 1 for line in (*lines, "the checkpoints leave them out"))
+
+
+def test_the_prediction_is_the_same_wherever_the_file_is_and_refuses_another(tiny, file, train, tmp_path):
+    made = train(**OPTIONS, encoder_weights=str(file), encoder_train="frozen")
+    he = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
+    before = predict(he, load_trained(made.dir, "cpu"))
+    moved = tmp_path / "elsewhere.pt"
+    shutil.move(file, moved)
+    with pytest.raises(
+        InputError, match=r"best.pt: the weights of its frozen encoder are not in it, and .* is not ther"
+    ):
+        load_trained(made.dir, "cpu")
+    after = predict(he, load_trained(made.dir, "cpu", encoder_weights=moved))
+    assert np.array_equal(before, after)
+    state = torch.load(moved, weights_only=True)
+    state["model.one.0.bias"] += 1
+    torch.save(state, moved)
+    with pytest.raises(InputError, match="is another file than the one the model was trained with"):
+        load_trained(made.dir, "cpu", encoder_weights=moved)
+
+
+def test_the_predict_command_takes_the_file(tiny, file, train, pairs, tmp_path):
+    made = train(**OPTIONS, encoder_weights=str(file), encoder_train="frozen", epochs=1)
+    moved = tmp_path / "elsewhere.pt"
+    shutil.move(file, moved)
+    words = [
+        "--checkpoint",
+        str(made.dir),
+        "--input",
+        str(pairs / "core_00_HE.npy"),
+        "--no_overview",
+        "--device",
+        "cpu",
+    ]
+    with pytest.raises(InputError, match="give the file they came from with --encoder_weights"):
+        predict_command([*words, "--output_dir", str(tmp_path / "a")])
+    assert not (tmp_path / "a").exists()
+    assert predict_command([*words, "--output_dir", str(tmp_path / "a"), "--encoder_weights", str(moved)]) == 0
+    assert len(list((tmp_path / "a").glob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("how", ["full", "last"])
+def test_weights_that_train_are_in_the_checkpoints(how, tiny, file, train):
+    made = train(**OPTIONS, encoder_weights=str(file), encoder_train=how)
+    expected = {name.removeprefix("model."): tensor for name, tensor in torch.load(file, weights_only=True).items()}
+    found = inside(stored(made.dir)["model"])
+    trained = {name for name, tensor in found.items() if not torch.equal(tensor, expected[name])}
+    # "spare" reaches no map; the last stage that can train is the convolution before it.
+    assert not any("spare" in name for name in trained)
+    assert "stages_2.weight" in trained
+    assert ("one.0.weight" in trained) == (how == "full")
+    file.unlink()
+    assert differing(load_trained(made.dir, "cpu").network.state_dict(), stored(made.dir)["model"]) == []
+    with pytest.raises(InputError, match="contains the weights of its encoder; leave out --encoder_weights"):
+        load_trained(made.dir, "cpu", encoder_weights=file)
+
+
+@pytest.mark.parametrize("how", ["frozen", "full"])
+def test_an_interrupted_run_continues_to_the_same_weights(how, tiny, file, train, monkeypatch):
+    options = {**OPTIONS, "encoder_weights": str(file), "encoder_train": how}
+    straight = train("straight", **options)
+    epoch = Loop._epoch
+
+    def die_in_the_second(self, number):
+        if number == 2:
+            raise ConnectionError("killed")
+        epoch(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "_epoch", die_in_the_second)
+        with pytest.raises(ConnectionError):
+            train("run", **options, resume="auto")
+    if how == "frozen":
+        moved = file.rename(file.with_name("moved.pt"))
+        with pytest.raises(InputError, match="--resume: the checkpoint cannot be continued: the weights of its frozen"):
+            train("run", **{**options, "encoder_weights": None}, resume="auto")
+        moved.rename(file)
+    # A run that left weights out reads them from the file of its record.
+    made = train("run", **{**options, "encoder_weights": None}, resume="auto")
+    assert losses(made.dir) == losses(straight.dir)
+    for name, part in (("last.pt", "model"), ("last.pt", "ema"), ("best.pt", "model")):
+        assert differing(weights(made.dir, name, part), weights(straight.dir, name, part)) == []
+    config = json.loads((made.dir / "config.json").read_text())
+    assert config["encoder_weights"] == json.loads((straight.dir / "config.json").read_text())["encoder_weights"]
+
+
+def test_a_new_run_starts_from_one_with_the_same_encoder(tiny, file, train):
+    first = train("first", **OPTIONS, encoder_weights=str(file), encoder_train="frozen")
+    made = train("second", **OPTIONS, init_from=str(first.dir), encoder_train="frozen", learning_rate=1e-12, epochs=1)
+    before = load_trained(first.dir, "cpu").network.state_dict()
+    # It has no file of its own: its checkpoints hold all weights.
+    assert inside(weights(made.dir)).keys() == inside(before).keys()
+    assert differing(inside(weights(made.dir)), inside(before)) == []
+    assert all(levels["new"] == [] for levels in started_from(made.dir)["parts"].values())
+    with pytest.raises(InputError, match="its network has --encoder timm:tiny, this run's has --encoder unet"):
+        train("third", init_from=str(first.dir))
+    with pytest.raises(InputError, match="use the same, because no layer fits another --encoder"):
+        train("third", init_from=str(first.dir), init_partial=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": "unet", "encoder_weights": "FILE"}, "--encoder_weights: is for an encoder from timm"),
+        ({"encoder_weights": "absent.pt"}, "--encoder_weights absent.pt: cannot be read"),
+        ({"encoder_train": "frozen"}, "would keep random weights"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_and_nothing_is_written(options, message, tiny, file, train, tmp_path):
+    given = {**OPTIONS, **{name: str(file) if value == "FILE" else value for name, value in options.items()}}
+    with pytest.raises(InputError, match=message) as error:
+        train("refused", **given)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "refused").exists()
+
+
+# From here on with timm itself.
+
+
+def real_options(tmp_path, **options):
+    """A small convolutional encoder whose weights are in a file."""
+    timm = timm_or_skip()
+    torch.manual_seed(4)
+    path = tmp_path / "resnet.pt"
+    torch.save(timm.create_model("resnet10t", pretrained=False).state_dict(), path)
+    return {**TINY, "encoder": "timm:resnet10t", "encoder_weights": str(path), "ema_decay": 0.9, **options}
+
+
+@pytest.mark.parametrize("how", ["frozen", "last"])
+def test_ranks_continue_to_the_same_weights(how, pairs, start, tmp_path):
+    options = real_options(tmp_path, pairs_dir=str(pairs), batch_size=1, encoder_train=how)
+    runs = [
+        {"port": free_port(), "options": {**options, "output_dir": str(tmp_path / name), **resume}, "stop_at": stop_at}
+        for name, stop_at, resume in (("run", 2, {}), ("run", None, {"resume": "auto"}), ("straight", None, {}))
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    script = ROOT / "tests" / "integration" / "rank_runs.py"
+    # timm may be on a path of its own.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    begun = [start(sys.executable, script, tmp_path / "runs.json", **env, PYTHONPATH=path) for env in environments(2)]
+    for ended in [rank.end() for rank in begun]:
+        assert ended.code == 0, ended.err
+        assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert differing(weights(tmp_path / "run"), weights(tmp_path / "straight")) == []
+    assert bool(inside(weights(tmp_path / "run"))) == (how != "frozen")
+
+
+def test_a_vision_transformer_trains_and_predicts(train, tmp_path):
+    timm = timm_or_skip()
+    path = tmp_path / "vit.pt"
+    torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), path)
+    made = train(encoder="timm:vit_tiny_patch16_224", encoder_weights=str(path), encoder_train="frozen", epochs=1)
+    he = np.random.default_rng(0).integers(0, 255, (90, 50, 3), np.uint8)
+    assert predict(he, load_trained(made.dir, "cpu")).shape == (3, 90, 50)
+    assert (made.dir / "checkpoints" / "best.pt").stat().st_size < path.stat().st_size / 4
+
+
+def test_a_name_that_timm_does_not_know_is_refused_before_anything_is_written(train, tmp_path):
+    timm_or_skip()
+    with pytest.raises(InputError, match=r"--encoder timm:resnet51: timm .* has no model of that name; the nearest"):
+        train("refused", encoder="timm:resnet51")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_options_of_an_encoder_reach_the_network(tiny):
+    config = TrainConfig.from_options({"encoder": "timm:tiny", "encoder_mean": "0.1,0.2,0.3", "base_features": 4})
+    assert build_network(config.model, 1).standardise.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
