@@ -287,6 +287,31 @@ def test_a_turned_cropped_he_with_a_fold_is_moved_where_it_fits_and_rejected_whe
     assert sum(row["state"] == "kept" for row in rows) == 3
 
 
+def test_the_cores_of_a_turned_microarray_become_pairs_and_the_missing_one_is_listed(tmp_path):
+    pitch, size = 256, 208
+    he = np.full((3 * pitch, 3 * pitch, 3), 244, np.uint8)
+    orion = np.full((len(MARKERS), 3 * pitch, 3 * pitch), 120, np.uint16)
+    rows, columns = np.ogrid[:size, :size]
+    disc = np.hypot(rows - (size - 1) / 2, columns - (size - 1) / 2) < size / 2 - 4
+    for index in set(range(9)) - {5}:
+        drawn, stained = draw_core(300 + index, size)
+        at = (slice(y := 24 + pitch * (index // 3), y + size), slice(x := 24 + pitch * (index % 3), x + size))
+        he[at][disc] = drawn[disc]
+        orion[(slice(None), *at)][:, disc] = stained.transpose(2, 0, 1)[:, disc]
+    write_he(tmp_path / "he.ome.tif", np.rot90(he))
+    write_orion(tmp_path / "orion.ome.tif", orion)
+    assert run(listed(tmp_path, "A,he.ome.tif,orion.ome.tif"), "--regions", "tma", "--jobs", "1") == 0
+    found = rows_of(tmp_path)
+    assert [row["core"][2:] for row in found] == ["A01", "A02", "A03", "B01", "B02", "C01", "C02", "C03"]
+    assert all(row["state"] == "kept" and float(row["residual_95_px"]) < 0.5 for row in found)
+    for row in found:
+        written = stored(tmp_path, row)
+        np.testing.assert_array_equal(written[1], orion.transpose(1, 2, 0)[place(row)])
+        assert np.abs(written[0].astype(int) - he[place(row)]).mean() < 3  # stored as JPEG, turned back
+    (missing,) = rows_of(tmp_path, "rejected.csv")
+    assert missing == {"core": "A_B03", "slide": "A", "reason": "no core at this place of the lattice"}
+
+
 def test_slides_of_different_tissue_are_refused_and_checking_rejects_what_is_off(slides, tmp_path, core):
     other, _ = draw_core(99, SIDE)
     write_he(tmp_path / "other.ome.tif", other)
