@@ -27,8 +27,8 @@ SEARCHED_SIDES = (192, 384)
 TURNS, FINER_TURNS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0), (-1.0, -0.5, 0.0, 0.5, 1.0)
 SCALES, FINER_SCALES = (0.95, 1.0, 1.05), (0.975, 1.0, 1.025)
 ROUNDS = 5
-# The best of so many attempts reached 11 between foreign images; between images of the same tissue it was 15 to 47.
-LEAST_PEAK = 14.0
+# The best of so many attempts reached 16 between foreign images; between images of the same tissue it was 15 to 47.
+CLEAR_PEAK = 20.0
 # The peak of the orientation found, over that of the best other one, at least; the same for correlations.
 LEAST_LEAD = 1.25
 # Where no peak is clear, every orientation is refined on images of this longest side [pixels], in which tissue can be
@@ -87,7 +87,7 @@ def _searched(density: np.ndarray, marker: np.ndarray, expected_scale: float, si
         finer.append((max(first[name].peak, again.peak), name, max(first[name], again, key=lambda m: m.peak).affine))
     (others, _, _), (peak, name, affine) = sorted(finer, key=lambda found: found[0])
     reason = ""
-    if peak < LEAST_PEAK or peak < LEAST_LEAD * others:
+    if peak < CLEAR_PEAK or peak < LEAST_LEAD * others:
         closer = max(1.0, longest / JUDGED_SIDE)
         small = _shrunk(density, closer * expected_scale), _shrunk(marker, closer)
         refined = {n: _refined(*small, _grown(shrink / closer, shrink / closer, m.affine)) for n, m in first.items()}
