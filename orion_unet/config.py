@@ -704,3 +704,17 @@ class MonitorOptions:
         choices=("warning", "notice"),
         section="output",
     )
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """export: which run, and for which program"""
+
+    run: Path = option(None, "the run folder", metavar="RUN", positional=True)
+    to: str = option(
+        None,
+        "csv: epochs.csv, markers.csv and steps.csv; tensorboard: an event file",
+        choices=("csv", "tensorboard"),
+        required=True,
+    )
+    output: Path = option(None, "folder to make, or an empty one", metavar="DIR", required=True)
