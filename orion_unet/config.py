@@ -688,7 +688,22 @@ class MonitorOptions:
         None, "also write a self-contained page, refreshed by --watch", metavar="FILE", section="output"
     )
     figure: Path | None = option(
-        None, "the figure; default: training_progress.png in the run folder", metavar="FILE", section="output"
+        None,
+        "the figure; default: training_progress.png (or .svg, .pdf) in the run folder",
+        metavar="FILE",
+        section="output",
+    )
+    format: str | None = option(
+        None,
+        "form of the figure; default: the ending of --figure, or png",
+        choices=("png", "svg", "pdf"),
+        section="output",
+    )
+    x: str = option(
+        "epoch",
+        "what the curves are drawn over; epochs where the run does not say enough",
+        choices=("epoch", "step", "patches", "hours"),
+        section="output",
     )
     notify: str | None = option(
         None,

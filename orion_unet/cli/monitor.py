@@ -43,6 +43,8 @@ def main(argv: list[str]) -> int:
         as_json=options.json,
         html=options.html,
         figure=options.figure,
+        form=_form(options),
+        x=options.x,
         show=options.show,
         fail_on=options.fail_on,
         thresholds=thresholds,
@@ -56,6 +58,14 @@ def main(argv: list[str]) -> int:
     if options.compare:
         return command.compare(request, list(options.compare))
     return command.watch(request) if stays else command.report_once(request)
+
+
+def _form(options: MonitorOptions) -> str:
+    """``png``, ``svg`` or ``pdf``; raises InputError where --format and the ending of --figure differ."""
+    ending = options.figure.suffix[1:].lower() if options.figure else ""
+    if options.format and ending in ("png", "svg", "pdf") and ending != options.format:
+        raise InputError(f"--figure {options.figure} --format {options.format}: the ending differs; give one of them")
+    return options.format or (ending if ending in ("svg", "pdf") else "png")
 
 
 def _check_together(options: MonitorOptions, staying: str, stays: bool) -> None:

@@ -20,7 +20,7 @@ from orion_unet.monitor.report import ENDED, Report, Run, to_json
 from orion_unet.run_log import write_atomic
 from orion_unet.text import clean
 
-FIGURE_FILE = "training_progress.png"
+FIGURE_NAME = "training_progress"
 EXIT_OK, EXIT_WARNINGS = 0, 4
 # A person who leaves waits no longer for the command on news.
 LEAVING_S = 2.0
@@ -39,6 +39,8 @@ class Request:
     as_json: bool = False
     html: Path | None = None
     figure: Path | None = None
+    form: str = "png"
+    x: str = "epoch"
     show: bool = False
     fail_on: str | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -52,7 +54,7 @@ class Request:
     @property
     def figure_path(self) -> Path:
         """The path of the figure."""
-        return self.figure or self.run_dir / FIGURE_FILE
+        return self.figure or self.run_dir / f"{FIGURE_NAME}.{self.form}"
 
 
 class Outputs:
@@ -91,12 +93,12 @@ class Outputs:
         now = time.monotonic()
         if state == self._drawn or (now < self._not_before and not forced):
             return
-        from orion_unet.monitor.plots import png, run_figure
+        from orion_unet.monitor.plots import run_figure
 
-        self.png = png(run_figure(report))
+        drawn, self.png = figure_files(run_figure(report, self.request.x), self.request)
         self._drawn = state
         self._not_before = time.monotonic() + REDRAW_PAUSE * (time.monotonic() - now)
-        self._write(self.request.figure_path, self.png, report)
+        self._write(self.request.figure_path, drawn, report)
 
     def _write(self, path: Path, content: bytes, report: Report) -> None:
         try:
@@ -105,6 +107,16 @@ class Outputs:
             if not self.problem:
                 self.problem = f"cannot write {path}: {error.strerror or error}"
                 report.notes.append(self.problem)
+
+
+def figure_files(figure: Any, request: Request) -> tuple[bytes, bytes]:
+    """The figure in the wanted form, and as the PNG that a page or a window needs (else empty)."""
+    from orion_unet.monitor.plots import rendered
+
+    drawn = rendered(figure, request.form)
+    if request.form == "png":
+        return drawn, drawn
+    return drawn, rendered(figure) if request.html is not None or request.show else b""
 
 
 def report_once(request: Request) -> int:
@@ -243,10 +255,10 @@ def notifier(words: tuple[str, ...], on_screen: bool) -> Iterator[Notifier | Non
 def compare(request: Request, others: list[Path]) -> int:
     """Print several runs side by side and draw them in one figure; returns the exit code."""
     from orion_unet.monitor.compare import comparison, comparison_document, run_names
-    from orion_unet.monitor.plots import comparison_figure, png
+    from orion_unet.monitor.plots import comparison_figure
 
     reports = [Run(path, request.thresholds).poll() for path in (request.run_dir, *others)]
-    drawn = png(comparison_figure(reports, run_names(reports)))
+    drawn, png = figure_files(comparison_figure(reports, run_names(reports), request.x), request)
     columns, rows = comparison(reports)
     try:
         write_atomic(request.figure_path, drawn, durable=False)
@@ -256,7 +268,7 @@ def compare(request: Request, others: list[Path]) -> int:
     if request.html is not None:
         from orion_unet.monitor.page import comparison_page
 
-        write_page(request.html, comparison_page(columns, rows, drawn))
+        write_page(request.html, comparison_page(columns, rows, png))
     if request.as_json:
         print(to_json(comparison_document(reports), indent=2))
     else:
@@ -267,7 +279,7 @@ def compare(request: Request, others: list[Path]) -> int:
         console.print(comparison_table(columns, rows))
         console.print("* lowest validation loss", figure, sep="\n")
     if request.show:
-        show(drawn)
+        show(png)
     return max(exit_code(report, request.fail_on) for report in reports)
 
 
