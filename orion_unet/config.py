@@ -679,6 +679,15 @@ class MonitorOptions:
     runs: Path | None = option(
         None, "show every run below this folder, one line each, in place of one run", metavar="DIR", section="mode"
     )
+    serve: int | None = option(
+        None,
+        "stay, and show the page on http://127.0.0.1:PORT/ (0: any free port) until Ctrl-C; other machines cannot "
+        "reach it",
+        minimum=0,
+        maximum=65535,
+        metavar="PORT",
+        section="mode",
+    )
     interval: float = option(10.0, "time between polls", unit="seconds", minimum=0.1, maximum=86400, section="mode")
     compare: tuple[Path, ...] = option(
         (), "set further runs beside this one; default: none", metavar="RUN", section="mode"

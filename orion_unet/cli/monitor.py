@@ -9,6 +9,9 @@ from orion_unet.config import MonitorOptions
 from orion_unet.errors import InputError
 from orion_unet.options import checked
 
+# Options that ask for something else than a page.
+NOT_SERVED = ("watch", "until_finished", "runs", "compare", "json", "html", "show", "notify")
+
 
 def monitor_parser(prog: str | None = None) -> Parser:
     """The monitor's parser."""
@@ -50,7 +53,12 @@ def main(argv: list[str]) -> int:
         thresholds=thresholds,
         until_finished=options.until_finished,
         notify=_words(options.notify),
+        serve=options.serve,
     )
+    if options.serve is not None:
+        from orion_unet.monitor.serve import serve
+
+        return serve(request, options.serve)
     if options.runs is not None:
         from orion_unet.monitor.watch_all import report_all, watch_all
 
@@ -71,9 +79,10 @@ def _form(options: MonitorOptions) -> str:
 def _check_together(options: MonitorOptions, staying: str, stays: bool) -> None:
     """Raises InputError for options that exclude, or need, one another."""
     excluded = [(stays, staying, name) for name in ("compare", "show")]
+    excluded += [(options.serve is not None, "--serve", name) for name in NOT_SERVED]
     excluded += [(options.runs is not None, "--runs", name) for name in ("compare", "show", "html", "figure")]
     for given, one, other in excluded:
-        if given and getattr(options, other):
+        if given and getattr(options, other) not in (None, False, ()):
             raise InputError(f"{one} and --{other} do not go together: choose one")
     if options.notify is not None and not stays:
         raise InputError("--notify needs --watch or --until_finished: a single report is over before anything is new")

@@ -16,6 +16,7 @@ from orion_unet.errors import InputError
 from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.liveness import MONITOR_FILE
 from orion_unet.monitor.notify import News, Notifier
+from orion_unet.monitor.panels import Panel, Panels
 from orion_unet.monitor.report import ENDED, Report, Run, to_json
 from orion_unet.run_log import write_atomic
 from orion_unet.text import clean
@@ -46,6 +47,7 @@ class Request:
     thresholds: Thresholds = field(default_factory=Thresholds)
     until_finished: bool = False
     notify: tuple[str, ...] = ()
+    serve: int | None = None
 
     def is_over(self, state: str) -> bool:
         """Whether there is nothing to wait for after this state of a run."""
@@ -65,6 +67,8 @@ class Outputs:
         self.problem = ""
         self.png = b""
         self._drawn = ""
+        self._page = ""
+        self._panels = Panels(request.run_dir)
         self._not_before = 0.0
 
     def write(self, report: Report, refresh_s: float | None = None) -> None:
@@ -85,7 +89,16 @@ class Outputs:
             from orion_unet.monitor.page import page
 
             alive = refresh_s if report.life.state not in ENDED else None
-            write_page(self.request.html, page(report, self.png, alive))
+            text = page(report, self.png, alive, self.panels(report), self.request.x)
+            # With its panels a page has megabytes, too much for a file server at every poll.
+            if text != self._page or not self.request.html.exists():
+                write_page(self.request.html, text)
+                self._page = text
+
+    def panels(self, report: Report) -> list[Panel]:
+        """The sanity panels for a page."""
+        best = int(report.epochs[report.best]) if report.best is not None else None
+        return self._panels.poll(report.current_epoch, best)
 
     def _draw(self, report: Report, forced: bool) -> None:
         # Compared as text, because nan does not equal nan.
@@ -116,7 +129,7 @@ def figure_files(figure: Any, request: Request) -> tuple[bytes, bytes]:
     drawn = rendered(figure, request.form)
     if request.form == "png":
         return drawn, drawn
-    return drawn, rendered(figure) if request.html is not None or request.show else b""
+    return drawn, rendered(figure) if request.html or request.show or request.serve is not None else b""
 
 
 def report_once(request: Request) -> int:
