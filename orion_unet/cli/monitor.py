@@ -9,6 +9,8 @@ from orion_unet.config import MonitorOptions
 from orion_unet.errors import InputError
 from orion_unet.options import checked
 
+# Options about what is drawn of one run.
+DRAWN = ("html", "figure", "format", "x")
 # Options that ask for something else than a page.
 NOT_SERVED = ("watch", "until_finished", "runs", "compare", "json", "html", "show", "notify")
 
@@ -80,9 +82,9 @@ def _check_together(options: MonitorOptions, staying: str, stays: bool) -> None:
     """Raises InputError for options that exclude, or need, one another."""
     excluded = [(stays, staying, name) for name in ("compare", "show")]
     excluded += [(options.serve is not None, "--serve", name) for name in NOT_SERVED]
-    excluded += [(options.runs is not None, "--runs", name) for name in ("compare", "show", "html", "figure")]
+    excluded += [(options.runs is not None, "--runs", name) for name in ("compare", "show", *DRAWN)]
     for given, one, other in excluded:
-        if given and getattr(options, other) not in (None, False, ()):
+        if given and getattr(options, other) != getattr(MonitorOptions, other):
             raise InputError(f"{one} and --{other} do not go together: choose one")
     if options.notify is not None and not stays:
         raise InputError("--notify needs --watch or --until_finished: a single report is over before anything is new")

@@ -155,6 +155,16 @@ def test_a_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch, caps
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_without_tensorboard_one_sentence_says_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
+    assert export(run, "--to", "tensorboard", "--output", tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert 'pip install "orion-unet[tensorboard]"' in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_empty_folder_is_filled_and_a_link_to_it_stays(run, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
