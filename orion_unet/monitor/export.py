@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from orion_unet.run_log import METRICS_FILE, SCHEMA, STATUS_FILE, STEPS_FILE, pa
 from orion_unet.text import clean, csv_bytes
 
 DIGITS = 12
+# The same few names come with every epoch.
+_clean = lru_cache(maxsize=1 << 14)(clean)
 # What the rows of a table begin with; further columns follow in the order of the log.
 EPOCH_COLUMNS = ("epoch", "attempt", "time", "duration_s", "lr", "train_loss", "val_loss")
 STEP_COLUMNS = tuple(name for name in COLUMNS if name != "steps")
@@ -122,7 +125,7 @@ def epoch_values(record: Mapping[str, Any]) -> dict[str, Any]:
     found += [(name, value) for name, value in metrics.items() if name not in record]
     for name, value in found:
         if value is None or type(value) in (int, float):
-            values[clean(name)] = _defined(value)
+            values[_clean(name)] = _defined(value)
     values["time"] = _time(record)
     return values
 
@@ -144,25 +147,20 @@ def write_csv(logs: Logs, folder: Path) -> None:
     (folder / "steps.csv").write_bytes(csv_bytes(columns, steps, DIGITS))
 
 
-def scalars(logs: Logs) -> Iterator[tuple[str, int, float, float]]:
-    """Tag, step, value and time [s since 1970] of every defined number, in order.
+def scalars(logs: Logs) -> Iterator[tuple[int, float, dict[str, float]]]:
+    """Step, time [s since 1970] and the defined numbers by tag, of every line of steps, then of every epoch.
 
     The tags of epochs are those that training with ``--tensorboard`` writes, at the number of the epoch; the steps'
     begin with ``steps/``, at the number of steps since the start of the run.
     """
     for line, step, time in zip(logs.steps, logs.places, logs.times, strict=True):
-        for name, measured in zip(STEP_COLUMNS[2:], line[2:], strict=True):
-            if math.isfinite(measured):
-                yield f"steps/{name}", step, measured, _seconds(time)
+        measured = zip(STEP_COLUMNS[2:], line[2:], strict=True)
+        yield step, _seconds(time), {f"steps/{name}": value for name, value in measured if math.isfinite(value)}
     for row, markers in zip(logs.epochs, logs.markers, strict=True):
-        epoch, when = row["epoch"], _seconds(row["time"])
-        for name, value in row.items():
-            if value is not None and name not in ("epoch", "attempt", "time"):
-                yield _tag(name), epoch, value, when
-        for marker, values in markers.items():
-            for name, score in values.items():
-                if score is not None:
-                    yield f"{name}/{marker}", epoch, score, when
+        found = {name: value for name, value in row.items() if name not in ("epoch", "attempt", "time")}
+        tagged = {_tag(name): value for name, value in found.items()}
+        tagged |= {f"{name}/{marker}": score for marker, scores in markers.items() for name, score in scores.items()}
+        yield row["epoch"], _seconds(row["time"]), {tag: value for tag, value in tagged.items() if value is not None}
 
 
 def _tag(column: str) -> str:
@@ -185,9 +183,9 @@ def _event_writer() -> Callable[[Logs, Path], None]:
     def write(logs: Logs, folder: Path) -> None:
         file = writers.EventFileWriter(str(folder))
         try:
-            for tag, step, value, when in scalars(logs):
-                summary = summaries.Summary(value=[summaries.Summary.Value(tag=tag, simple_value=value)])
-                file.add_event(events.Event(wall_time=when, step=step, summary=summary))
+            for step, when, tagged in scalars(logs):
+                values = [summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in tagged.items()]
+                file.add_event(events.Event(wall_time=when, step=step, summary=summaries.Summary(value=values)))
         finally:
             file.close()
 
@@ -200,7 +198,7 @@ WRITERS: dict[str, Callable[[], Callable[[Logs, Path], None]]] = {"csv": _csv_wr
 def _marker_values(channels: bytes | dict[str, Any] | None) -> dict[str, dict[str, float | None]]:
     """The metrics of every marker of an epoch; None where undefined."""
     return {
-        clean(marker, MAX_NAME_CHARS): {clean(name): _defined(value) for name, value in values.items()}
+        _clean(marker, MAX_NAME_CHARS): {_clean(name): _defined(value) for name, value in values.items()}
         for marker, values in as_object(channels).items()
         if isinstance(values, dict)
     }
@@ -230,7 +228,7 @@ def _defined(value: Any) -> float | int | None:
 
 def _time(record: Mapping[str, Any]) -> str | None:
     time = record.get("time")
-    return clean(time, 40) if isinstance(time, str) else None
+    return _clean(time, 40) if isinstance(time, str) else None
 
 
 def _seconds(time: str | None) -> float:
