@@ -11,6 +11,7 @@ from orion_unet.errors import InputError
 COMMANDS = {
     "train": ("train", "train a spatial U-Net from paired .npy cores"),
     "monitor": ("monitor", "watch a run and say what is going wrong"),
+    "export-run": ("export_run", "turn a run's logs into CSV tables or TensorBoard events"),
     "predict": ("predict", "predict the markers of H&E images and slides"),
     "evaluate": ("evaluate", "score a model against measured markers"),
     "quantify": ("quantify", "measure the markers of every cell of an image"),

@@ -807,6 +807,15 @@ class MonitorOptions:
     runs: Path | None = option(
         None, "show every run below this folder, one line each, in place of one run", metavar="DIR", section="mode"
     )
+    serve: int | None = option(
+        None,
+        "stay, and show the page on http://127.0.0.1:PORT/ (0: any free port) until Ctrl-C; other machines cannot "
+        "reach it",
+        minimum=0,
+        maximum=65535,
+        metavar="PORT",
+        section="mode",
+    )
     interval: float = option(10.0, "time between polls", unit="seconds", minimum=0.1, maximum=86400, section="mode")
     compare: tuple[Path, ...] = option(
         (), "set further runs beside this one; default: none", metavar="RUN", section="mode"
@@ -816,7 +825,22 @@ class MonitorOptions:
         None, "also write a self-contained page, refreshed by --watch", metavar="FILE", section="output"
     )
     figure: Path | None = option(
-        None, "the figure; default: training_progress.png in the run folder", metavar="FILE", section="output"
+        None,
+        "the figure; default: training_progress.png (or .svg, .pdf) in the run folder",
+        metavar="FILE",
+        section="output",
+    )
+    format: str | None = option(
+        None,
+        "form of the figure; default: the ending of --figure, or png",
+        choices=("png", "svg", "pdf"),
+        section="output",
+    )
+    x: str = option(
+        "epoch",
+        "what the curves are drawn over; epochs where the run does not say enough",
+        choices=("epoch", "step", "patches", "hours"),
+        section="output",
     )
     notify: str | None = option(
         None,
@@ -832,3 +856,17 @@ class MonitorOptions:
         choices=("warning", "notice"),
         section="output",
     )
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """export: which run, and for which program"""
+
+    run: Path = option(None, "the run folder", metavar="RUN", positional=True)
+    to: str = option(
+        None,
+        "csv: epochs.csv, markers.csv and steps.csv; tensorboard: an event file",
+        choices=("csv", "tensorboard"),
+        required=True,
+    )
+    output: Path = option(None, "folder to make, or an empty one", metavar="DIR", required=True)

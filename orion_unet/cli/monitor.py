@@ -9,6 +9,11 @@ from orion_unet.config import MonitorOptions
 from orion_unet.errors import InputError
 from orion_unet.options import checked
 
+# Options about what is drawn of one run.
+DRAWN = ("html", "figure", "format", "x")
+# Options that ask for something else than a page.
+NOT_SERVED = ("watch", "until_finished", "runs", "compare", "json", "html", "show", "notify")
+
 
 def monitor_parser(prog: str | None = None) -> Parser:
     """The monitor's parser."""
@@ -43,12 +48,19 @@ def main(argv: list[str]) -> int:
         as_json=options.json,
         html=options.html,
         figure=options.figure,
+        form=_form(options),
+        x=options.x,
         show=options.show,
         fail_on=options.fail_on,
         thresholds=thresholds,
         until_finished=options.until_finished,
         notify=_words(options.notify),
+        serve=options.serve,
     )
+    if options.serve is not None:
+        from orion_unet.monitor.serve import serve
+
+        return serve(request, options.serve)
     if options.runs is not None:
         from orion_unet.monitor.watch_all import report_all, watch_all
 
@@ -58,12 +70,21 @@ def main(argv: list[str]) -> int:
     return command.watch(request) if stays else command.report_once(request)
 
 
+def _form(options: MonitorOptions) -> str:
+    """``png``, ``svg`` or ``pdf``; raises InputError where --format and the ending of --figure differ."""
+    ending = options.figure.suffix[1:].lower() if options.figure else ""
+    if options.format and ending in ("png", "svg", "pdf") and ending != options.format:
+        raise InputError(f"--figure {options.figure} --format {options.format}: the ending differs; give one of them")
+    return options.format or (ending if ending in ("svg", "pdf") else "png")
+
+
 def _check_together(options: MonitorOptions, staying: str, stays: bool) -> None:
     """Raises InputError for options that exclude, or need, one another."""
     excluded = [(stays, staying, name) for name in ("compare", "show")]
-    excluded += [(options.runs is not None, "--runs", name) for name in ("compare", "show", "html", "figure")]
+    excluded += [(options.serve is not None, "--serve", name) for name in NOT_SERVED]
+    excluded += [(options.runs is not None, "--runs", name) for name in ("compare", "show", *DRAWN)]
     for given, one, other in excluded:
-        if given and getattr(options, other):
+        if given and getattr(options, other) != getattr(MonitorOptions, other):
             raise InputError(f"{one} and --{other} do not go together: choose one")
     if options.notify is not None and not stays:
         raise InputError("--notify needs --watch or --until_finished: a single report is over before anything is new")

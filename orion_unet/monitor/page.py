@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: figure embedded, nothing loaded, every value escaped."""
+"""A report as one self-contained HTML page: pictures embedded, nothing loaded, every value escaped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from html import escape
 from pathlib import Path
 
 from orion_unet.findings import Finding, options_and_sentences
+from orion_unet.monitor.chart import Curve, chart
+from orion_unet.monitor.horizontal import EPOCHS, horizontals
+from orion_unet.monitor.page_script import SCRIPT, policy
+from orion_unet.monitor.panels import Panel, closest
 from orion_unet.monitor.report import Report
 from orion_unet.text import clean, duration, short_number
 
@@ -20,11 +24,30 @@ td:first-child, th:first-child { text-align: left; } tr:nth-child(even) td { bac
 .finding { border-left: 4px solid #0072B2; padding: .2rem .8rem; margin: .5rem 0; }
 .warning { border-color: #D55E00; } code { background: #f0f0f0; padding: 0 .3rem; }
 .tables { display: flex; gap: 3rem; flex-wrap: wrap; }
+figure { margin: 0; } .charts { display: grid; gap: 1rem 2rem; }
+.charts { grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); }
+.chart span { margin-left: 1rem; white-space: nowrap; } .chart output { font-variant-numeric: tabular-nums; }
+.curves { width: 100%; height: auto; display: block; } .curves text { font-size: 11px; fill: #444; }
+.curve { fill: none; stroke-width: 1.8; stroke-linecap: round; stroke-linejoin: round; } .grid { stroke: #ddd; }
+.key { width: 24px; height: 8px; } .pointer { stroke: #777; visibility: hidden; } .pointer.on { visibility: visible; }
+#choose { display: flex; gap: 1rem; align-items: center; } #choose[hidden] { display: none; }
+#panel { flex: 1; max-width: 40rem; } #lost { background: #D55E00; color: white; padding: .3rem .8rem; }
 """
 
 
-def page(report: Report, figure_png: bytes, refresh_s: float | None = None) -> str:
+def page(
+    report: Report,
+    figure_png: bytes,
+    refresh_s: float | None = None,
+    panels: Sequence[Panel] = (),
+    x: str = "epoch",
+) -> str:
     """The report as HTML; with ``refresh_s`` the browser reloads it at that interval."""
+    return document(Path(report.run).name or report.run, [body(report, figure_png, panels, x)], refresh_s)
+
+
+def body(report: Report, figure_png: bytes, panels: Sequence[Panel] = (), x: str = "epoch") -> str:
+    """What a page shows of the report: findings, curves over ``x``, sanity panels, figure, tables."""
     name = Path(report.run).name or report.run
     planned = f" of {report.planned}" if report.planned else ""
     facts = [
@@ -53,13 +76,16 @@ def page(report: Report, figure_png: bytes, refresh_s: float | None = None) -> s
         for at in last
     ]
     left_out = f" ({len(known) - 40} between best and worst left out)" if len(known) > 40 else ""
-    body = [
+    shown_parts = [
         f"<h1>{_safe(name)}</h1>",
         _table(("", ""), facts, heading=False),
         "<h2>Warnings</h2>" if report.findings else "<p>No warnings.</p>",
         *_findings(report.findings),
         "<h2>Options</h2>" if report.config_findings else "",
         *_findings(report.config_findings),
+        *_charts(report, x),
+        *_panels(report, panels),
+        "<h2>Figure</h2>",
         _image(figure_png),
         '<div class="tables">',
         "<div><h2>Last epochs</h2>",
@@ -69,7 +95,12 @@ def page(report: Report, figure_png: bytes, refresh_s: float | None = None) -> s
         "</div></div>",
         *(f'<p class="quiet">{_safe(note)}</p>' for note in report.notes),
     ]
-    return document(name, body, refresh_s)
+    return "\n".join(shown_parts)
+
+
+def waiting_body(reason: str) -> str:
+    """What a page shows before there is a run."""
+    return f"<h1>Waiting for the run</h1><p>{_safe(reason)}</p>"
 
 
 def comparison_page(columns: Sequence[str], rows: Sequence[Sequence[str]], figure_png: bytes) -> str:
@@ -77,28 +108,85 @@ def comparison_page(columns: Sequence[str], rows: Sequence[Sequence[str]], figur
     return document("Runs compared", ["<h1>Runs compared</h1>", _table(columns, rows), _image(figure_png)])
 
 
-def document(title: str, body: Iterable[str], refresh_s: float | None = None) -> str:
-    """A whole page around the body; its security policy forbids scripts and anything from elsewhere."""
+def document(
+    title: str, body: Iterable[str], refresh_s: float | None = None, poll_s: float = 0.0, tag: str = ""
+) -> str:
+    """A whole page around the body; its security policy allows its own script, and nothing from elsewhere.
+
+    ``poll_s`` is for a page that the monitor serves: the seconds after which its script asks whether the body still
+    has the ``tag``.
+    """
     refresh = f'<meta http-equiv="refresh" content="{max(refresh_s, 1):.0f}">' if refresh_s else ""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    poll = f' data-poll="{poll_s:g}" data-tag="{escape(tag)}"' if poll_s else ""
     return "\n".join(
         [
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">{refresh}',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy(bool(poll_s))}">{refresh}',
             '<meta name="viewport" content="width=device-width">',
-            f"<title>{_safe(title)}</title><style>{_STYLE}</style></head><body>",
+            f"<title>{_safe(title)}</title><style>{_STYLE}</style></head><body{poll}>",
+            '<p id="lost" hidden>The monitor does not answer.</p><main>',
             *body,
-            "</body></html>\n",
+            f"</main><script>{SCRIPT}</script></body></html>\n",
         ]
     )
+
+
+def _charts(report: Report, x: str) -> list[str]:
+    """Losses and Pearson, with their values under the pointer."""
+    if not len(report.epochs):
+        return []
+    (axis,) = horizontals([report], x)
+    at = axis.of(report.epochs)
+    places = [f"epoch {epoch}" for epoch in report.epochs.tolist()]
+    if axis is not EPOCHS:
+        places = [f"{place}, {axis.label} {short_number(where, 6)}" for place, where in zip(places, at, strict=True)]
+    losses = (Curve("training", report.train, "#0072B2", "6 4"), Curve("validation", report.val, "#D55E00"))
+    pearson = (Curve("mean over markers", report.reader.column("pearson"), "#009E73"),)
+    return [
+        '<h2>Curves</h2><div class="charts">',
+        chart("Loss", axis.label, at, places, losses),
+        chart("Validation Pearson", axis.label, at, places, pearson),
+        "</div>",
+    ]
+
+
+def _panels(report: Report, panels: Sequence[Panel]) -> list[str]:
+    """The sanity panels, of which a slider shows one: at first the last one, and only that one without scripts."""
+    if not panels:
+        return []
+    epochs = [panel.epoch for panel in panels]
+    best = int(report.epochs[report.best]) if report.best is not None else None
+    best_at = epochs.index(closest(epochs, best)) if best is not None else None
+    losses = dict(zip(report.epochs.tolist(), report.val.tolist(), strict=True))
+    figures = []
+    for index, panel in enumerate(panels):
+        marks = [f"validation loss {short_number(losses[panel.epoch])}"] if panel.epoch in losses else []
+        if index == best_at:
+            marks.append("best" if panel.epoch == best else f"closest to the best, epoch {best}")
+        marks += ["last"] if index == len(panels) - 1 else []
+        hidden = "" if index == len(panels) - 1 else " hidden"
+        caption = f"Epoch {panel.epoch}" + (f": {', '.join(marks)}" if marks else "")
+        figures.append(
+            f'<figure class="panel" data-epoch="{panel.epoch}"{hidden}><figcaption>{_safe(caption)}</figcaption>'
+            f"{_image(panel.png, f'Sanity panel of epoch {panel.epoch}')}</figure>"
+        )
+    to_best = f'<button type="button" data-at="{best_at}">best</button>' if best_at is not None else ""
+    last = len(panels) - 1
+    ticks = "".join(f'<option value="{at}" label="{epoch}"></option>' for at, epoch in enumerate(epochs))
+    return [
+        '<h2>Sanity panels</h2><div id="choose" hidden><label for="panel">epoch</label>',
+        f'<input id="panel" type="range" min="0" max="{last}" step="1" value="{last}" list="epochs">',
+        f'<datalist id="epochs">{ticks}</datalist>{to_best}<button type="button" data-at="{last}">last</button></div>',
+        *figures,
+    ]
 
 
 def _safe(text: object) -> str:
     return escape(clean(text if isinstance(text, str) else str(text), 600), quote=True)
 
 
-def _image(png: bytes) -> str:
-    return f'<img alt="Training progress" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _image(png: bytes, alt: str = "Training progress") -> str:
+    return f'<img alt="{_safe(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], heading: bool = True) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.monitor.diagnostics import loss_scale, noise_and_limit
+from orion_unet.monitor.horizontal import EPOCHS, Horizontal, horizontals
 from orion_unet.monitor.report import Report, finite_or_nan
 from orion_unet.monitor.run_reader import LARGEST, TERMS
 from orion_unet.text import for_figure, short_number
@@ -35,8 +36,12 @@ MAX_MARKS = 12
 MAX_MARKERS = 40
 
 
-def run_figure(report: Report) -> Any:
-    """Draw a run; returns a matplotlib Figure with an Agg canvas."""
+def run_figure(report: Report, x: str = "epoch") -> Any:
+    """Draw a run over epochs, steps, patches or hours; returns a matplotlib Figure with an Agg canvas.
+
+    The markers are always drawn by epoch.
+    """
+    (axis,) = horizontals([report], x)
     figure = _figure()
     grid = figure.add_gridspec(
         3, 3, width_ratios=(1, 1, 0.95), left=0.065, right=0.98, top=0.868, bottom=0.065, wspace=0.24, hspace=0.45
@@ -48,27 +53,28 @@ def run_figure(report: Report) -> Any:
         figure.text(0.02, 0.93, f"warnings: {codes}", fontsize=11, color=VERMILION)
     if not len(report.epochs):
         if len(report.curves):
-            _draw_steps(figure, report)
+            _draw_steps(figure, report, axis)
         else:
             figure.text(0.5, 0.5, "no epoch has finished yet", ha="center", fontsize=16, color=GREY)
         return figure
-    _draw_loss(figure.add_subplot(grid[0, :2]), report)
-    _draw_noise(figure.add_subplot(grid[1, 0]), report)
-    _draw_gap(figure.add_subplot(grid[1, 1]), report)
+    _draw_loss(figure.add_subplot(grid[0, :2]), report, axis)
+    _draw_noise(figure.add_subplot(grid[1, 0]), report, axis)
+    _draw_gap(figure.add_subplot(grid[1, 1]), report, axis)
     if len(report.curves):
         bottom = grid[2, :2].subgridspec(1, 3, wspace=0.36, width_ratios=(0.9, 0.9, 2.0))
-        _draw_rate(figure.add_subplot(bottom[0]), report)
-        _draw_gradient(figure.add_subplot(bottom[1]), report)
-        _draw_terms(figure.add_subplot(bottom[2]), report)
+        _draw_rate(figure.add_subplot(bottom[0]), report, axis)
+        _draw_gradient(figure.add_subplot(bottom[1]), report, axis)
+        _draw_terms(figure.add_subplot(bottom[2]), report, axis)
     else:
-        _draw_rate(figure.add_subplot(grid[2, 0]), report)
-        _draw_terms(figure.add_subplot(grid[2, 1]), report)
+        _draw_rate(figure.add_subplot(grid[2, 0]), report, axis)
+        _draw_terms(figure.add_subplot(grid[2, 1]), report, axis)
     _draw_markers(figure, figure.add_subplot(grid[:, 2]), report)
     return figure
 
 
-def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Any:
-    """Draw several runs over each other: validation and training loss, Pearson and learning rate."""
+def comparison_figure(reports: Sequence[Report], names: Sequence[str], x: str = "epoch") -> Any:
+    """Draw several runs over each other, by epochs, steps, patches or hours: losses, Pearson and learning rate."""
+    axes_of_runs = horizontals(reports, x)
     figure = _figure()
     grid = figure.add_gridspec(2, 2, left=0.055, right=0.985, top=0.88, bottom=0.07, wspace=0.19, hspace=0.32)
     figure.text(0.02, 0.955, f"{len(reports)} runs compared", fontsize=16)
@@ -83,24 +89,38 @@ def comparison_figure(reports: Sequence[Report], names: Sequence[str]) -> Any:
         for run, report in enumerate(reports):
             look = {"color": SERIES[run % len(SERIES)], "linestyle": STYLES[run // len(SERIES) % len(STYLES)]}
             values = finite_or_nan(report.reader.column(column))
-            _curve(axes, report.epochs, values, names[run], **look)
+            at = axes_of_runs[run].of(report.epochs)
+            _curve(axes, at, values, names[run], **look)
             if column == "val_loss" and report.best is not None:
-                axes.plot(report.epochs[report.best], values[report.best], "o", color=look["color"], markersize=8)
-        longest = max(reports, key=lambda report: report.epochs[-1] if len(report.epochs) else 0)
+                axes.plot(at[report.best], values[report.best], "o", color=look["color"], markersize=8)
         values = np.concatenate([report.reader.column(column) for report in reports])
-        _finish(axes, longest, title, label, values, log=True if column == "lr" else None, legend=index == 0)
-        axes.set_xlabel("epoch")
+        _finish(axes, title, label, values, log=True if column == "lr" else None, legend=index == 0)
+        _span(axes, reports, axes_of_runs)
+        axes.set_xlabel(axes_of_runs[0].label)
     return figure
+
+
+def rendered(figure: Any, form: str = "png") -> bytes:
+    """The figure as ``png``, ``svg`` or ``pdf``; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    more: dict[str, dict[str, Any]] = {
+        "png": {"dpi": DPI, "pil_kwargs": {"compress_level": 3}},
+        "svg": {"metadata": {"Date": None}},
+        "pdf": {"metadata": {"CreationDate": None}},
+    }
+    buffer = io.BytesIO()
+    # Journals want the letters of a PDF as TrueType outlines.
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "orion-unet", "pdf.fonttype": 42}):
+        # The font may lack a script that markers are named in: the box it draws instead needs no warning.
+        warnings.simplefilter("ignore")
+        figure.savefig(buffer, format=form, **more[form])
+    return buffer.getvalue()
 
 
 def png(figure: Any) -> bytes:
     """The figure as PNG."""
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # The font may lack a script that markers are named in: the box it draws instead needs no warning.
-        warnings.simplefilter("ignore")
-        figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})
-    return buffer.getvalue()
+    return rendered(figure)
 
 
 def _figure() -> Any:
@@ -121,53 +141,55 @@ def _progress(report: Report) -> str:
     return f"{text} in epoch {report.epochs[best]}"
 
 
-def _draw_loss(axes: Any, report: Report) -> None:
+def _draw_loss(axes: Any, report: Report, axis: Horizontal) -> None:
     epochs, reader = report.epochs, report.reader
-    _step_loss(axes, report)
+    at = axis.of(epochs)
+    _step_loss(axes, report, axis)
     train, val = finite_or_nan(report.train), finite_or_nan(report.val)
-    _curve(axes, epochs, train, "training", color=BLUE, linestyle="--")
-    _curve(axes, epochs, val, "validation", color=VERMILION)
+    _curve(axes, at, train, "training", color=BLUE, linestyle="--")
+    _curve(axes, at, val, "validation", color=VERMILION)
     if report.best is not None:
-        at = report.best
-        axes.plot(epochs[at], val[at], "*", color=BLACK, markersize=14, label=f"best, epoch {epochs[at]}", linestyle="")
-    broken = epochs[np.isinf(report.train) | np.isinf(report.val)]
+        best, name = report.best, f"best, epoch {epochs[report.best]}"
+        axes.plot(at[best], val[best], "*", color=BLACK, markersize=14, label=name, linestyle="")
+    broken = at[np.isinf(report.train) | np.isinf(report.val)]
     if len(broken):
         low, _ = axes.get_ylim()
         axes.plot(broken, np.full(len(broken), low), "x", color=BLACK, label="not finite", linestyle="")
     attempt, rate = reader.column("attempt"), reader.column("lr")
-    _marks(axes, epochs[1:][np.diff(attempt) > 0], "restart", color=GREY, linestyle="-.")
+    _marks(axes, at[1:][np.diff(attempt) > 0], "restart", color=GREY, linestyle="-.")
     # Other schedules lower the rate in every epoch, or never.
     if report.options.get("scheduler", "plateau") == "plateau":
         drop = np.flatnonzero(rate[1:] < 0.7 * rate[:-1]) + 1
-        _marks(axes, epochs[drop], "learning rate lowered", color=GREEN, linestyle=":")
-    _finish(axes, report, "Training and validation loss", "loss", np.concatenate([train, val]))
+        _marks(axes, at[drop], "learning rate lowered", color=GREEN, linestyle=":")
+    _finish(axes, "Training and validation loss", "loss", np.concatenate([train, val]))
+    _span(axes, [report], [axis])
     if len(report.curves):
         # The steps begin before the first epoch has ended, and go on after the last one.
         left, right = axes.get_xlim()
-        steps = report.curves.at
-        axes.set_xlim(min(left, float(np.floor(steps[0]))), max(right, float(steps[-1])))
+        begin, end = axis.of(np.array([np.floor(report.curves.at[0]), report.curves.at[-1]]))
+        axes.set_xlim(min(left, float(begin)), max(right, float(end)))
 
 
-def _draw_steps(figure: Any, report: Report) -> None:
+def _draw_steps(figure: Any, report: Report, axis: Horizontal) -> None:
     """A run in its first epoch: loss, rate and gradient of its steps."""
     grid = figure.add_gridspec(2, 2, left=0.065, right=0.98, top=0.868, bottom=0.075, wspace=0.18, hspace=0.34)
     axes = figure.add_subplot(grid[0, :])
-    _step_loss(axes, report, alone=True)
-    _finish_steps(axes, report, "Training loss of the steps", "loss", report.curves.loss)
-    _draw_rate(figure.add_subplot(grid[1, 0]), report)
-    _draw_gradient(figure.add_subplot(grid[1, 1]), report)
+    _step_loss(axes, report, axis, alone=True)
+    _finish_steps(axes, report, axis, "Training loss of the steps", "loss", report.curves.loss)
+    _draw_rate(figure.add_subplot(grid[1, 0]), report, axis)
+    _draw_gradient(figure.add_subplot(grid[1, 1]), report, axis)
 
 
-def _step_loss(axes: Any, report: Report, alone: bool = False) -> None:
+def _step_loss(axes: Any, report: Report, axis: Horizontal, alone: bool = False) -> None:
     """The loss of the steps; under the curves of the epochs only smoothed, and without what is higher than they are."""
     curves = report.curves
     if not len(curves):
         return
-    loss, smooth = finite_or_nan(curves.loss), curves.smooth
+    at, loss, smooth = axis.of(curves.at), finite_or_nan(curves.loss), curves.smooth
     if alone:
-        _curve(axes, curves.at, loss, "mean since the line before", color=SKY, linewidth=1.0)
-        _curve(axes, curves.at, smooth, "smoothed", color=BLUE, marker="")
-        broken = curves.at[np.isinf(curves.loss)]
+        _curve(axes, at, loss, "mean since the line before", color=SKY, linewidth=1.0)
+        _curve(axes, at, smooth, "smoothed", color=BLUE, marker="")
+        broken = at[np.isinf(curves.loss)]
         if len(broken):
             low, _ = axes.get_ylim()
             axes.plot(broken, np.full(len(broken), low), "x", color=BLACK, label="not finite", linestyle="")
@@ -177,12 +199,12 @@ def _step_loss(axes: Any, report: Report, alone: bool = False) -> None:
     highest = highest[np.isfinite(highest)]
     if len(highest):
         smooth = np.where(smooth <= 1.05 * highest.max(), smooth, np.nan)
-    _curve(axes, curves.at, smooth, "training, steps", color=SKY, linewidth=1.0, marker="")
+    _curve(axes, at, smooth, "training, steps", color=SKY, linewidth=1.0, marker="")
 
 
-def _draw_gradient(axes: Any, report: Report) -> None:
+def _draw_gradient(axes: Any, report: Report, axis: Horizontal) -> None:
     curves = report.curves
-    _curve(axes, curves.at, curves.grad, "", color=PURPLE, linewidth=1.2)
+    _curve(axes, axis.of(curves.at), curves.grad, "", color=PURPLE, linewidth=1.2)
     clip = report.options.get("grad_clip")
     measured = curves.grad[np.isfinite(curves.grad)]
     clipped = isinstance(clip, int | float) and not isinstance(clip, bool) and 0 < clip < LARGEST and len(measured) > 0
@@ -191,28 +213,28 @@ def _draw_gradient(axes: Any, report: Report) -> None:
     if not len(measured):
         _remark(axes, "not in the log")
     legend = bool(axes.get_legend_handles_labels()[0])
-    _finish_steps(axes, report, "Largest gradient norm", "norm", curves.grad, legend=legend)
-    axes.set_xlabel("epoch")
+    _finish_steps(axes, report, axis, "Largest gradient norm", "norm", curves.grad, legend=legend)
 
 
-def _draw_noise(axes: Any, report: Report) -> None:
+def _draw_noise(axes: Any, report: Report, axis: Horizontal) -> None:
     count = len(report.val)
     ends = np.unique(np.linspace(1, count, min(count, MAX_POINTS // 4)).astype(int))
     judged = [noise_and_limit(report.train[:end], report.val[:end], report.thresholds) for end in ends]
     noise, limit = np.where(np.abs(judged) < LARGEST / 10, judged, np.nan).T
-    epochs = report.epochs[ends - 1]
+    epochs = axis.of(report.epochs[ends - 1])
     _curve(axes, epochs, noise, "noise around the trend", color=VERMILION)
     _curve(axes, epochs, limit, "warning above", color=BLACK, linestyle=":", marker="")
     if not np.isfinite(noise).any():
         _remark(axes, "measured from epoch 8 on")
-    _finish(axes, report, "Stability: noise of the validation loss", "sd of the loss", noise, log=False)
+    _finish(axes, "Stability: noise of the validation loss", "sd of the loss", noise, log=False)
+    _span(axes, [report], [axis])
     _, top = axes.get_ylim()
     axes.set_ylim(0, top if np.isfinite(noise).any() else 1)
 
 
-def _draw_gap(axes: Any, report: Report) -> None:
+def _draw_gap(axes: Any, report: Report, axis: Horizontal) -> None:
     gap = finite_or_nan(report.val) - finite_or_nan(report.train)
-    _curve(axes, report.epochs, gap, "validation - training", color=PURPLE)
+    _curve(axes, axis.of(report.epochs), gap, "validation - training", color=PURPLE)
     axes.axhline(0, color=GREY, linewidth=0.8)
     limit = report.thresholds.max_gap * loss_scale(report.train)
     finite = np.abs(gap[np.isfinite(gap)])
@@ -221,30 +243,37 @@ def _draw_gap(axes: Any, report: Report) -> None:
         axes.axhline(limit, color=BLACK, linewidth=1.2, linestyle=":", label=f"warning above {limit:.3g}")
     else:
         axes.plot([], [], color=BLACK, linestyle=":", label=f"warning above {limit:.3g}, off the scale")
-    _finish(axes, report, "Gap: validation minus training loss", "loss", gap, log=False)
+    _finish(axes, "Gap: validation minus training loss", "loss", gap, log=False)
+    _span(axes, [report], [axis])
 
 
-def _draw_rate(axes: Any, report: Report) -> None:
+def _draw_rate(axes: Any, report: Report, axis: Horizontal) -> None:
     curves = report.curves
     rate, at = (curves.rate, curves.at) if len(curves) else (report.reader.column("lr"), report.epochs)
     positive = np.where(rate > 0, rate, np.nan)
-    _curve(axes, at, positive, "", color=GREEN, drawstyle="steps-post", **({"marker": ""} if len(curves) else {}))
-    finish = _finish_steps if len(curves) else _finish
-    finish(axes, report, "Learning rate", "learning rate", positive, log=True, legend=False)
-    axes.set_xlabel("epoch")
+    _curve(
+        axes, axis.of(at), positive, "", color=GREEN, drawstyle="steps-post", **({"marker": ""} if len(curves) else {})
+    )
+    if len(curves):
+        _finish_steps(axes, report, axis, "Learning rate", "learning rate", positive, log=True, legend=False)
+        return
+    _finish(axes, "Learning rate", "learning rate", positive, log=True, legend=False)
+    _span(axes, [report], [axis])
+    axes.set_xlabel(axis.label)
 
 
-def _draw_terms(axes: Any, report: Report) -> None:
+def _draw_terms(axes: Any, report: Report, axis: Horizontal) -> None:
     everything = []
     for term, (color, style) in TERM_LOOKS.items():
         values = report.reader.column(f"val_{term}")
         if np.isfinite(values).any() and (values[np.isfinite(values)] != 0).any():
-            _curve(axes, report.epochs, values, term, color=color, linestyle=style)
+            _curve(axes, axis.of(report.epochs), values, term, color=color, linestyle=style)
             everything.append(values)
     if not everything:
         _remark(axes, "no terms in the log")
-    _finish(axes, report, "Validation loss terms, unweighted", "loss term", np.concatenate(everything or [np.zeros(1)]))
-    axes.set_xlabel("epoch")
+    _finish(axes, "Validation loss terms, unweighted", "loss term", np.concatenate(everything or [np.zeros(1)]))
+    _span(axes, [report], [axis])
+    axes.set_xlabel(axis.label)
 
 
 def _draw_markers(figure: Any, axes: Any, report: Report) -> None:
@@ -334,7 +363,6 @@ def _remark(axes: Any, text: str) -> None:
 
 def _finish(
     axes: Any,
-    report: Report,
     title: str,
     label: str,
     values: np.ndarray,
@@ -355,7 +383,6 @@ def _finish(
     if log and len(positive):
         axes.set_yscale("log")
         _plain_log_ticks(axes, positive)
-    _epoch_axis(axes, report)
     handles, _ = axes.get_legend_handles_labels()
     if legend and handles:
         crowded = len(handles) > 5
@@ -372,17 +399,18 @@ def _finish(
         )
 
 
-def _finish_steps(axes: Any, report: Report, title: str, label: str, values: np.ndarray, **more: Any) -> None:
-    """Like ``_finish``, with the place in epochs as horizontal axis."""
-    _finish(axes, report, title, label, values, **more)
+def _finish_steps(
+    axes: Any, report: Report, axis: Horizontal, title: str, label: str, values: np.ndarray, **more: Any
+) -> None:
+    """Like ``_finish``, with the span of the steps as horizontal axis."""
+    _finish(axes, title, label, values, **more)
     at = report.curves.at
-    begin, end = float(np.floor(at[0])) if len(at) > 1 else 0.0, float(at[-1])
-    if end - begin < 2:
-        from matplotlib.ticker import AutoLocator
-
-        axes.xaxis.set_major_locator(AutoLocator())
+    first = float(np.floor(at[0])) if len(at) > 1 else 0.0
+    begin, end = axis.of(np.array([first, at[-1]])).tolist()
+    if axis is EPOCHS and end - begin >= 2:
+        _whole_epochs(axes)
     axes.set_xlim(begin, end + 0.02 * (end - begin))
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(axis.label)
 
 
 def _plain_log_ticks(axes: Any, values: np.ndarray) -> None:
@@ -404,13 +432,18 @@ def _plain_log_ticks(axes: Any, values: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _epoch_axis(axes: Any, report: Report) -> None:
-    """The same span of epochs in every panel, ticks at whole epochs."""
-    if len(report.epochs):
-        first, last = int(report.epochs[0]), int(report.epochs[-1])
-        room = 0.5 + 0.01 * (last - first)
-        axes.set_xlim(first - room, last + room)
-    _whole_epochs(axes)
+def _span(axes: Any, reports: Sequence[Report], axes_of_runs: Sequence[Horizontal]) -> None:
+    """The same span in every panel, from the first epoch to the last of the longest run; ticks at whole epochs."""
+    ends = []
+    for report, axis in zip(reports, axes_of_runs, strict=True):
+        if len(report.epochs):
+            first, last = float(report.epochs[0]), float(report.epochs[-1])
+            room = 0.5 + 0.01 * (last - first)
+            ends.append(axis.of(np.array([first - room, last + room])))
+    if ends:
+        axes.set_xlim(float(np.min(ends)), float(np.max(ends)))
+    if axes_of_runs[0] is EPOCHS:
+        _whole_epochs(axes)
 
 
 def _whole_epochs(axes: Any) -> None:

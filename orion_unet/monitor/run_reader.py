@@ -59,7 +59,7 @@ class ChannelHistory:
         if epoch >= self._latest[0]:
             self._latest = (epoch, channels)
         if epoch % self._stride == 0:
-            self._rows[epoch] = self._row(_as_object(channels))
+            self._rows[epoch] = self._row(as_object(channels))
             if len(self._rows) > MAX_CHANNEL_ROWS:
                 self._stride *= 2
                 self._rows = {kept: row for kept, row in self._rows.items() if kept % self._stride == 0}
@@ -75,7 +75,7 @@ class ChannelHistory:
         newest, channels = self._latest
         rows = dict(self._rows)
         if newest >= 0 and newest not in rows:
-            rows[newest] = self._row(_as_object(channels))
+            rows[newest] = self._row(as_object(channels))
         epochs = sorted(rows)
         values = np.full((len(self.names), len(epochs)), np.nan, np.float32)
         for column, epoch in enumerate(epochs):
@@ -84,7 +84,7 @@ class ChannelHistory:
 
     def newest(self) -> dict[str, dict[str, float]]:
         """Metrics of every marker in the newest epoch; nan where null or absent."""
-        channels = _as_object(self._latest[1])
+        channels = as_object(self._latest[1])
         return {
             _short(name): {metric: number(values.get(metric)) for metric in METRICS}
             for name, values in list(channels.items())[:MAX_CHANNELS]
@@ -224,7 +224,8 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, bytes | dict[str, Any] |
     return record, channels if isinstance(channels, dict) else None
 
 
-def _as_object(channels: bytes | dict[str, Any] | None) -> dict[str, Any]:
+def as_object(channels: bytes | dict[str, Any] | None) -> dict[str, Any]:
+    """A ``per_channel`` object from the bytes of the log; empty if it is none."""
     return (parse_object(channels) or {}) if isinstance(channels, bytes) else (channels or {})
 
 

@@ -16,11 +16,12 @@ from orion_unet.errors import InputError
 from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.liveness import MONITOR_FILE
 from orion_unet.monitor.notify import News, Notifier
+from orion_unet.monitor.panels import Panel, Panels
 from orion_unet.monitor.report import ENDED, Report, Run, to_json
 from orion_unet.run_log import write_atomic
 from orion_unet.text import clean
 
-FIGURE_FILE = "training_progress.png"
+FIGURE_NAME = "training_progress"
 EXIT_OK, EXIT_WARNINGS = 0, 4
 # A person who leaves waits no longer for the command on news.
 LEAVING_S = 2.0
@@ -39,11 +40,14 @@ class Request:
     as_json: bool = False
     html: Path | None = None
     figure: Path | None = None
+    form: str = "png"
+    x: str = "epoch"
     show: bool = False
     fail_on: str | None = None
     thresholds: Thresholds = field(default_factory=Thresholds)
     until_finished: bool = False
     notify: tuple[str, ...] = ()
+    serve: int | None = None
 
     def is_over(self, state: str) -> bool:
         """Whether there is nothing to wait for after this state of a run."""
@@ -52,7 +56,7 @@ class Request:
     @property
     def figure_path(self) -> Path:
         """The path of the figure."""
-        return self.figure or self.run_dir / FIGURE_FILE
+        return self.figure or self.run_dir / f"{FIGURE_NAME}.{self.form}"
 
 
 class Outputs:
@@ -63,6 +67,8 @@ class Outputs:
         self.problem = ""
         self.png = b""
         self._drawn = ""
+        self._page = ""
+        self._panels = Panels(request.run_dir)
         self._not_before = 0.0
 
     def write(self, report: Report, refresh_s: float | None = None) -> None:
@@ -83,7 +89,16 @@ class Outputs:
             from orion_unet.monitor.page import page
 
             alive = refresh_s if report.life.state not in ENDED else None
-            write_page(self.request.html, page(report, self.png, alive))
+            text = page(report, self.png, alive, self.panels(report), self.request.x)
+            # With its panels a page has megabytes, too much for a file server at every poll.
+            if text != self._page or not self.request.html.exists():
+                write_page(self.request.html, text)
+                self._page = text
+
+    def panels(self, report: Report) -> list[Panel]:
+        """The sanity panels for a page."""
+        best = int(report.epochs[report.best]) if report.best is not None else None
+        return self._panels.poll(report.current_epoch, best)
 
     def _draw(self, report: Report, forced: bool) -> None:
         # Compared as text, because nan does not equal nan.
@@ -91,12 +106,12 @@ class Outputs:
         now = time.monotonic()
         if state == self._drawn or (now < self._not_before and not forced):
             return
-        from orion_unet.monitor.plots import png, run_figure
+        from orion_unet.monitor.plots import run_figure
 
-        self.png = png(run_figure(report))
+        drawn, self.png = figure_files(run_figure(report, self.request.x), self.request)
         self._drawn = state
         self._not_before = time.monotonic() + REDRAW_PAUSE * (time.monotonic() - now)
-        self._write(self.request.figure_path, self.png, report)
+        self._write(self.request.figure_path, drawn, report)
 
     def _write(self, path: Path, content: bytes, report: Report) -> None:
         try:
@@ -105,6 +120,16 @@ class Outputs:
             if not self.problem:
                 self.problem = f"cannot write {path}: {error.strerror or error}"
                 report.notes.append(self.problem)
+
+
+def figure_files(figure: Any, request: Request) -> tuple[bytes, bytes]:
+    """The figure in the wanted form, and as the PNG that a page or a window needs (else empty)."""
+    from orion_unet.monitor.plots import rendered
+
+    drawn = rendered(figure, request.form)
+    if request.form == "png":
+        return drawn, drawn
+    return drawn, rendered(figure) if request.html or request.show or request.serve is not None else b""
 
 
 def report_once(request: Request) -> int:
@@ -243,10 +268,10 @@ def notifier(words: tuple[str, ...], on_screen: bool) -> Iterator[Notifier | Non
 def compare(request: Request, others: list[Path]) -> int:
     """Print several runs side by side and draw them in one figure; returns the exit code."""
     from orion_unet.monitor.compare import comparison, comparison_document, run_names
-    from orion_unet.monitor.plots import comparison_figure, png
+    from orion_unet.monitor.plots import comparison_figure
 
     reports = [Run(path, request.thresholds).poll() for path in (request.run_dir, *others)]
-    drawn = png(comparison_figure(reports, run_names(reports)))
+    drawn, png = figure_files(comparison_figure(reports, run_names(reports), request.x), request)
     columns, rows = comparison(reports)
     try:
         write_atomic(request.figure_path, drawn, durable=False)
@@ -256,7 +281,7 @@ def compare(request: Request, others: list[Path]) -> int:
     if request.html is not None:
         from orion_unet.monitor.page import comparison_page
 
-        write_page(request.html, comparison_page(columns, rows, drawn))
+        write_page(request.html, comparison_page(columns, rows, png))
     if request.as_json:
         print(to_json(comparison_document(reports), indent=2))
     else:
@@ -267,7 +292,7 @@ def compare(request: Request, others: list[Path]) -> int:
         console.print(comparison_table(columns, rows))
         console.print("* lowest validation loss", figure, sep="\n")
     if request.show:
-        show(drawn)
+        show(png)
     return max(exit_code(report, request.fail_on) for report in reports)
 
 

@@ -50,7 +50,7 @@ WRITTEN = (
     SPLIT_FILE,
     NORMALIZATION_FILE,
     LOG_FILE,
-    "training_progress.png",
+    *(f"training_progress.{form}" for form in ("png", "svg", "pdf")),
     "monitor.json",
 )
 WRITTEN_PATTERNS = (f"{SANITY_DIR}/epoch_*.png", "tensorboard/events.out.tfevents.*")

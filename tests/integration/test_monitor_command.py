@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -225,6 +226,31 @@ def test_watch_follows_a_run_from_before_its_start_to_its_end(tmp_path, trainer,
     assert [d.get("epochs", 0) for d in seen] == sorted(d.get("epochs", 0) for d in seen)
     assert process.wait(DEADLINE_S) == 0
     assert 'http-equiv="refresh"' not in page.read_text()
+
+
+def test_a_served_page_follows_the_run_and_ends_with_ctrl_c(tmp_path, trainer, start):
+    run = tmp_path / "run"
+    words = [sys.executable, SCRIPT, "--output_dir", run, "--serve", "0", "--interval", "0.2"]
+    process = start(words, stdout=subprocess.PIPE, text=True)
+    address = re.match(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
+
+    def body():
+        with urllib.request.urlopen(f"{address}body", timeout=DEADLINE_S) as answer:
+            return answer.read().decode()
+
+    def wait_for(text):
+        end = time.monotonic() + DEADLINE_S
+        while text not in (seen := body()) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert text in seen
+
+    wait_for("Waiting for the run")
+    trainer(run, 4, 0.5)
+    wait_for("<td>4 of 4</td>")
+    wait_for("<td>finished</td>")
+    assert (run / "training_progress.png").exists()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE_S) == 0
 
 
 def test_a_killed_trainer_is_crashed_within_two_intervals(tmp_path, trainer, watcher):

@@ -16,6 +16,7 @@ from orion_unet.monitor import plots
 from orion_unet.monitor.compare import comparison, differing_options
 from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.page import page
+from orion_unet.monitor.page_script import SCRIPT
 from orion_unet.monitor.report import Run
 from orion_unet.monitor.terminal import ASCII_BLOCKS, BLOCKS, make_console, one_line, sparkline, view
 from orion_unet.text import clean
@@ -106,7 +107,8 @@ def test_hostile_text_moves_no_cursor_and_hides_nothing(hostile):
 
 def test_hostile_text_reaches_the_page_escaped(hostile):
     text = page(report(hostile), b"png", refresh_s=10)
-    assert "<script" not in text and "\x1b" not in text and "\u202e" not in text
+    assert text.count("<script") == text.count(f"<script>{SCRIPT}</script>") == 1
+    assert "\x1b" not in text and "\u202e" not in text
     assert "&lt;script&gt;" in text
     assert re.findall(r'(?:src|href|url)\s*[=(]\s*"?([^"\s)]+)', text) == ["data:image/png;base64,cG5n"]
     text.encode()
