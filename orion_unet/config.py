@@ -537,6 +537,15 @@ class QuantifyOptions:
 
 
 @dataclass(frozen=True)
+class FindRateOptions:
+    """range test: the rates that are tried, evenly spaced in their logarithm"""
+
+    lowest_rate: float = option(1e-5, "learning rate of the first step", above=0, maximum=1)
+    highest_rate: float = option(1e-1, "learning rate of the last step", above=0, maximum=1)
+    steps: int = option(120, "optimiser steps of the test, one at each rate", minimum=20, maximum=100_000)
+
+
+@dataclass(frozen=True)
 class CheckDataOptions:
     """inspection: what to look at, and what to write"""
 
