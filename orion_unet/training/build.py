@@ -152,7 +152,10 @@ def build_state(config: TrainConfig, prepared: Prepared, device: torch.device, s
         optimisation.grad_clip,
     )
     return TrainState(
-        model, learner, LearningRateSchedule(optimisation, steps), EarlyStopping(optimisation.early_stopping_patience)
+        model,
+        learner,
+        LearningRateSchedule(optimisation, steps),
+        EarlyStopping(optimisation.early_stopping_patience, optimisation.best_by),
     )
 
 

@@ -123,7 +123,7 @@ def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, mo
         "cores": {"digests": prepared.digests},
         "colour_regression": prepared.colour_regression,
         "epoch": state.epoch,
-        "best_val_loss": state.early_stopping.best,
+        "best_val_loss": state.early_stopping.best_loss,
     }
 
 

@@ -14,7 +14,6 @@ from orion_unet.cli.find_rate import main
 from orion_unet.training import find_rate as module
 from orion_unet.training.engine import Step
 
-
 pytestmark = pytest.mark.slow
 
 
