@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,7 +139,7 @@ def sweep(run: Run, rates: list[float], progress: Callable[[], None]) -> Sweep:
     return Sweep(rates, losses, None, None)
 
 
-def _batches(feeds: Feeds, count: int) -> Iterator[Batch]:
+def _batches(feeds: Feeds, count: int) -> Generator[Batch, None, None]:
     """So many training batches, over as many epochs as they take."""
     epoch = 0
     while count > 0:
@@ -215,15 +215,13 @@ def draw(made: Sweep, smoothed: list[float], found: Suggestion, automatic: float
 def _summary(
     output: Path, config: TrainConfig, options: FindRateOptions, made: Sweep, found: Suggestion, automatic: float
 ) -> str:
-    ends = {
-        "grown": f"the loss had grown to {GROWN:g} times its lowest",
-        "not_finite": "the loss or its gradient was not finite",
-        None: f"up to {options.highest_rate:.2g}",
-    }
-    at = "" if made.diverged is None else f" at a rate of {made.diverged:.2g}"
-    lines = [f"tried           {len(made.losses)} of {options.steps} steps from {options.lowest_rate:.2g}, "
-             f"until {ends[made.stopped]}{at}" if made.stopped else
-             f"tried           {options.steps} steps from {options.lowest_rate:.2g} {ends[None]}"]  # fmt: skip
+    lines = [
+        f"tried           {len(made.losses)} of {options.steps} steps, from a rate of {options.lowest_rate:.2g} on"
+    ]
+    if made.stopped == "grown":
+        lines.append(f"stopped         at {made.diverged:.2g}: the loss had grown to {GROWN:g} times its lowest")
+    elif made.stopped == "not_finite":
+        lines.append(f"stopped         at {made.diverged:.2g}: the loss or its gradient was not finite")
     if found.rate is None:
         lines.append(f"no suggestion   {found.reason}")
     else:

@@ -77,20 +77,21 @@ def test_accumulated_batches_make_one_step_at_one_rate(find):
     assert losses[0] == pytest.approx((plain[0] + plain[1]) / 2, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_ends_the_test(find, monkeypatch):
+@pytest.mark.parametrize("last", [0, 20])
+def test_a_loss_that_is_not_finite_ends_the_test(last, find, monkeypatch):
     steps = module.train_steps
 
     def spoiled(*args, **kwargs):
         for done in steps(*args, **kwargs):
-            yield done if done.step < 20 else Step(done.step, math.nan, bad=True)
+            yield done if done.step < last else Step(done.step, math.nan, bad=True)
 
     monkeypatch.setattr(module, "train_steps", spoiled)
     _, folder, out, _ = find()
     found = document(folder)
-    assert (found["stopped"], len(found["losses"])) == ("not_finite", 20)
-    assert found["diverged_rate"] == pytest.approx(np.geomspace(1e-5, 1e-1, 24)[20])
+    assert (found["stopped"], len(found["losses"])) == ("not_finite", last)
+    assert found["diverged_rate"] == pytest.approx(np.geomspace(1e-5, 1e-1, 24)[last])
     assert found["suggestion"]["tenth_of_diverged"] == pytest.approx(found["diverged_rate"] / 10)
-    assert "20 of 24 steps" in out
+    assert f"{last} of 24 steps" in out and "was not finite" in out
 
 
 def test_a_network_that_cannot_learn_gets_no_rate_and_exit_code_1(find):
