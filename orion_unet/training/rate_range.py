@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 # Half the width of the smoothing window, as a share of the planned steps, and in steps at least.
-HALF_WINDOW, SMALLEST_HALF_WINDOW = 1 / 20, 2
+# A narrower window leaves the place of the steepest descent to noise.
+HALF_WINDOW, SMALLEST_HALF_WINDOW = 1 / 10, 2
 # The loss has grown well beyond its lowest value above this multiple of it.
 GROWN = 1.5
 # The smoothed loss must have fallen by so many standard deviations of single losses about it.
@@ -39,11 +40,12 @@ def half_window(steps: int) -> int:
 
 
 def has_grown(losses: Sequence[float], half: int) -> bool:
-    """Whether the mean of the last ``half`` losses exceeds GROWN times the lowest such mean so far; never before there
-    are two windows of losses."""
-    if len(losses) < 2 * (2 * half + 1):
+    """Whether the mean of the last ``half // 2`` losses exceeds GROWN times the lowest such mean so far; never before
+    there is a whole window of losses."""
+    if len(losses) < 2 * half + 1:
         return False
-    means = np.convolve(losses, np.full(half, 1 / half), "valid")
+    recent = max(1, half // 2)
+    means = np.convolve(losses, np.full(recent, 1 / recent), "valid")
     return bool(means[-1] > GROWN * means.min())
 
 
