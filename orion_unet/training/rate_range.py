@@ -10,6 +10,8 @@ import numpy as np
 # Half the width of the smoothing window, as a share of the planned steps, and in steps at least.
 # A narrower window leaves the place of the steepest descent to noise.
 HALF_WINDOW, SMALLEST_HALF_WINDOW = 1 / 10, 2
+# Losses whose mean decides whether the loss has grown, at least.
+SMALLEST_RECENT = 4
 # The loss has grown well beyond its lowest value above this multiple of it.
 GROWN = 1.5
 # The smoothed loss must have fallen by so many standard deviations of single losses about it.
@@ -40,11 +42,11 @@ def half_window(steps: int) -> int:
 
 
 def has_grown(losses: Sequence[float], half: int) -> bool:
-    """Whether the mean of the last ``half // 2`` losses exceeds GROWN times the lowest such mean so far; never before
-    there is a whole window of losses."""
+    """Whether the mean of the last ``half // 2`` losses, at least SMALLEST_RECENT, exceeds GROWN times the lowest such
+    mean so far; never before there is a whole window of losses."""
     if len(losses) < 2 * half + 1:
         return False
-    recent = max(1, half // 2)
+    recent = max(SMALLEST_RECENT, half // 2)
     means = np.convolve(losses, np.full(recent, 1 / recent), "valid")
     return bool(means[-1] > GROWN * means.min())
 

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.slow
 def find(pairs, tmp_path, capsys):
     """Run find-rate in this process; exit code, output folder, what was printed."""
 
-    def run(name="rate", steps=24, **options):
-        given = {**TINY, "pairs_dir": pairs, "output_dir": tmp_path / name, "steps": steps, **options}
+    def run(name="rate", steps=30, **options):
+        given = {**TINY, "batch_size": 6, "pairs_dir": pairs, "output_dir": tmp_path / name, "steps": steps, **options}
         code = run_command(main, ["--recipe", "none", *command_line({k: v for k, v in given.items() if v is not None})])
         shown = capsys.readouterr()
         return code, tmp_path / name, shown.out, shown.err
@@ -46,19 +46,19 @@ def test_the_test_writes_its_curve_and_the_line_to_paste(find):
     assert code == 0
     assert sorted(path.name for path in folder.iterdir()) == ["find_rate.json", "find_rate.png"]
     found = document(folder)
-    rates = np.geomspace(1e-5, 1e-1, 24)
+    rates = np.geomspace(1e-5, 1e-1, 30)
     np.testing.assert_allclose(found["rates"], rates[: len(found["rates"])])
     assert len(found["rates"]) == len(found["losses"]) == len(found["smoothed"])
     assert all(math.isfinite(loss) for loss in found["losses"])
     assert found["suggestion"]["rate"] in found["rates"]
     assert out.splitlines()[-1] == f"--learning_rate {found['suggestion']['rate']:.2g}"
-    assert found["options"]["batch_size"] == 2 and "learning_rate" not in found["options"]
+    assert found["options"]["batch_size"] == 6 and "learning_rate" not in found["options"]
     assert (folder / "find_rate.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_first_loss_is_that_of_a_training_of_the_same_options(find, train):
     _, folder, _, _ = find()
-    steps = train("run", epochs=1, log_every_steps=1).dir / "steps.jsonl"
+    steps = train("run", epochs=1, batch_size=6, log_every_steps=1).dir / "steps.jsonl"
     first = json.loads(steps.read_text(encoding="utf-8").splitlines()[0])
     assert document(folder)["losses"][0] == first["loss"]
 
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_curve_and_another_seed_another(find):
 def test_accumulated_batches_make_one_step_at_one_rate(find):
     plain, folder = document(find()[1])["losses"], find("accumulated", accumulate_steps=2)[1]
     losses = document(folder)["losses"]
-    assert len(losses) <= 24
+    assert len(losses) <= 30
     # At the lowest rate nothing has moved yet: the first step sees the first two batches of the plain test.
     assert losses[0] == pytest.approx((plain[0] + plain[1]) / 2, rel=1e-3)
 
@@ -89,9 +89,9 @@ def test_a_loss_that_is_not_finite_ends_the_test(last, find, monkeypatch):
     _, folder, out, _ = find()
     found = document(folder)
     assert (found["stopped"], len(found["losses"])) == ("not_finite", last)
-    assert found["diverged_rate"] == pytest.approx(np.geomspace(1e-5, 1e-1, 24)[last])
+    assert found["diverged_rate"] == pytest.approx(np.geomspace(1e-5, 1e-1, 30)[last])
     assert found["suggestion"]["tenth_of_diverged"] == pytest.approx(found["diverged_rate"] / 10)
-    assert f"{last} of 24 steps" in out and "was not finite" in out
+    assert f"{last} of 30 steps" in out and "was not finite" in out
 
 
 def test_a_network_that_cannot_learn_gets_no_rate_and_exit_code_1(find):

@@ -76,8 +76,8 @@ def test_the_loss_has_grown_when_its_mean_exceeds_half_as_much_again_as_the_lowe
     calm = [1.0] * 40
     assert not has_grown(calm, 6)
     assert not has_grown([*calm, 2.5], 6)
-    assert not has_grown([*calm, 1.51, 1.51], 6)
-    assert not has_grown([*calm, *[1.49] * 6], 6)
-    assert has_grown([*calm, *[1.51] * 3], 6)
+    assert not has_grown([*calm, 1.51, 1.51, 1.51], 8)
+    assert not has_grown([*calm, *[1.49] * 6], 8)
+    assert has_grown([*calm, *[1.51] * 4], 8)
     # Too early to say.
     assert not has_grown([*[1.0] * 6, *[9.0] * 6], 6)
