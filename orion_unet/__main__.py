@@ -10,6 +10,7 @@ from orion_unet.errors import InputError
 
 COMMANDS = {
     "train": ("train", "train a spatial U-Net from paired .npy cores"),
+    "find-rate": ("find_rate", "find a learning rate for your own data"),
     "monitor": ("monitor", "watch a run and say what is going wrong"),
     "export-run": ("export_run", "turn a run's logs into CSV tables or TensorBoard events"),
     "predict": ("predict", "predict the markers of H&E images and slides"),

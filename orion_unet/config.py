@@ -221,8 +221,14 @@ class OptimisationOptions:
     lr_factor: float = option(0.5, "plateau: factor of a reduction", above=0, below=1)
     lr_patience: int = option(5, "plateau: epochs without a better validation loss before it", unit="epochs", minimum=0)
     warmup_epochs: float = option(0.0, "linear warm-up of the learning rate", unit="epochs", minimum=0)
+    best_by: str = option(
+        "loss",
+        "what makes an epoch the best, whose model is best.pt: the lowest validation loss, or the highest validation "
+        "Pearson, the mean over the markers that have one",
+        choices=("loss", "pearson"),
+    )
     early_stopping_patience: int = option(
-        10, "stop after so many epochs without a better validation loss; 0 = off", unit="epochs", minimum=0, fixed=False
+        10, "stop after so many epochs without a better one, by best_by; 0 = off", unit="epochs", minimum=0, fixed=False
     )
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", minimum=0)
     accumulate_steps: int = option(1, "batches whose gradients make one optimiser step", minimum=1)
@@ -662,6 +668,15 @@ class CrossvalOptions:
     fold: int | None = option(
         None, "train this fold only and score nothing, for a job array; default: all", minimum=1, metavar="K"
     )
+
+
+@dataclass(frozen=True)
+class FindRateOptions:
+    """range test: the rates that are tried, evenly spaced in their logarithm"""
+
+    lowest_rate: float = option(1e-5, "learning rate of the first step", above=0, maximum=1)
+    highest_rate: float = option(1e-1, "learning rate of the last step", above=0, maximum=1)
+    steps: int = option(120, "optimiser steps of the test, one at each rate", minimum=20, maximum=100_000)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orion_unet.config import GROUPS, READING, DataOptions, TrainConfig, load_options
+from orion_unet.config import GROUPS, READING, DataOptions, TrainConfig, declared_options, load_options
 from orion_unet.errors import InputError, RunError
 from orion_unet.recipes import DEFAULT, RECIPES, Recipe, find_recipe
 from orion_unet.text import clean_lines
@@ -164,13 +164,23 @@ def train_parser(prog: str | None = None, recipe: Recipe = RECIPES[DEFAULT]) -> 
 
 def parse_train_config(argv: list[str], prog: str | None = None) -> TrainConfig:
     """Resolve a command line into a checked TrainConfig; raises InputError, or exits 0 on --help."""
+    return resolve_training(argv, lambda recipe: train_parser(prog, recipe))[0]
+
+
+def resolve_training(argv: list[str], parser: Callable[[Recipe], Parser]) -> tuple[TrainConfig, dict[str, Any]]:
+    """A checked TrainConfig, and the options given that are not of training, from a command line.
+
+    ``parser`` makes the train_parser of a recipe, with any further options. Raises InputError, or exits 0 on --help.
+    """
     # The recipe first: --help shows its values.
-    first = Parser(prog=prog, add_help=False)
+    first = Parser(add_help=False)
     first.add_argument("--recipe")
     recipe = find_recipe(first.parse_known_args(argv)[0].recipe or DEFAULT)
-    given = vars(train_parser(prog, recipe).parse_args(argv))
+    given = vars(parser(recipe).parse_args(argv))
     del given["recipe"]
     source = given.pop("config", None)
+    known = declared_options()
+    own = {name: given.pop(name) for name in list(given) if name not in known}
     chosen = [option for option in SPLITTING if given.get(option) is not None]
     if "fold" in chosen and len(chosen) > 1:
         raise InputError(f"{' and '.join(f'--{option}' for option in chosen)} each choose the held-out cores: give one")
@@ -178,7 +188,7 @@ def parse_train_config(argv: list[str], prog: str | None = None) -> TrainConfig:
     if chosen:
         # A choice on the command line replaces that of the earlier run, whichever of the options it was made with.
         values = {**values, "fold": None, "split_file": None}
-    return TrainConfig.from_options({**recipe.values, **values, **given}, name)
+    return TrainConfig.from_options({**recipe.values, **values, **given}, name), own
 
 
 def run_command(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:

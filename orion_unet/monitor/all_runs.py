@@ -55,7 +55,9 @@ class Row:
             reason = self.reason.replace(f"{self.path}{os.sep}", "")
             return [self.name, UNREADABLE, "-", "-", clean(reason, 100), age]
         planned = f"/{report.planned}" if report.planned else ""
-        best = f"{short_number(report.val[report.best])}" if report.best is not None else "-"
+        best = "-" if report.best is None else short_number(report.best_value)
+        if report.best is not None and report.best_by == "pearson":
+            best = f"r {best}"
         codes = ", ".join(finding.code for finding in report.warnings) or "none"
         return [self.name, self.state, f"{report.current_epoch}{planned}", best, codes, age]
 

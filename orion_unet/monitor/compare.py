@@ -40,7 +40,7 @@ def comparison(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:
         ["epochs", *[_epochs(report) for report in reports]],
         ["best epoch", *[str(r.epochs[r.best]) if r.best is not None else "-" for r in reports]],
         [
-            "best validation loss",
+            "best validation loss" if all(r.best_by == "loss" for r in reports) else "validation loss there",
             *[
                 short_number(loss) + (" *" if at == best_of_all and loss < float("inf") else "")
                 for at, loss in enumerate(losses)

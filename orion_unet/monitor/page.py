@@ -57,8 +57,8 @@ def body(report: Report, figure_png: bytes, panels: Sequence[Panel] = (), x: str
         ("time left", duration(report.left_s)),
     ]
     if report.best is not None:
-        best = f"{short_number(report.val[report.best])} in epoch {report.epochs[report.best]}"
-        facts.insert(2, ("best validation loss", best))
+        best = f"{short_number(report.best_value)} in epoch {report.epochs[report.best]}"
+        facts.insert(2, (f"best {report.best_name}", best))
     message = report.status.get("message")
     if message:
         facts.append(("message", clean(message, 500)))

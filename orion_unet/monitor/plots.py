@@ -137,7 +137,7 @@ def _progress(report: Report) -> str:
     best = report.best
     if best is None:
         return f"{len(report.epochs)}{planned} epochs"
-    text = f"{len(report.epochs)}{planned} epochs, best validation loss {short_number(report.val[best])}"
+    text = f"{len(report.epochs)}{planned} epochs, best {report.best_name} {short_number(report.best_value)}"
     return f"{text} in epoch {report.epochs[best]}"
 
 

@@ -108,10 +108,28 @@ class Report:
         }
 
     @property
+    def best_by(self) -> str:
+        """What the run's best epoch is chosen by: "loss", or "pearson" where the options say so."""
+        return "pearson" if self.options.get("best_by") == "pearson" else "loss"
+
+    @property
     def best(self) -> int | None:
-        """Index of the epoch with the lowest validation loss."""
-        finite = np.isfinite(self.val)
-        return int(np.where(finite, self.val, np.inf).argmin()) if finite.any() else None
+        """Index of the best epoch: of the lowest validation loss, or the highest validation Pearson; see best_by."""
+        value = self.val if self.best_by == "loss" else -self.reader.column("pearson")
+        finite = np.isfinite(self.val) & np.isfinite(value)
+        return int(np.where(finite, value, np.inf).argmin()) if finite.any() else None
+
+    @property
+    def best_name(self) -> str:
+        """What best_value is."""
+        return "validation loss" if self.best_by == "loss" else "validation Pearson"
+
+    @property
+    def best_value(self) -> float:
+        """Validation loss or Pearson of the best epoch, whichever it was chosen by; NaN where there is none."""
+        if self.best is None:
+            return math.nan
+        return float((self.val if self.best_by == "loss" else self.reader.column("pearson"))[self.best])
 
     @property
     def epoch_s(self) -> float | None:
@@ -156,6 +174,7 @@ class Report:
             "message": str(self.status.get("message") or "")[:1000],
             "epochs": len(self.epochs),
             "epochs_planned": self.planned,
+            "best_by": self.best_by,
             "best_epoch": int(self.epochs[best]) if best is not None else None,
             "best_val_loss": float(self.val[best]) if best is not None else None,
             "best_pearson": plain(self.reader.column("pearson")[best]) if best is not None else None,

@@ -251,7 +251,8 @@ def _progress(report: Report) -> str:
 def _best(report: Report) -> str:
     if report.best is None:
         return ""
-    return f"best {short_number(report.val[report.best])} (epoch {report.epochs[report.best]})"
+    chosen_by = "Pearson " if report.best_by == "pearson" else ""
+    return f"best {chosen_by}{short_number(report.best_value)} (epoch {report.epochs[report.best]})"
 
 
 def _tables(report: Report, width: int, rows: int) -> list[RenderableType]:

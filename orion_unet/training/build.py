@@ -191,7 +191,7 @@ def build_state(
         model,
         learner,
         LearningRateSchedule(optimisation, steps),
-        EarlyStopping(optimisation.early_stopping_patience),
+        EarlyStopping(optimisation.early_stopping_patience, optimisation.best_by),
         origin=origin,
         encoder=None if encoder is None else encoder.record,
     )

@@ -172,7 +172,7 @@ class Loop:
         state.average_statistics()
         self._measure_statistics(epoch)
         validation = self._validate(epoch, times)
-        best = state.early_stopping.update(validation.loss, epoch)
+        best = state.early_stopping.update(validation.loss, validation.metrics["pearson"], epoch)
         lowered = state.schedule.end_epoch(validation.loss)
         state.epoch, state.step, state.sums = epoch, 0, None
         times.total_s = time.perf_counter() - started
@@ -334,7 +334,8 @@ class Loop:
         )
 
     def _early_stop_message(self) -> str:
-        return f"stopped early: no better validation loss for {self.state.early_stopping.bad_epochs} epochs"
+        stopping = self.state.early_stopping
+        return f"stopped early: no better {stopping.measure} for {stopping.bad_epochs} epochs"
 
     def _end(self, end: End) -> int:
         self.console.end_bar()
@@ -344,7 +345,8 @@ class Loop:
         best = checkpoint_path(self.built.dir, BEST)
         if stopping.best is not None:
             where = f"model in {best}" if best.exists() else f"its model is not in {best.parent}"
-            self.console.say(f"best epoch {stopping.best_epoch}: val loss {stopping.best:.5f}, {where}")
+            pearson = f"val Pearson {stopping.best:.5f}, " if stopping.best_by == "pearson" else ""
+            self.console.say(f"best epoch {stopping.best_epoch}: {pearson}val loss {stopping.best_loss:.5f}, {where}")
         if end.exit_code == FINISHED:
             self.console.say(f"next: python monitor_training.py --output_dir {self.built.dir}")
         return end.exit_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -139,32 +139,59 @@ class LearningRateSchedule:
 
 
 class EarlyStopping:
-    """Remembers the best epoch; stops after ``patience`` epochs in a row that have not beaten it (0: never)."""
+    """Remembers the best epoch; stops after ``patience`` epochs in a row that have not beaten it (0: never).
 
-    def __init__(self, patience: int) -> None:
+    ``best_by`` "loss": the epoch with the lowest validation loss; "pearson": the one with the highest validation
+    Pearson. ``best`` is its value, ``best_loss`` its validation loss.
+    """
+
+    def __init__(self, patience: int, best_by: str = "loss") -> None:
         self.patience = patience
+        self.best_by = best_by
         self.best: float | None = None
+        self.best_loss: float | None = None
         self.best_epoch: int | None = None
         self.bad_epochs = 0
 
-    def update(self, val_loss: float | None, epoch: int) -> bool:
-        """Update with an epoch; True when its loss is the lowest yet, which None, NaN and infinity never are."""
-        improved = val_loss is not None and math.isfinite(val_loss) and (self.best is None or val_loss < self.best)
+    def update(self, val_loss: float | None, pearson: float | None, epoch: int) -> bool:
+        """Update with an epoch's validation loss and Pearson; True when it is the best yet.
+
+        An epoch whose loss, or whose value to choose by, is None, NaN or infinite is never the best.
+        """
+        value = val_loss if self.best_by == "loss" else pearson
+        improved = _is_number(val_loss) and _is_number(value) and self._beats(value)
         if improved:
-            self.best, self.best_epoch, self.bad_epochs = val_loss, epoch, 0
+            self.best, self.best_loss, self.best_epoch, self.bad_epochs = value, val_loss, epoch, 0
         else:
             self.bad_epochs += 1
         return improved
+
+    def _beats(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        return value < self.best if self.best_by == "loss" else value > self.best
 
     @property
     def should_stop(self) -> bool:
         """Whether the patience has run out."""
         return 0 < self.patience <= self.bad_epochs
 
+    @property
+    def measure(self) -> str:
+        """What the best epoch is chosen by, for a person."""
+        return "validation loss" if self.best_by == "loss" else "validation Pearson"
+
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values from which ``load_state_dict`` continues."""
-        return {"best": self.best, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
+        names = ("best", "best_loss", "best_epoch", "bad_epochs")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of an earlier one; the patience stays this one's own."""
         self.best, self.best_epoch, self.bad_epochs = state["best"], state["best_epoch"], state["bad_epochs"]
+        # Runs made before --best_by existed chose by the loss, and kept no other value.
+        self.best_loss = state.get("best_loss", state["best"])
+
+
+def _is_number(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)

@@ -130,12 +130,12 @@ def _statistics(run: Run) -> str:
 
 def _resumed(run: Run, earlier: dict[str, Any]) -> list[str]:
     state, optimisation = run.state, run.config.optimisation
-    best = state.early_stopping.best
+    stopping = state.early_stopping
     # Where only the validation is left, the rate is that of the epoch's last step.
     rate = run.rates(state.epoch + 1)[min(state.step, run.steps - 1)]
     lines = [
-        f"resumed         at epoch {state.epoch + 1} step {state.step}, learning rate {rate:.2e}, best validation loss "
-        f"{'none yet' if best is None else f'{best:.5f}'}, attempt {state.attempt}"
+        f"resumed         at epoch {state.epoch + 1} step {state.step}, learning rate {rate:.2e}, best "
+        f"{stopping.measure} {'none yet' if stopping.best is None else f'{stopping.best:.5f}'}, attempt {state.attempt}"
     ]
     if earlier["epochs"] != optimisation.epochs:
         what = {
@@ -164,7 +164,7 @@ def epoch_record(
 ) -> dict[str, Any]:
     """The epoch's line of metrics.jsonl; reduces the training sums, so every rank must call it.
 
-    ``rate`` is the learning rate of its last step, ``best`` whether its validation loss is the lowest so far.
+    ``rate`` is the learning rate of its last step, ``best`` whether it is the best so far, by --best_by.
     """
     sums = trained.reduced()
     return {

@@ -64,16 +64,21 @@ LOCK_POLL_S = 1.0
 def check_free(config: TrainConfig) -> None:
     """Refuse an output_dir that cannot take the run; writes nothing. Raises InputError."""
     run_dir = Path(config.output.output_dir)
-    holder = next((folder for folder in (run_dir, *run_dir.parents) if folder.exists()), run_dir)
-    if not holder.is_dir():
-        raise InputError(f"--output_dir {run_dir}: {holder} is a file; give another folder")
-    if not os.access(holder, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {run_dir}: {holder} is not writable")
+    check_writable(run_dir)
     if not config.output.overwrite and holds_run(run_dir):
         raise InputError(
             f"--output_dir {run_dir}: holds an earlier run, which is never touched unasked. Give another --output_dir, "
             "continue it with --resume auto, or replace it with --overwrite"
         )
+
+
+def check_writable(run_dir: Path) -> None:
+    """Refuse an output_dir that cannot be made or written to; writes nothing. Raises InputError."""
+    holder = next((folder for folder in (run_dir, *run_dir.parents) if folder.exists()), run_dir)
+    if not holder.is_dir():
+        raise InputError(f"--output_dir {run_dir}: {holder} is a file; give another folder")
+    if not os.access(holder, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {run_dir}: {holder} is not writable")
 
 
 def holds_run(run_dir: Path) -> bool:

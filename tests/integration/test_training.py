@@ -4,7 +4,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -269,6 +269,8 @@ SHOWN_BY = {
     "lr_factor": "test_a_plateau_lowers_the_learning_rate",
     "lr_patience": "test_a_plateau_lowers_the_learning_rate",
     "warmup_epochs": "test_warm_up_and_cosine_shape_the_learning_rate",
+    "keep_channels": "tests/unit/test_normalization.py",
+    "best_by": "test_best_by_pearson_keeps_the_epoch_with_the_highest_one_and_a_resumed_run_goes_on_so",
     "early_stopping_patience": "test_early_stopping_stops_and_says_so",
     "stop_timeout_s": "tests/integration/test_launcher.py",
     "pinned_memory_mb": "tests/unit/test_loaders.py",
@@ -409,6 +411,8 @@ def test_noise_removal_changes_what_is_learned_from_hot_pixels(train, pairs):
         np.save(path, array)
     # Networks that start at a half and stay there: only the measured pixels can differ.
     still = {"epochs": 1, "learning_rate": 1e-30, "output_start": "half", "statistics_batches": 0}
+    # These pairs are random pixels, of which nothing else would be trained on.
+    still["keep_channels"] = ",".join(str(channel) for channel in range(np.load(path, mmap_mode="r").shape[2]))
     noisy, cleaned = train("noisy", **still), train("cleaned", noise_removal=True, **still)
     (before,), (after,) = read_metrics(noisy.dir), read_metrics(cleaned.dir)
     # One pixel in 200 was hot, and those are the farthest from a half.
@@ -537,6 +541,43 @@ def test_early_stopping_stops_and_says_so(train, capsys):
     said = capsys.readouterr().out
     assert "stopped early: no better validation loss for 2 epochs" in said
     assert "best epoch 1" in said
+
+
+def test_best_by_pearson_keeps_the_epoch_with_the_highest_one_and_a_resumed_run_goes_on_so(train, monkeypatch, capsys):
+    # Made validations, by epoch: the loss is lowest in the second, Pearson highest in the first, then in the fourth.
+    made = {1: (0.5, 0.6), 2: (0.3, 0.2), 3: (0.4, None), 4: (0.45, 0.7)}
+    judge = Loop._validate
+
+    def validate(self, epoch, times):
+        found = judge(self, epoch, times)
+        return replace(found, loss=made[epoch][0], metrics={**found.metrics, "pearson": made[epoch][1]})
+
+    monkeypatch.setattr(Loop, "_validate", validate)
+    by_loss = train("loss", epochs=3)
+    assert load(by_loss.dir / "checkpoints" / "best.pt")["epoch"] == 2
+    run = train("pearson", epochs=3, best_by="pearson")
+    best = load(run.dir / "checkpoints" / "best.pt")
+    assert (best["epoch"], best["best_val_loss"]) == (1, 0.5)
+    assert [record["best"] for record in read_metrics(run.dir)] == [True, False, False]
+    assert "best epoch 1: val Pearson 0.60000, val loss 0.50000" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--best_by: pearson in the run, loss now"):
+        train("pearson", epochs=4, resume="auto")
+    train("pearson", epochs=4, best_by="pearson", resume="auto")
+    assert "best validation Pearson 0.60000" in capsys.readouterr().out
+    assert load(run.dir / "checkpoints" / "best.pt")["epoch"] == 4
+    assert {record["schema"] for record in read_metrics(run.dir)} == {1}
+
+
+def test_a_run_made_before_best_by_existed_goes_on_by_its_loss(train):
+    run = train(epochs=1)
+    path = run.dir / "checkpoints" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    del state["options"]["best_by"], state["early_stopping"]["best_loss"]
+    torch.save(state, path)
+    with pytest.raises(InputError, match="--best_by: loss in the run, pearson now"):
+        train(epochs=2, best_by="pearson", resume="auto")
+    train(epochs=2, resume="auto")
+    assert strict_json(run.dir / "config.json")["options"]["best_by"] == "loss"
 
 
 def test_without_early_stopping_a_run_goes_on(train):

@@ -74,6 +74,7 @@ DEFAULTS = {
         "lr_factor": 0.5,
         "lr_patience": 5,
         "warmup_epochs": 0.0,
+        "best_by": "loss",
         "early_stopping_patience": 10,
         "grad_clip": 1.0,
         "accumulate_steps": 1,
@@ -112,6 +113,7 @@ CHOICES = {
     "encoder_train": ("full", "frozen", "last"),
     "variance_form": ("target", "exponential"),
     "scheduler": ("plateau", "cosine", "constant"),
+    "best_by": ("loss", "pearson"),
     "amp_dtype": ("auto", "bfloat16", "float16"),
 }
 

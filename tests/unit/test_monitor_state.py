@@ -295,6 +295,22 @@ def test_a_report_has_the_fields_that_programs_rely_on(tmp_path):
     json.dumps(document, allow_nan=False)
 
 
+def test_the_best_epoch_is_the_one_that_the_run_chooses(tmp_path):
+    pearsons = [0.2, 0.6, None, 0.5]
+    for best_by, epoch, value in (("loss", 4, 0.05), ("pearson", 2, 0.6), (None, 4, 0.05)):
+        options = {} if best_by is None else {"best_by": best_by}
+        run = write_run(tmp_path / str(best_by), [0.4, 0.3, 0.2, 0.1], [0.3, 0.2, 0.1, 0.05], options=options)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line, pearson in zip(lines, pearsons, strict=True):
+            line["val"]["metrics"]["pearson"] = pearson
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        report = Run(run, Thresholds()).poll()
+        document = report.document()
+        assert (document["best_by"], document["best_epoch"]) == (best_by or "loss", epoch)
+        assert document["best_val_loss"] == [0.3, 0.2, 0.1, 0.05][epoch - 1]
+        assert report.best_value == value
+
+
 def test_time_left_counts_the_epochs_that_remain(tmp_path):
     run = write_run(tmp_path, *healthy_losses(12), state="training", pid=os.getpid(), host=HERE)
     assert Run(run, Thresholds()).poll().left_s == 18 * 40

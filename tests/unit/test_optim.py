@@ -224,7 +224,7 @@ def test_early_stopping_counts_epochs_since_the_best():
     stopping = EarlyStopping(2)
     seen = []
     for epoch, loss in enumerate([0.5, 0.4, 0.41, 0.39, 0.39, 0.6], start=1):
-        seen.append((stopping.update(loss, epoch), stopping.should_stop))
+        seen.append((stopping.update(loss, None, epoch), stopping.should_stop))
     assert seen == [(True, False), (True, False), (False, False), (True, False), (False, False), (False, True)]
     assert (stopping.best, stopping.best_epoch) == (0.39, 4)
 
@@ -232,27 +232,60 @@ def test_early_stopping_counts_epochs_since_the_best():
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf, -math.inf])
 def test_what_is_not_a_number_is_never_the_best(loss):
     stopping = EarlyStopping(3)
-    assert not stopping.update(loss, 1)
+    assert not stopping.update(loss, 0.5, 1)
     assert stopping.best is None
-    assert stopping.update(0.7, 2)
-    assert not stopping.update(loss, 3)
+    assert stopping.update(0.7, 0.5, 2)
+    assert not stopping.update(loss, 0.9, 3)
     assert (stopping.best, stopping.best_epoch) == (0.7, 2)
+
+
+MADE = [(0.50, 0.10), (0.40, 0.30), (0.45, 0.60), (0.35, 0.55), (0.36, None), (0.37, 0.60)]
+
+
+@pytest.mark.parametrize(
+    ("best_by", "bests", "value"),
+    [
+        ("loss", [True, True, False, True, False, False], 0.35),
+        ("pearson", [True, True, True, False, False, False], 0.6),
+    ],
+)
+def test_loss_and_pearson_choose_different_epochs(best_by, bests, value):
+    stopping = EarlyStopping(3, best_by)
+    assert [stopping.update(loss, pearson, epoch) for epoch, (loss, pearson) in enumerate(MADE, 1)] == bests
+    chosen = {"loss": 4, "pearson": 3}[best_by]
+    assert (stopping.best_epoch, stopping.best, stopping.best_loss) == (chosen, value, MADE[chosen - 1][0])
+    # The patience counts epochs without a better one, by the same measure.
+    assert stopping.should_stop == (best_by == "pearson")
+
+
+@pytest.mark.parametrize(("loss", "pearson"), [(0.1, None), (0.1, math.nan), (math.nan, 0.9), (math.inf, 0.9)])
+def test_an_epoch_without_pearson_or_loss_is_never_the_best_by_pearson(loss, pearson):
+    stopping = EarlyStopping(2, "pearson")
+    assert not stopping.update(loss, pearson, 1)
+    assert stopping.best is None and stopping.best_epoch is None
+    assert stopping.update(0.9, -0.2, 2)
+
+
+def test_the_state_of_a_run_made_before_best_by_existed_is_that_of_its_loss():
+    stopping = EarlyStopping(3)
+    stopping.load_state_dict({"best": 0.4, "best_epoch": 2, "bad_epochs": 1})
+    assert (stopping.best, stopping.best_loss) == (0.4, 0.4)
 
 
 def test_patience_zero_never_stops():
     stopping = EarlyStopping(0)
     for epoch in range(1, 50):
-        stopping.update(1.0, epoch)
+        stopping.update(1.0, None, epoch)
     assert not stopping.should_stop
 
 
 def test_early_stopping_restored_from_a_checkpoint_goes_on_alike():
     stopping, restored = EarlyStopping(3), EarlyStopping(3)
     for epoch, loss in enumerate([0.5, 0.6, 0.6], start=1):
-        stopping.update(loss, epoch)
+        stopping.update(loss, None, epoch)
     restored.load_state_dict(through_a_checkpoint(stopping.state_dict()))
     for epoch in (4, 5):
-        assert restored.update(0.6, epoch) == stopping.update(0.6, epoch)
+        assert restored.update(0.6, None, epoch) == stopping.update(0.6, None, epoch)
         assert restored.should_stop == stopping.should_stop
     assert restored.best == 0.5 and restored.should_stop
 
