@@ -884,4 +884,4 @@ class ExportOptions:
         choices=("csv", "tensorboard"),
         required=True,
     )
-    output: Path = option(None, "folder to make, or an empty one", metavar="DIR", required=True)
+    output_dir: Path = option(None, "folder to make, or an empty one", metavar="DIR", required=True)

@@ -25,6 +25,6 @@ def main(argv: list[str]) -> int:
     from orion_unet.monitor.export import export
     from orion_unet.text import clean
 
-    for path in export(options.run, options.to, options.output):
+    for path in export(options.run, options.to, options.output_dir):
         print(f"written: {clean(str(path), None)}")
     return EXIT_OK

@@ -93,9 +93,9 @@ def export(run_dir: Path, to: str, output: Path) -> list[Path]:
         # A link to a folder stays.
         output = output.resolve()
         if output.exists() and not output.is_dir():
-            raise InputError(f"--output {output}: is a file; give a folder")
+            raise InputError(f"--output_dir {output}: is a file; give a folder")
         if output.is_dir() and any(output.iterdir()):
-            raise InputError(f"--output {output}: is not empty; give another folder")
+            raise InputError(f"--output_dir {output}: is not empty; give another folder")
         output.parent.mkdir(parents=True, exist_ok=True)
         unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
         unfinished.mkdir()
@@ -105,7 +105,7 @@ def export(run_dir: Path, to: str, output: Path) -> list[Path]:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+        raise InputError(f"--output_dir {output}: cannot be written ({error.strerror or error})") from None
     return sorted(output.iterdir())
 
 

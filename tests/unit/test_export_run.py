@@ -42,7 +42,7 @@ def table(path):
 
 
 def test_the_tables_have_the_epochs_markers_and_steps_that_count(run, tmp_path):
-    assert export(run, "--to", "csv", "--output", tmp_path / "out") == 0
+    assert export(run, "--to", "csv", "--output_dir", tmp_path / "out") == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["epochs.csv", "markers.csv", "steps.csv"]
     epochs = table(tmp_path / "out" / "epochs.csv")
     assert [(row["epoch"], row["attempt"]) for row in epochs] == [("1", "1"), ("2", "2"), ("3", "2")]
@@ -66,7 +66,7 @@ def test_the_tables_have_the_epochs_markers_and_steps_that_count(run, tmp_path):
 
 def test_tensorboard_reads_the_events(run, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert export(run, "--to", "tensorboard", "--output", tmp_path / "out") == 0
+    assert export(run, "--to", "tensorboard", "--output_dir", tmp_path / "out") == 0
     read = event_accumulator.EventAccumulator(str(tmp_path / "out"), size_guidance={"scalars": 0})
     read.Reload()
     found = {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
@@ -88,7 +88,7 @@ def test_the_tags_are_those_of_a_training_that_writes_events_itself(run, tmp_pat
     writer = EventWriter(tmp_path / "trained", True)
     writer.write(epoch_record(1, 0.4, 0.45))
     writer.close()
-    assert export(run, "--to", "tensorboard", "--output", tmp_path / "out") == 0
+    assert export(run, "--to", "tensorboard", "--output_dir", tmp_path / "out") == 0
     tags = []
     for folder in (tmp_path / "trained" / "tensorboard", tmp_path / "out"):
         read = event_accumulator.EventAccumulator(str(folder))
@@ -104,7 +104,7 @@ def test_numbers_that_are_not_finite_and_foreign_values_make_empty_cells(tmp_pat
     record["time"] = ["now"]
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
-    assert export(folder, "--to", "csv", "--output", tmp_path / "out") == 0
+    assert export(folder, "--to", "csv", "--output_dir", tmp_path / "out") == 0
     rows = table(tmp_path / "out" / "epochs.csv")
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [row["train_loss"] for row in rows] == ["", "0.3", ""]
@@ -134,7 +134,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(to, run, tmp_path, cap
         (run, file, "is a file"),
         (run, file / "below", "cannot be written"),
     ):
-        assert export(source, "--to", to, "--output", output) == 2
+        assert export(source, "--to", to, "--output_dir", output) == 2
         message = capsys.readouterr().err
         assert said in message
         assert message.count("\n") == 1
@@ -150,7 +150,7 @@ def test_a_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch, caps
 
     monkeypatch.setitem(module.WRITERS, "csv", lambda: full)
     before = sorted(tmp_path.rglob("*"))
-    assert export(run, "--to", "csv", "--output", tmp_path / "out") == 2
+    assert export(run, "--to", "csv", "--output_dir", tmp_path / "out") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -158,7 +158,7 @@ def test_a_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch, caps
 def test_without_tensorboard_one_sentence_says_what_to_install(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
-    assert export(run, "--to", "tensorboard", "--output", tmp_path / "out") == 2
+    assert export(run, "--to", "tensorboard", "--output_dir", tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert 'pip install "orion-unet[tensorboard]"' in message
     assert message.count("\n") == 1
@@ -168,7 +168,7 @@ def test_without_tensorboard_one_sentence_says_what_to_install(run, tmp_path, mo
 def test_an_empty_folder_is_filled_and_a_link_to_it_stays(run, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert export(run, "--to", "csv", "--output", tmp_path / "link") == 0
+    assert export(run, "--to", "csv", "--output_dir", tmp_path / "link") == 0
     assert (tmp_path / "link").is_symlink()
     assert len(list((tmp_path / "real").iterdir())) == 3
 
@@ -179,6 +179,6 @@ def test_no_export_imports_torch(run, tmp_path):
         "import sys; from orion_unet.__main__ import dispatch; dispatch(sys.argv[1:]); print('torch' in sys.modules)"
     )
     for to in ("csv", "tensorboard"):
-        words = [sys.executable, "-c", script, "export-run", str(run), "--to", to, "--output", str(tmp_path / to)]
+        words = [sys.executable, "-c", script, "export-run", str(run), "--to", to, "--output_dir", str(tmp_path / to)]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         assert done.stdout.splitlines()[-1] == "False", done.stderr
