@@ -1,4 +1,4 @@
-"""How often channels of camera noise and channels of rare cells are told apart, on generated channels.
+"""Error rates of the test for camera noise: noise kept as signal, and rare cells mistaken for noise.
 
     python benchmarks/noise_channels.py                       # 1,000 channels of each kind, about half an hour
     python benchmarks/noise_channels.py --channels 20         # a look

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Self, TypeVar, cast
 
@@ -19,7 +20,7 @@ T = TypeVar("T")
 SMALLEST_START = 0.01
 
 
-class UNet(nn.Module):
+class UNet(nn.Module, ABC):
     """What all our U-Nets share: decoder, head, padding, a sigmoid output. An encoder comes from a subclass.
 
     The encoder gives a map at every level ``i`` of ``depth`` levels, of ``base_features * 2**i`` channels at 1/2**i of
@@ -38,22 +39,22 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList(UpBlock(base_features * 2**level, norm) for level in reversed(range(self.depth)))
         self.head = nn.Conv2d(base_features, out_channels, 1)
 
+    @abstractmethod
     def encode(self, he: Tensor) -> tuple[list[Tensor], Tensor]:
         """Maps of the levels from full resolution down, and the deepest one, of an H&E (B, 3, H, W) in [0, 1] whose
         sides are multiples of 2**depth."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the encoder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def freeze_encoder(self, how: str) -> None:
         """Take the encoder out of training: ``frozen`` all of it, ``last`` all but its last stage, ``full`` nothing.
 
         Frozen stages keep their weights and the statistics of their norms, in training mode, too.
         """
-        raise NotImplementedError
 
     def forward(self, he: Tensor) -> Tensor:
         """Predict (B, out_channels, H, W) float32 in [0, 1] from an H&E batch (B, 3, H, W), float in [0, 1].

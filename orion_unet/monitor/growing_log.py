@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ _CHUNK_BYTES = 1 << 20
 _MARK_BYTES = 64
 
 
-class GrowingLog:
+class GrowingLog(ABC):
     """The lines of a growing file, handed to ``_line`` of the subclass.
 
     ``poll`` reads only what was appended since the last call. An incomplete last line waits for its rest; lines over
@@ -68,16 +69,17 @@ class GrowingLog:
         self._pending = bytearray()
         self._skipping = False
 
+    @abstractmethod
     def _line(self, line: bytes) -> None:
         """Take a whole line, without its end; never called with one that is too long."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _unended_line(self, line: bytes) -> bool:
         """Take the last line of the file, which has no end yet; False if it is not complete."""
-        raise NotImplementedError
 
     def _skip_ahead(self, file: Any, size: int) -> None:
-        """Called before what is new in a file of ``size`` bytes is read; may call ``_jump``."""
+        """Called before what is new in a file of ``size`` bytes is read; may call ``_jump``. By default, reads on."""
+        return
 
     def _jump(self, file: Any, offset: int) -> None:
         """Go on reading with the first line that begins after ``offset``."""
