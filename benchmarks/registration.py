@@ -3,6 +3,7 @@
     python benchmarks/registration.py                                  # generated tissue, moved by known amounts
     python benchmarks/registration.py --pairs DIR [DIR ...]            # real pairs too: before, after, strangers
     python benchmarks/registration.py --pairs DIR ... --train --seeds 3  # and trainings on raw and registered pairs
+    python benchmarks/registration.py --pairs DIR ... --train --launcher --seeds 6 --only real  # at the launcher's size
 
 Generated tissue tells the error, because the truth is known; real pairs tell how often a match is found, and how often
 one is found where there is none. Trainings hold out whole groups (a third of them, drawn by the seed) and are scored on
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import io
+import json
 import os
 import platform
 import sys
@@ -49,6 +51,11 @@ SMALL: dict[str, Any] = {
     "patches_per_image_val": 4, "overwrite": True,
 }  # fmt: skip
 PATCHES_PER_EPOCH, EPOCHS = 800, 8
+# The launcher's recipe as it is, but for patches that fit a core, and no end chosen on the cores that score.
+LAUNCHER: dict[str, Any] = {
+    "patch_size": 128, "num_workers": 0, "gpus": 0, "sanity_check_freq": 0, "early_stopping_patience": 0,
+    "patches_per_image_val": 1, "overwrite": True,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -57,20 +64,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cores", type=int, default=20, metavar="N", help="generated cores per row; default: 20")
     parser.add_argument("--strangers", type=int, default=100, metavar="N", help="foreign pairs; default: 100")
     parser.add_argument("--train", action="store_true", help="also train on the real pairs, raw and registered")
+    parser.add_argument("--launcher", action="store_true", help="train the launcher's network, as long as it does")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each kind; default: 3")
+    parser.add_argument("--only", choices=["real"], help="leave out the generated tissue")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="keep registered pairs and runs; default: no")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}\n")
-    print(generated(options.cores))
-    print(strangers(options.strangers))
+    if options.only != "real":
+        print(generated(options.cores))
+        print(strangers(options.strangers))
     with contextlib.ExitStack() as stack:
         output = options.output_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="registration_")))
         for index, folder in enumerate(options.pairs):
             name = f"{index}_{folder.resolve().name}"
             print(real(folder, output / name))
             if options.train:
-                print(trained(folder, output / name, options.seeds))
+                print(trained(folder, output / name, options.seeds, options.launcher))
     return 0
 
 
@@ -240,7 +250,7 @@ def _marker(folder: Path, name: str, nuclear: int) -> np.ndarray:
     return _orion(folder, name, channels)[nuclear].astype(np.float32)
 
 
-def trained(folder: Path, output: Path, seeds: int) -> str:
+def trained(folder: Path, output: Path, seeds: int, launcher: bool) -> str:
     """Correlation on held-out groups of models trained on raw and on registered pairs, scored on both."""
     registered = output / "registered"
     kept = {row["core"] for row in rows_of(registered) if row["state"] == "kept"}
@@ -271,22 +281,25 @@ def trained(folder: Path, output: Path, seeds: int) -> str:
         for kind, pairs in (("raw", raw), ("registered", registered)):
             run = output / f"run_{kind}_{seed}"
             settings = {
-                **_recipe(), **SMALL, "pairs_dir": str(pairs), "output_dir": str(run), "seed": seed, "epochs": EPOCHS,
-                "split_file": str(output / f"split_{seed}.json"),
-                "patches_per_image": max(1, PATCHES_PER_EPOCH // len(cores["train"])),
+                **_recipe(), "pairs_dir": str(pairs), "output_dir": str(run), "seed": seed,
+                "split_file": str(output / f"split_{seed}.json"), **(LAUNCHER if launcher else SMALL),
             }  # fmt: skip
+            if not launcher:
+                settings |= {"epochs": EPOCHS, "patches_per_image": max(1, PATCHES_PER_EPOCH // len(cores["train"]))}
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 if train(TrainConfig.from_options(settings)) != 0:
                     raise SystemExit(f"the training in {run} failed")
             for scored, where in (("raw", raw), ("registered", registered)):
                 found.setdefault((kind, scored), []).append(score(run, where, cores["val"]))
+                print(f"seed {seed}, {kind} on {scored}: {found[kind, scored][-1]:.3f}", file=sys.stderr, flush=True)
     lines = ["| trained on | scored on raw | scored on registered |", "| --- | --- | --- |"]
     for kind in ("raw", "registered"):
         cells = [f"{np.mean(found[kind, scored]):.3f} ({', '.join(f'{value:.3f}' for value in found[kind, scored])})"
                  for scored in ("raw", "registered")]  # fmt: skip
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     how = "each group held out in turn" if len(groups) == 2 else "a third of the groups held out"
-    steps = EPOCHS * (max(1, PATCHES_PER_EPOCH // len(cores["train"])) * len(cores["train"]) // 12)
+    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    steps = status["epochs"] * status["steps_per_epoch"]
     title = f"Pearson on held-out cores, mean over markers and {seeds} seeds ({how}; about {steps} steps):"
     return "\n".join([title, "", *lines, ""])
 
