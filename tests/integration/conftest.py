@@ -1,14 +1,18 @@
 """Tiny trainings in this process, and commands in processes of their own."""
 
+import json
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY, Command
+from tiny_runs import ROOT, TINY, Command, environments, free_port
 
 from orion_unet.config import TrainConfig
+from orion_unet.training.loop import Loop
 from orion_unet.training.loop import train as train_run
 
 
@@ -58,5 +62,49 @@ def train(pairs, tmp_path):
         given = {**TINY, "pairs_dir": str(pairs), "output_dir": str(tmp_path / name), **options}
         code = train_run(TrainConfig.from_options(given))
         return SimpleNamespace(code=code, dir=Path(given["output_dir"]))
+
+    return fit
+
+
+@pytest.fixture
+def killed_in_epoch_2(monkeypatch):
+    """A context in which a training in this process dies at the start of its second epoch."""
+    epoch = Loop._epoch
+
+    def die_in_the_second(self, number):
+        if number == 2:
+            raise ConnectionError("killed")
+        epoch(self, number)
+
+    @contextmanager
+    def context():
+        with monkeypatch.context() as patched, pytest.raises(ConnectionError, match="killed"):
+            patched.setattr(Loop, "_epoch", die_in_the_second)
+            yield
+
+    return context
+
+
+@pytest.fixture
+def train_on_ranks(start, tmp_path):
+    """Train on ranks of this machine: a run stopped after two steps and resumed, and one without a stop.
+
+    Returns the folders of both.
+    """
+
+    def fit(ranks, options, **env):
+        runs = [
+            {"port": free_port(), "stop_at": stop, "options": {**options, "output_dir": str(tmp_path / name), **resume}}
+            for name, stop, resume in (("run", 2, {}), ("run", None, {"resume": "auto"}), ("straight", None, {}))
+        ]
+        (tmp_path / "runs.json").write_text(json.dumps(runs))
+        script = ROOT / "tests" / "integration" / "rank_runs.py"
+        begun = [
+            start(sys.executable, script, tmp_path / "runs.json", **{**each, **env}) for each in environments(ranks)
+        ]
+        for ended in [rank.end() for rank in begun]:
+            assert ended.code == 0, ended.err
+            assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
+        return tmp_path / "run", tmp_path / "straight"
 
     return fit

@@ -19,7 +19,6 @@ from tiny_runs import (
     command_line,
     differing,
     environments,
-    free_port,
     losses,
     read_metrics,
     read_status,
@@ -402,20 +401,11 @@ def test_two_ranks_interrupted_within_an_epoch_resume_to_the_same_end(start, pai
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
-def test_more_ranks_interrupted_within_an_epoch_resume_to_the_same_end(ranks, start, pairs, tmp_path):
+def test_more_ranks_interrupted_within_an_epoch_resume_to_the_same_end(ranks, train_on_ranks, pairs):
     # From three ranks on, a sum over ranks depends on the order in which the gradients are laid out.
     options = {**RANKS, "pairs_dir": str(pairs), "accumulate_steps": 1, "base_features": 8}
-    runs = [
-        {"port": free_port(), "stop_at": stop_at, "options": {**options, "output_dir": str(tmp_path / name), **resume}}
-        for name, stop_at, resume in (("run", 2, {}), ("run", None, {"resume": "auto"}), ("straight", None, {}))
-    ]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    script = ROOT / "tests" / "integration" / "rank_runs.py"
-    begun = [start(sys.executable, script, tmp_path / "runs.json", **env) for env in environments(ranks)]
-    for ended in [rank.end() for rank in begun]:
-        assert ended.code == 0, ended.err
-        assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
-    assert_equal_outcome(outcome(tmp_path / "run"), outcome(tmp_path / "straight"))
+    run, straight = train_on_ranks(ranks, options)
+    assert_equal_outcome(outcome(run), outcome(straight))
 
 
 def test_a_resumed_run_keeps_no_second_copy_of_its_state(train, monkeypatch):

@@ -4,14 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 from test_transfer_runs import started_from
 from timm_here import TinyEncoder, timm_or_skip
-from tiny_runs import ROOT, TINY, differing, environments, free_port, losses, weights
+from tiny_runs import ROOT, TINY, differing, losses, weights
 
 from orion_unet.cli.predict import main as predict_command
 from orion_unet.config import TrainConfig
@@ -20,7 +19,6 @@ from orion_unet.inference.model import load_trained
 from orion_unet.inference.predict import predict
 from orion_unet.models import timm_unet
 from orion_unet.models.build import build_network
-from orion_unet.training.loop import Loop
 
 pytestmark = pytest.mark.slow
 
@@ -140,20 +138,11 @@ def test_weights_that_train_are_in_the_checkpoints(how, tiny, file, train):
 
 
 @pytest.mark.parametrize("how", ["frozen", "full"])
-def test_an_interrupted_run_continues_to_the_same_weights(how, tiny, file, train, monkeypatch):
+def test_an_interrupted_run_continues_to_the_same_weights(how, tiny, file, train, killed_in_epoch_2):
     options = {**OPTIONS, "encoder_weights": str(file), "encoder_train": how}
     straight = train("straight", **options)
-    epoch = Loop._epoch
-
-    def die_in_the_second(self, number):
-        if number == 2:
-            raise ConnectionError("killed")
-        epoch(self, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Loop, "_epoch", die_in_the_second)
-        with pytest.raises(ConnectionError):
-            train("run", **options, resume="auto")
+    with killed_in_epoch_2():
+        train("run", **options, resume="auto")
     if how == "frozen":
         moved = file.rename(file.with_name("moved.pt"))
         with pytest.raises(InputError, match="--resume: the checkpoint cannot be continued: the weights of its frozen"):
@@ -211,23 +200,14 @@ def real_options(tmp_path, **options):
 
 
 @pytest.mark.parametrize("how", ["frozen", "last"])
-def test_ranks_continue_to_the_same_weights(how, pairs, start, tmp_path):
+def test_ranks_continue_to_the_same_weights(how, pairs, train_on_ranks, tmp_path):
     options = real_options(tmp_path, pairs_dir=str(pairs), batch_size=1, encoder_train=how)
-    runs = [
-        {"port": free_port(), "options": {**options, "output_dir": str(tmp_path / name), **resume}, "stop_at": stop_at}
-        for name, stop_at, resume in (("run", 2, {}), ("run", None, {"resume": "auto"}), ("straight", None, {}))
-    ]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    script = ROOT / "tests" / "integration" / "rank_runs.py"
     # timm may be on a path of its own.
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    begun = [start(sys.executable, script, tmp_path / "runs.json", **env, PYTHONPATH=path) for env in environments(2)]
-    for ended in [rank.end() for rank in begun]:
-        assert ended.code == 0, ended.err
-        assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
-    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
-    assert differing(weights(tmp_path / "run"), weights(tmp_path / "straight")) == []
-    assert bool(inside(weights(tmp_path / "run"))) == (how != "frozen")
+    run, straight = train_on_ranks(2, options, PYTHONPATH=path)
+    assert losses(run) == losses(straight)
+    assert differing(weights(run), weights(straight)) == []
+    assert bool(inside(weights(run))) == (how != "frozen")
 
 
 def test_a_vision_transformer_trains_and_predicts(train, tmp_path):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from runs_of_version_0_1 import ARCHIVE, COMMON
-from tiny_runs import ROOT, TINY, differing, environments, free_port, losses, trainer, weights
+from tiny_runs import TINY, differing, losses, trainer, weights
 
 from orion_unet import checkpoint
 from orion_unet.errors import InputError
@@ -128,20 +127,11 @@ def test_a_validation_core_that_the_source_was_trained_on_is_named(source, train
     assert f"{sentence}, so their scores flatter this run: {split['val'][0]['core']}\n" in shown
 
 
-def test_an_interrupted_run_continues_to_the_same_weights_without_its_source(source, others, train, monkeypatch):
+def test_an_interrupted_run_continues_to_the_same_weights_without_its_source(source, others, train, killed_in_epoch_2):
     options = {"pairs_dir": str(others), "init_from": str(source.dir), "ema_decay": 0.9}
     straight = train("straight", **options)
-    epoch = Loop._epoch
-
-    def die_in_the_second(self, number):
-        if number == 2:
-            raise ConnectionError("killed")
-        epoch(self, number)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Loop, "_epoch", die_in_the_second)
-        with pytest.raises(ConnectionError):
-            train("run", **options, resume="auto")
+    with killed_in_epoch_2():
+        train("run", **options, resume="auto")
     before = started_from(straight.dir)
     shutil.rmtree(source.dir)
     made = train("run", **options, resume="auto")
@@ -229,26 +219,13 @@ def test_the_command_ends_with_2_and_writes_nothing(pairs, call, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [2])
-def test_ranks_start_alike_and_an_interrupted_run_continues_to_the_same_weights(ranks, source, others, start, tmp_path):
+def test_ranks_start_alike_and_an_interrupted_run_continues_to_the_same_weights(ranks, source, others, train_on_ranks):
     options = {**TINY, "pairs_dir": str(others), "init_from": str(source.dir), "batch_size": 1, "ema_decay": 0.9}
-    runs = [
-        {
-            "port": free_port(),
-            "options": {**options, "output_dir": str(tmp_path / name), **resume},
-            "stop_at": stop_at,
-        }
-        for name, stop_at, resume in (("run", 2, {}), ("run", None, {"resume": "auto"}), ("straight", None, {}))
-    ]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    script = ROOT / "tests" / "integration" / "rank_runs.py"
-    begun = [start(sys.executable, script, tmp_path / "runs.json", **env) for env in environments(ranks)]
-    for ended in [rank.end() for rank in begun]:
-        assert ended.code == 0, ended.err
-        assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
-    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
-    assert differing(weights(tmp_path / "run"), weights(tmp_path / "straight")) == []
-    assert started_from(tmp_path / "run") == started_from(tmp_path / "straight")
-    assert started_from(tmp_path / "run")["markers"] == {"CD20": "CD20", "SMA": None, "Hoechst": "Hoechst"}
+    run, straight = train_on_ranks(ranks, options)
+    assert losses(run) == losses(straight)
+    assert differing(weights(run), weights(straight)) == []
+    assert started_from(run) == started_from(straight)
+    assert started_from(run)["markers"] == {"CD20": "CD20", "SMA": None, "Hoechst": "Hoechst"}
 
 
 def stage_of(name, depth=TINY["depth"]):
@@ -280,7 +257,7 @@ def test_what_is_frozen_keeps_every_bit_and_all_else_moves(how, first_that_train
     "options", [{"encoder_train": "frozen"}, {"encoder_train": "last", "encoder_rate_factor": 0.2}, {"norm": "group"}]
 )
 @pytest.mark.parametrize("ranks", [2])
-def test_partly_frozen_ranks_continue_bit_for_bit(options, ranks, pairs, train, others, start, tmp_path):
+def test_partly_frozen_ranks_continue_bit_for_bit(options, ranks, train, others, train_on_ranks):
     shape = {"norm": options["norm"]} if "norm" in options else {}
     first = train("first", **shape, epochs=1, channel_names="Hoechst,CD3,CD20")
     given = {
@@ -292,19 +269,10 @@ def test_partly_frozen_ranks_continue_bit_for_bit(options, ranks, pairs, train, 
         "encoder_train": "frozen",
         **options,
     }
-    runs = [
-        {"port": free_port(), "options": {**given, "output_dir": str(tmp_path / name), **resume}, "stop_at": stop_at}
-        for name, stop_at, resume in (("run", 2, {}), ("run", None, {"resume": "auto"}), ("straight", None, {}))
-    ]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    script = ROOT / "tests" / "integration" / "rank_runs.py"
-    begun = [start(sys.executable, script, tmp_path / "runs.json", **env) for env in environments(ranks)]
-    for ended in [rank.end() for rank in begun]:
-        assert ended.code == 0, ended.err
-        assert json.loads(ended.err.splitlines()[-1]) == [143, 0, 0]
-    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
-    stored = weights(tmp_path / "run")
-    assert differing(stored, weights(tmp_path / "straight")) == []
+    run, straight = train_on_ranks(ranks, given)
+    assert losses(run) == losses(straight)
+    stored = weights(run)
+    assert differing(stored, weights(straight)) == []
     kept = [name for name in stored if stage_of(name) is not None and stage_of(name) < TINY["depth"]]
     before = weights(first.dir, "best.pt")
     assert kept
