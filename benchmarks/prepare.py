@@ -178,12 +178,12 @@ def prepared(slides: list[Slide], output: Path, regions: int) -> Path:
 
 def _remaining(slide: Slide, he: Path, region: tuple[int, int, int, int]) -> np.ndarray:
     """Lengths of the shifts of blocks of a pair's H&E against the H&E as it was drawn."""
-    from orion_unet.registration.blocks import agreeing, block_centres, block_shifts
+    from orion_unet.registration.blocks import agreeing, block_centres, block_shifts, thinned
     from orion_unet.registration.shift import nuclei
     from orion_unet.registration.stains import haematoxylin
 
     drawn = slide._part(slide._he, *region, 244)
-    one, other = (torch.from_numpy(nuclei(haematoxylin(image.astype(np.float32) / 255)))
+    one, other = (thinned(nuclei(haematoxylin(image.astype(np.float32) / 255)))
                   for image in (drawn, np.load(he, allow_pickle=False)))  # fmt: skip
     points = block_centres(drawn.shape[:2]).reshape(-1, 2)
     shifts, weights = block_shifts(other, one, points)
