@@ -6,7 +6,7 @@ import numpy as np
 
 from orion_unet.errors import InputError
 from orion_unet.registration.transform import Affine, move
-from orion_unet.slides.images import HeImage
+from orion_unet.slides.images import HeImage, level_factor
 from orion_unet.slides.pixel_size import PixelSize
 
 # Pixel sizes that differ by less are taken for the same: the sizes that scanners state are about as exact, and the edge
@@ -19,7 +19,8 @@ LARGEST_FACTOR = 4.0
 class ResampledImage(HeImage):
     """An image with pixels of another size, resampled by region: bicubic, and smoothed first where it gets coarser.
 
-    The upper left corners of the two images coincide; the last row and column may extend half a pixel beyond the image.
+    It is made from the smallest level of the file that is not coarser than what is wanted. The upper left corners of
+    the two images coincide; the last row and column may extend half a pixel beyond the image.
     """
 
     def __init__(self, image: HeImage, pixel_size_um: float, wanted_um: float) -> None:
@@ -27,10 +28,11 @@ class ResampledImage(HeImage):
         height, width = (max(1, round(side * factor)) for side in image.shape)
         super().__init__(image.path, (height, width), image.white, PixelSize(wanted_um))
         self.is_slide = image.is_slide
-        self._image = image
+        self._image = image.nearest_level(1 / factor)
+        down, across = (1 / (factor * level_factor(full, level))
+                        for full, level in zip(image.shape, self._image.shape, strict=True))  # fmt: skip
         # Centres of pixels are half a pixel from the corner, on both grids.
-        offset = 0.5 / factor - 0.5
-        self._affine = Affine(np.array([[1 / factor, 0.0, offset], [0.0, 1 / factor, offset]]))
+        self._affine = Affine(np.array([[down, 0.0, (down - 1) / 2], [0.0, across, (across - 1) / 2]]))
 
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         if height <= 0 or width <= 0:

@@ -18,7 +18,7 @@ from orion_unet.preparation.tissue_map import tissue_map
 from orion_unet.preparation.tma import find_cores
 from orion_unet.registration.coarse import find_coarse
 from orion_unet.registration.stains import haematoxylin
-from orion_unet.registration.transform import Affine
+from orion_unet.registration.transform import Affine, grid_points, within
 from orion_unet.slides.images import HeImage
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.open import open_he, open_markers
@@ -175,10 +175,12 @@ def _on_markers(
 ) -> tuple[np.ndarray, float]:
     """The map of tissue, moved from the H&E's thumbnail onto one of the markers, and that one's factor."""
     factor = max(1.0, max(shape) / THUMBNAIL)
-    rows, columns = (np.arange(max(1, int(side / factor))) for side in shape)
-    points = (np.stack(np.meshgrid(rows, columns, indexing="ij"), -1) + 0.5) * factor - 0.5
-    places = np.rint((affine.points(points) + 0.5) / he_factor - 0.5).astype(int)
-    inside = ((places >= 0) & (places < tissue.shape)).all(-1)
-    moved = np.zeros(points.shape[:2], bool)
-    moved[inside] = tissue[places[inside][:, 0], places[inside][:, 1]]
+    rows, columns = (np.arange(max(1, int(side / factor)), dtype=np.float64) for side in shape)
+    points = grid_points(affine.between(1 / factor, 1 / he_factor), None, rows, columns)
+    inside = within(points, tissue.shape, 0.5)
+    y, x = (
+        np.rint(places[inside]).astype(int).clip(0, side - 1) for places, side in zip(points, tissue.shape, strict=True)
+    )
+    moved = np.zeros(inside.shape, bool)
+    moved[inside] = tissue[y, x]
     return moved, factor

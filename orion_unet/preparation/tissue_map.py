@@ -18,7 +18,7 @@ def tissue_map(he: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
     smooth = ndimage.uniform_filter(he, (3, 3, 1))
-    low, high = smooth.min(-1), smooth.max(-1)
+    low, high = (pick(pick(smooth[..., 0], smooth[..., 1]), smooth[..., 2]) for pick in (np.minimum, np.maximum))
     glass = (low > GLASS_LEVEL) & (high - low < GLASS_SATURATION)
     tissue = ~glass & ~ink_map(smooth)
     disc = np.hypot(*np.mgrid[-RADIUS : RADIUS + 1, -RADIUS : RADIUS + 1]) <= RADIUS

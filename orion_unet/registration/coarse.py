@@ -11,11 +11,13 @@ import torch
 
 from orion_unet.registration.blocks import (
     LEAST_BLOCKS,
+    STEP,
     agreeing,
     block_centres,
     block_shifts,
     sampled,
     similarity,
+    thinned,
 )
 from orion_unet.registration.shift import COARSEST, nuclei
 from orion_unet.registration.transform import Affine
@@ -27,6 +29,8 @@ SEARCHED_SIDES = (192, 384)
 TURNS, FINER_TURNS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0), (-1.0, -0.5, 0.0, 0.5, 1.0)
 SCALES, FINER_SCALES = (0.95, 1.0, 1.05), (0.975, 1.0, 1.025)
 ROUNDS = 5
+# A round that moves no block by more is the last [pixels of the thumbnails].
+SETTLED = 0.1
 # The best of so many attempts reached 16 between foreign images; between images of the same tissue it was 15 to 47.
 CLEAR_PEAK = 20.0
 # The peak of the orientation found, over that of the best other one, at least; the same for correlations.
@@ -74,8 +78,8 @@ def _searched(density: np.ndarray, marker: np.ndarray, expected_scale: float, si
     """The alignment found on images of this longest side, refined on the thumbnails."""
     longest = max(*marker.shape, *(length / expected_scale for length in density.shape))
     shrink = max(1.0, longest / side)
-    still = torch.from_numpy(nuclei(_shrunk(density, shrink * expected_scale)))
-    moving = torch.from_numpy(nuclei(_shrunk(marker, shrink)))
+    still = nuclei(_shrunk(density, shrink * expected_scale))
+    moving = nuclei(_shrunk(marker, shrink))
     orientations = dict(_orientations(still.shape))
     first = {name: _best(still, moving, lies, TURNS, SCALES) for name, lies in orientations.items()}
     # The best, and one to compare it with.
@@ -143,7 +147,8 @@ def _best(
     """The best match of all turns [degrees] and scales about an orientation."""
     # The density, turned upright on a canvas of its own size.
     upright = np.abs(orientation.matrix[:, :2].round().astype(int)).T @ np.array(still.shape)
-    size = [int(a) + b for a, b in zip(upright, moving.shape, strict=True)]
+    # Multiples of 16 are fast to transform.
+    size = [-(-(int(a) + b) // 16) * 16 for a, b in zip(upright, moving.shape, strict=True)]
     spectrum = torch.fft.rfft2(moving, s=size).conj()
     centre = (upright - 1) / 2
     found = []
@@ -154,21 +159,32 @@ def _best(
         image = sampled(still, tuple(int(side) for side in upright), about)
         shown = torch.fft.irfft2(torch.fft.rfft2(image, s=size) * spectrum, s=size)
         place = divmod(int(shown.argmax()), size[1])
-        distances = [(torch.arange(side) - at).abs() for side, at in zip(size, place, strict=True)]
-        # Shifts count in a circle.
-        rows, columns = (torch.minimum(far, side - far) > COARSEST for far, side in zip(distances, size, strict=True))
-        beyond = shown[rows[:, None] | columns]
-        peak = float((shown.max() - beyond.mean()) / beyond.std().clamp_min(1e-12))
+        peak = _height(shown, place)
         down, right = (at - side if at >= limit else at for at, side, limit in zip(place, size, upright, strict=True))
         found.append(_Match(peak, Affine.shift(float(down), float(right)).then(about), turn, scale))
     return max(found, key=lambda match: match.peak)
 
 
+def _height(shown: torch.Tensor, place: tuple[int, int]) -> float:
+    """The value at a place of a map (h, w) above the mean of what is beyond a nucleus from it, in standard deviations
+    of that. The map goes on around its edges."""
+    reach = int(COARSEST)
+    near = shown
+    for axis, (at, side) in enumerate(zip(place, shown.shape, strict=True)):
+        around = torch.arange(at - reach, at + reach + 1) % side
+        near = near.index_select(axis, around.unique())
+    count = shown.numel() - near.numel()
+    mean, square = (float(each.sum() - part.sum()) / count
+                    for each, part in ((shown, near), (shown.square(), near.square())))  # fmt: skip
+    spread = max(square - mean**2, 0.0) ** 0.5
+    return (float(shown[place]) - mean) / max(spread, 1e-12)
+
+
 def _correlation(density: np.ndarray, marker: np.ndarray, affine: Affine) -> float:
     """Correlation of the marker's image and the density's, moved onto it."""
     moving = nuclei(marker)
-    moved = sampled(torch.from_numpy(nuclei(density)), moving.shape, affine).numpy()
-    return float(np.corrcoef(moved.ravel(), moving.ravel())[0, 1])
+    moved = sampled(nuclei(density), moving.shape, affine)
+    return float(np.corrcoef(moved.numpy().ravel(), moving.numpy().ravel())[0, 1])
 
 
 def _grown(marker: float, density: float, affine: Affine) -> Affine:
@@ -190,14 +206,17 @@ def _shrunk(image: np.ndarray, factor: float) -> np.ndarray:
 def _refined(density: np.ndarray, marker: np.ndarray, affine: Affine) -> Affine:
     """The map, made finer by the shifts of blocks of the thumbnails."""
     mirrored = affine.mirrored
-    still, moving = (torch.from_numpy(nuclei(image)) for image in (density, marker))
+    still, moving = nuclei(density), thinned(nuclei(marker))
     points = block_centres(marker.shape).reshape(-1, 2)
     for _ in range(ROUNDS):
         # On the marker's pixels, so that the shifts are in them.
-        shifts, weights = block_shifts(sampled(still, marker.shape, affine), moving, points)
+        shifts, weights = block_shifts(sampled(still, marker.shape, affine, step=STEP), moving, points)
         kept = agreeing(points, shifts, weights)
         if kept.sum() < LEAST_BLOCKS:
             break
-        affine = similarity(points[kept], points[kept] + shifts[kept], weights[kept]).then(affine)
+        closer = similarity(points[kept], points[kept] + shifts[kept], weights[kept])
+        affine = closer.then(affine)
+        if np.linalg.norm(closer.points(points) - points, axis=1).max() < SETTLED:
+            break
     assert affine.mirrored == mirrored
     return affine

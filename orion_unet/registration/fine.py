@@ -10,13 +10,15 @@ import torch
 from orion_unet.registration.blocks import (
     BLOCK,
     LEAST_BLOCKS,
+    STEP,
     agreeing,
     block_centres,
     block_shifts,
     sampled,
     similarity,
+    thinned,
 )
-from orion_unet.registration.shift import LEAST_PEAK, LEAST_SIDE, Registration, correlate, nuclei, register
+from orion_unet.registration.shift import LEAST_PEAK, LEAST_SIDE, Registration, correlate, nuclei, register, spectrum
 from orion_unet.registration.transform import Affine, Field
 
 # A match with a lower peak is compared with all other ways round. Of 540 foreign and mirrored real pairs, the highest
@@ -29,6 +31,8 @@ SMOOTHING, PRIOR = 1.0, 0.3
 # The longest displacement of the field [pixels]: nuclei are moved and never stretched.
 LARGEST_DISPLACEMENT = 4.0
 ROUNDS = 3
+# A round that moves 95 % of the blocks by less is the last [pixels].
+SETTLED = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,29 +74,34 @@ def refine(density: np.ndarray, marker: np.ndarray) -> Fine:
     The whole region's shift comes from ``shift.register``. Then the shifts of blocks are measured by normalised
     cross-correlation, to fractions of a pixel; a similarity is fitted to them, and what is left becomes the field.
     """
-    whole = register(density, marker)
+    spectra = spectrum(density), spectrum(marker)
+    whole = register(density, marker, spectra)
     reason = _doubt(whole, density.shape) or _better_otherwise(whole, density, marker)
     if reason or whole.shift is None:
         shift = (0.0, 0.0) if whole.shift is None else whole.shift
         nowhere = (np.nan, np.nan, whole.peak, 0, reason or "no shift could be found")
         return Fine(Affine.shift(*shift), None, whole.correlation, whole.best_correlation, *nowhere)
-    still, moving = (torch.from_numpy(nuclei(image)) for image in (density, marker))
+    still, moving = nuclei(density, spectra[0]), thinned(nuclei(marker, spectra[1]))
     affine, field = Affine.shift(*whole.shift), None
     centres = block_centres(marker.shape)
     points = centres.reshape(-1, 2)
     for _ in range(ROUNDS):
         # What remains is measured on the images as they lie now, and added to what was found before.
-        shifts, weights = block_shifts(sampled(still, marker.shape, affine, field), moving, points)
+        shifts, weights = block_shifts(sampled(still, marker.shape, affine, field, step=STEP), moving, points)
         kept = agreeing(points, shifts, weights)
         if kept.sum() < LEAST_BLOCKS:
             break
-        before = np.zeros_like(points) if field is None else field.of(points)
-        wanted = affine.points(points + before + shifts)[kept]
+        before = points if field is None else points + field.of(points)
+        wanted = affine.points(before + shifts)[kept]
+        before = affine.points(before)
         affine = _within_bounds(similarity(points[kept], wanted, weights[kept]), points[kept], wanted)
         left = affine.inverse().points(wanted) - points[kept]
         field = _smooth_field(centres, points[kept], left, weights[kept])
+        moved_by = np.linalg.norm(affine.points(points + field.of(points)) - before, axis=1)
+        if np.quantile(moved_by, 0.95) < SETTLED:
+            break
     between = block_centres(marker.shape, offset=BLOCK // 4).reshape(-1, 2)
-    moved = sampled(still, marker.shape, affine, field)
+    moved = sampled(still, marker.shape, affine, field, step=STEP)
     shifts, weights = block_shifts(moved, moving, between)
     # Where the tissue is still off, neighbours are off alike; a block that stands alone was measured wrongly.
     lengths = np.linalg.norm(shifts[agreeing(between, shifts, weights)], axis=1)

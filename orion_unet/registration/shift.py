@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from orion_unet.correlation import moments, pearson
+from orion_unet.correlation import pearson
 
 # Side of the window that is compared, and the longest shift that is tried, in pixels.
 WINDOW, LONGEST_SHIFT = 1024, 64
@@ -38,12 +39,15 @@ class Registration:
     peak: float
 
 
-def register(density: np.ndarray, marker: np.ndarray) -> Registration:
+def register(
+    density: np.ndarray, marker: np.ndarray, spectra: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> Registration:
     """Compare the haematoxylin density (H, W) with the nuclear marker (H, W) of the same window.
 
     The shift maximises the cross-correlation of the two images after a difference of Gaussians, which passes details
     of the size of nuclei. The correlations are those of the unfiltered images where they overlap. Shifts of up to 64
-    pixels and a quarter of the window are tried, in images of at least LEAST_SIDE pixels.
+    pixels and a quarter of the window are tried, in images of at least LEAST_SIDE pixels. ``spectra`` are those of the
+    two images, where they are there already.
     """
     plain = correlate(density, marker)
     if min(density.shape) < LEAST_SIDE:
@@ -51,10 +55,9 @@ def register(density: np.ndarray, marker: np.ndarray) -> Registration:
     if not np.isfinite(plain):
         return Registration(np.nan, np.nan, (0, 0), np.nan)
     reach = min(LONGEST_SHIFT, min(density.shape) // 4)
-    size = [side + reach for side in density.shape]
-    first, second = (_spectrum(image, size) for image in (density, marker))
+    first, second = spectra or (spectrum(density), spectrum(marker))
     # At (dy, dx) this is the sum of density(y + dy, x + dx) * marker(y, x): the marker moved by (dy, dx).
-    matched = np.fft.irfft2(first * second.conj(), s=size)
+    matched = torch.fft.irfft2(first * second.conj(), s=padded_size(density.shape)).numpy()
     offsets = np.arange(-reach, reach + 1)
     map_ = matched[np.ix_(offsets, offsets)]
     down, right = (int(offsets[index]) for index in np.unravel_index(map_.argmax(), map_.shape))
@@ -65,21 +68,31 @@ def register(density: np.ndarray, marker: np.ndarray) -> Registration:
     return Registration(plain, correlate(*overlap(density, marker, down, right)), (down, right), peak)
 
 
-def nuclei(image: np.ndarray) -> np.ndarray:
-    """An image (H, W) with only its details of the size of nuclei: a difference of Gaussians, float32."""
-    size = [side + round(3 * COARSEST) for side in image.shape]
-    found: np.ndarray = np.fft.irfft2(_spectrum(image, size), s=size)[: image.shape[0], : image.shape[1]]
-    return found.astype(np.float32)
+def nuclei(image: np.ndarray, known: torch.Tensor | None = None) -> torch.Tensor:
+    """An image (H, W) with only its details of the size of nuclei: a difference of Gaussians, float32. ``known`` is its
+    ``spectrum``, where it is there already."""
+    passed = spectrum(image) if known is None else known
+    found = torch.fft.irfft2(passed, s=padded_size(image.shape))[: image.shape[0], : image.shape[1]]
+    return found.contiguous()
 
 
-def _spectrum(image: np.ndarray, size: list[int]) -> np.ndarray:
-    """Spectrum of an image padded to ``size`` with its mean, after the difference of Gaussians."""
-    rows = np.fft.fftfreq(size[0])[:, None]
-    columns = np.fft.rfftfreq(size[1])
-    frequency = (rows**2 + columns**2).astype(np.float32)
-    passed = np.exp(-2 * (np.pi * FINEST) ** 2 * frequency) - np.exp(-2 * (np.pi * COARSEST) ** 2 * frequency)
-    found: np.ndarray = np.fft.rfft2(image - image.mean(), s=size) * passed
-    return found
+def spectrum(image: np.ndarray) -> torch.Tensor:
+    """Spectrum of an image (H, W) padded to ``padded_size`` with its mean, after the difference of Gaussians."""
+    size = padded_size(image.shape)
+    down, across = torch.fft.fftfreq(size[0])[:, None] ** 2, torch.fft.rfftfreq(size[1]) ** 2
+    fine, coarse = (
+        torch.exp(-2 * (np.pi * width) ** 2 * down) * torch.exp(-2 * (np.pi * width) ** 2 * across)
+        for width in (FINEST, COARSEST)
+    )
+    centred = torch.from_numpy(np.asarray(image - image.mean(), np.float32))
+    return torch.fft.rfft2(centred, s=size) * (fine - coarse)
+
+
+def padded_size(shape: tuple[int, ...]) -> list[int]:
+    """Sides of the padded image: no shift that is tried, and no tail of the Gaussians, reaches around its edge."""
+    least = [side + max(min(LONGEST_SHIFT, side // 4), round(3 * COARSEST)) for side in shape]
+    # Multiples of 32 are fast to transform, nearly all of them.
+    return [-(-side // 32) * 32 for side in least]
 
 
 def overlap(still: np.ndarray, moved: np.ndarray, down: int, right: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,4 +108,6 @@ def overlap(still: np.ndarray, moved: np.ndarray, down: int, right: int) -> tupl
 
 def correlate(first: np.ndarray, second: np.ndarray) -> float:
     """Pearson's r of two images; NaN where one is constant."""
-    return float(pearson(moments(first.reshape(1, -1), second.reshape(1, -1)))[0])
+    p, t = first.ravel().astype(np.float64), second.ravel().astype(np.float64)
+    sums = [p.size, p.sum(), t.sum(), p @ p, t @ t, p @ t]
+    return float(pearson(np.array(sums)[:, None])[0])

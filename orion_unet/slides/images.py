@@ -66,6 +66,15 @@ class HeImage(ABC):
         self.close()
 
 
+def level_factor(full: int, level: int) -> float:
+    """How many pixels of the full image a pixel of a smaller level covers, from the two lengths of a side.
+
+    A whole number where the level's side is the quotient by it, rounded up or down.
+    """
+    whole = round(full / level)
+    return float(whole) if whole > 0 and abs(full / whole - level) < 1 else full / level
+
+
 class ArrayImage(HeImage):
     """An array in memory or on disk, (H, W, 3) or (3, H, W), uint8, uint16 or floats in [0, 1] or [0, 255]."""
 

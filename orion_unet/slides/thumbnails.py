@@ -28,7 +28,8 @@ def he_thumbnail(image: HeImage, side: int) -> Thumbnail:
     """
     factor = max(1.0, max(image.shape) / side)
     level = image.nearest_level(factor)
-    return _means(level.read, level.shape, image.shape, factor)
+    found = _means(level.stored, level.shape, image.shape, factor)
+    return found._replace(pixels=found.pixels / np.float32(image.white))
 
 
 def marker_thumbnail(image: MarkerImage, channels: Sequence[int], side: int) -> Thumbnail:
@@ -41,7 +42,7 @@ def marker_thumbnail(image: MarkerImage, channels: Sequence[int], side: int) -> 
     level = image.nearest_level(factor)
 
     def read(y: int, x: int, height: int, width: int) -> np.ndarray:
-        return level.read(channels, y, x, height, width).transpose(1, 2, 0).astype(np.float32)
+        return level.read(channels, y, x, height, width).transpose(1, 2, 0)
 
     return _means(read, (level.shape[1], level.shape[2]), shape, factor)
 
@@ -65,6 +66,8 @@ def _means(
             blocks = region.reshape(rows, read_rows // rows, columns, read_columns // columns, -1)
             if pixels is None:
                 pixels = np.empty((height, width, blocks.shape[-1]), np.float32)
-            pixels[top : top + rows, left : left + columns] = blocks.mean((1, 3), dtype=np.float32)
+            # Rows first: their pixels are neighbours in memory.
+            sums = blocks.sum(1, dtype=np.float32).sum(2)
+            pixels[top : top + rows, left : left + columns] = sums / (blocks.shape[1] * blocks.shape[3])
     assert pixels is not None
     return Thumbnail(pixels, ratio * step)

@@ -12,7 +12,8 @@ import numpy as np
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.slides.images import HeImage
-from orion_unet.slides.pixel_size import positive, square_pixel
+from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, positive, square_pixel
+from orion_unet.slides.tiff import LOOSE
 
 # Decoded tiles that OpenSlide keeps for the next region. OpenSlide returns four bytes a pixel, so wide regions are read
 # in pieces.
@@ -20,15 +21,17 @@ CACHE_BYTES, LARGEST_WIDTH = 1 << 27, 4096
 
 
 class WholeSlide(HeImage):
-    """Level 0 of a slide, cropped to the part that was scanned; gaps inside it are white.
+    """A level of a slide, cropped to the part that was scanned; gaps inside it are white.
 
     QuPath crops to the same bounds, so that predictions match the image pixel by pixel.
     """
 
     is_slide = True
 
-    def __init__(self, path: Path, slide: Any) -> None:
-        self._slide = slide
+    def __init__(self, path: Path, slide: Any, level: int = 0) -> None:
+        self._slide, self._level = slide, level
+        # Level 0 by definition; libraries round the others.
+        self._factor = float(slide.level_downsamples[level]) if level else 1.0
         properties = slide.properties
         width, height = slide.dimensions
         bounds = [properties.get(f"openslide.bounds-{side}") for side in ("x", "y", "width", "height")]
@@ -37,8 +40,17 @@ class WholeSlide(HeImage):
         )
         self._origin = (left, top)
         sides_um = (positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
-        super().__init__(path, (height, width), 255.0, square_pixel(*sides_um))
+        shape = (max(1, int(height / self._factor)), max(1, int(width / self._factor)))
+        super().__init__(path, shape, 255.0, UNKNOWN_PIXEL_SIZE if level else square_pixel(*sides_um))
         self._decoders = ThreadPoolExecutor(max_workers=min(8, usable_cores()))
+        self._opened: list[WholeSlide] = []
+
+    def nearest_level(self, factor: float) -> HeImage:
+        for level in reversed(range(1, self._slide.level_count)):
+            if self._slide.level_downsamples[level] <= factor * LOOSE:
+                self._opened.append(WholeSlide(self.path, self._slide, level))
+                return self._opened[-1]
+        return self
 
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         region = np.empty((height, width, 3), np.uint8)
@@ -48,9 +60,10 @@ class WholeSlide(HeImage):
 
     def _fill(self, region: np.ndarray, y: int, x: int, left: int) -> None:
         piece = region[:, left : left + LARGEST_WIDTH]
-        corner = (self._origin[0] + x + left, self._origin[1] + y)
+        # OpenSlide takes the corner in pixels of level 0.
+        corner = (self._origin[0] + round((x + left) * self._factor), self._origin[1] + round(y * self._factor))
         try:
-            pixels = np.asarray(self._slide.read_region(corner, 0, (piece.shape[1], piece.shape[0])))
+            pixels = np.asarray(self._slide.read_region(corner, self._level, (piece.shape[1], piece.shape[0])))
         except Exception as error:
             raise InputError(
                 f"{self.path}: is damaged at rows {y} to {y + piece.shape[0]}, columns {x + left} to "
@@ -60,7 +73,8 @@ class WholeSlide(HeImage):
         piece[:] = (pixels[..., :3] * opacity + 255 * (255 - opacity)) // 255
 
     def close(self) -> None:
-        self._decoders.shutdown()
+        for image in (self, *self._opened):
+            image._decoders.shutdown()
         self._slide.close()
 
 

@@ -8,6 +8,7 @@ import tifffile
 import torch
 from tiny_runs import TINY
 
+import orion_unet
 from orion_unet.__main__ import dispatch
 from orion_unet.cli.arguments import run_command
 from orion_unet.config import PredictOptions, TrainConfig
@@ -17,7 +18,8 @@ from orion_unet.errors import InputError
 from orion_unet.inference.model import load_trained
 from orion_unet.inference.predict_files import predict_files
 from orion_unet.inference.resampled import ResampledImage, on_model_grid
-from orion_unet.slides.images import ArrayImage
+from orion_unet.slides.images import ArrayImage, level_factor
+from orion_unet.slides.tiff import TiffImage
 from orion_unet.training.loop import train
 
 
@@ -37,10 +39,10 @@ def trained(tmp_path_factory):
     return folder
 
 
-def smooth(side, seed=0):
-    """An H&E without detail finer than eight pixels, so that resampling loses nothing."""
+def smooth(side, seed=0, detail=8):
+    """An H&E without detail finer than so many pixels, so that resampling loses nothing."""
     rng = np.random.default_rng(seed)
-    coarse = torch.from_numpy(rng.random((1, 3, side // 8, side // 8)).astype(np.float32))
+    coarse = torch.from_numpy(rng.random((1, 3, side // detail, side // detail)).astype(np.float32))
     fine = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
     return (fine[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
@@ -118,6 +120,57 @@ def test_an_image_of_finer_pixels_is_predicted_on_the_grid_of_the_training(train
     # Rounding to 8 bits twice, and the smoothing before the image gets coarser.
     assert np.abs(one - other).mean() < 0.002 and np.abs(one - other).max() < 0.06
     assert 'PhysicalSizeX="0.325"' in resampled.ome_metadata and 'PhysicalSizeX="0.325"' in plain.ome_metadata
+
+
+def test_of_a_pyramid_only_the_nearest_level_that_is_fine_enough_is_read(trained, tmp_path, monkeypatch):
+    he = smooth(512, detail=64)
+    half = he.reshape(256, 2, 256, 2, 3).mean((1, 3)).round().astype(np.uint8)
+    quarter = he.reshape(128, 4, 128, 4, 3).mean((1, 3)).round().astype(np.uint8)
+    kind = {"tile": (64, 64), "photometric": "rgb", "metadata": None}
+    for name, levels in (("flat", []), ("pyramid", [half, quarter])):
+        with tifffile.TiffWriter(tmp_path / f"{name}.tif") as file:
+            file.write(he, resolution=(1e4 / 0.1,) * 2, resolutionunit="CENTIMETER", **kind)
+            for level in levels:
+                file.write(level, subfiletype=1, **kind)
+    read, genuine = {}, TiffImage.stored
+
+    def counted(image, y, x, height, width):
+        read.setdefault(image.path.stem, {}).setdefault(image.shape, []).append(height * width)
+        return genuine(image, y, x, height, width)
+
+    monkeypatch.setattr(TiffImage, "stored", counted)
+    model = load_trained(trained / "run", "cpu")
+    options = PredictOptions(normalized=True, overview=False, tissue_only=False)
+    assert predict_files(model, [tmp_path / "flat.tif", tmp_path / "pyramid.tif"], tmp_path / "out", options) == 0
+    flat, pyramid = (np.load(tmp_path / "out" / f"{name}.npy") for name in ("flat", "pyramid"))
+    # 0.1 µm to 0.325: the level of 0.2 µm is fine enough, that of 0.4 is not.
+    assert flat.shape == pyramid.shape == (20, 158, 158)
+    assert set(read["pyramid"]) == {(256, 256)}
+    pixels = {name: sum(map(sum, of.values())) for name, of in read.items()}
+    assert pixels["pyramid"] < pixels["flat"] / 3
+    # The levels are means of squares, the full resolution is smoothed by a Gaussian.
+    assert np.abs(flat - pyramid).mean() < 0.002 and np.abs(flat - pyramid).max() < 0.1
+
+
+def test_python_predicts_pixels_of_another_size_on_the_grid_of_the_training(trained):
+    he = smooth(64)
+    finer = he.repeat(2, 0).repeat(2, 1)
+    model = orion_unet.load_model(trained / "run", "cpu")
+    plain = orion_unet.predict(he, model, normalized=True)
+    found = orion_unet.predict(finer, model, normalized=True, pixel_size_um=0.1625)
+    assert found.shape == plain.shape == (20, 64, 64)
+    assert np.abs(found - plain).mean() < 0.005
+    assert np.array_equal(orion_unet.predict(he, model, normalized=True, pixel_size_um=0.325), plain)
+    for size, words in ((2.0, "more than a factor of 4"), (-1.0, "no length"), (float("nan"), "no length")):
+        with pytest.raises(InputError, match=words):
+            orion_unet.predict(he, model, pixel_size_um=size)
+
+
+@pytest.mark.parametrize(
+    ("full", "level", "factor"), [(1000, 250, 4), (1003, 250, 4), (1003, 251, 4), (1000, 300, 10 / 3), (7, 7, 1)]
+)
+def test_a_level_is_smaller_by_a_whole_number_where_its_side_was_rounded(full, level, factor):
+    assert level_factor(full, level) == pytest.approx(factor)
 
 
 def test_unknown_sizes_are_said_once_and_predicted_as_they_are(trained, tmp_path, capsys):

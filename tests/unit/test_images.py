@@ -10,6 +10,7 @@ import pytest
 from orion_unet.errors import InputError
 from orion_unet.slides.images import ArrayImage
 from orion_unet.slides.open import open_he
+from orion_unet.slides.thumbnails import he_thumbnail
 from orion_unet.slides.whole_slide import WholeSlide
 
 tifffile = pytest.importorskip("tifffile")
@@ -369,6 +370,24 @@ def test_what_a_scanner_left_out_is_white_inside_the_slide_and_cropped_around_it
         assert image.shape == (64, 192)
     expected = np.concatenate([tile / 255, np.ones((64, 64, 3)), tile / 255], axis=1)
     np.testing.assert_allclose(region, expected, atol=1e-6)
+
+
+@pytest.mark.usefixtures("openslide")
+def test_a_thumbnail_of_a_scanner_format_is_made_from_its_nearest_level(tmp_path, monkeypatch):
+    levels = [np.full((side, side, 3), value, np.uint8) for side, value in ((512, 200), (128, 120), (32, 60))]
+    with tifffile.TiffWriter(tmp_path / "slide.scn") as tiff:
+        for index, pixels in enumerate(levels):
+            tiff.write(pixels, subfiletype=int(index > 0), tile=(32, 32), metadata=None, compression="deflate", **RGB)
+    read, genuine = [], WholeSlide.stored
+    monkeypatch.setattr(
+        WholeSlide, "stored", lambda image, *region: read.append(image.shape) or genuine(image, *region)
+    )
+    with open_he(tmp_path / "slide.scn") as image:
+        assert image.nearest_level(3.9) is image
+        thumbnail = he_thumbnail(image, 64)
+        assert (thumbnail.factor, set(read)) == (8, {(128, 128)})
+        np.testing.assert_allclose(thumbnail.pixels, 120 / 255, atol=1e-6)
+        assert image.nearest_level(16).stored(3, 5, 7, 9).tolist() == np.full((7, 9, 3), 60).tolist()
 
 
 def test_half_transparent_pixels_are_seen_through_onto_white():
