@@ -171,7 +171,7 @@ def summary(gpus: Sequence[Gpu]) -> str:
 
 
 def _range(values: Sequence[float], places: int) -> str:
-    known = [f"{value:.{places}f}" for value in sorted(values) if math.isfinite(value)]
+    known = [f"{value:.{places}f}" for value in sorted(filter(math.isfinite, values))]
     return "-" if not known else known[0] if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
 
 
