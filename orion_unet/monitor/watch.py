@@ -63,26 +63,37 @@ class Outputs:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.problem = ""
         self.png = b""
+        self._problems: dict[Path, str] = {}
         self._drawn = ""
         self._page = ""
         self._panels = Panels(request.run_dir)
         self._not_before = 0.0
 
+    @property
+    def problem(self) -> str:
+        """Why a file could not be written at the last try; empty if all could."""
+        return next(iter(self._problems.values()), "")
+
     def write(self, report: Report, refresh_s: float | None = None) -> None:
-        """Write what has changed. If the folder cannot be written, the report gets a note; that is no failure."""
+        """Write what has changed. If a file cannot be written, the report gets a note, and the next call tries again;
+        that is no failure."""
         self.write_pictures(report, refresh_s)
         self.write_document(report)
 
     def write_document(self, report: Report) -> None:
         """Replace monitor.json."""
-        if self.problem:
-            report.notes.append(self.problem)
-        self._write(self.request.run_dir / MONITOR_FILE, (to_json(report.document(), 2) + "\n").encode(), report)
+        noted = self.problem
+        report.notes += [noted] if noted else []
+        self._write(self.request.run_dir / MONITOR_FILE, (to_json(report.document(), 2) + "\n").encode())
+        report.notes += [self.problem] if self.problem and not noted else []
 
     def write_pictures(self, report: Report, refresh_s: float | None = None) -> None:
-        """Redraw the figure, if there is news and the last one is old enough, and write the page around it."""
+        """Redraw the figure, if there is news and the last one is old enough, and write the page around it.
+
+        ``refresh_s`` is the time until the next call, None if there is none: then a page that cannot be written raises
+        InputError.
+        """
         self._draw(report, forced=report.life.state in ENDED)
         if self.request.html is not None:
             from orion_unet.monitor.page import page
@@ -90,8 +101,12 @@ class Outputs:
             alive = refresh_s if report.life.state not in ENDED else None
             text = page(report, self.png, alive, self.panels(report), self.request.x)
             # With its panels a page has megabytes, too much for a file server at every poll.
-            if text != self._page or not self.request.html.exists():
+            if text == self._page and _exists(self.request.html):
+                return
+            if refresh_s is None:
                 write_page(self.request.html, text)
+                self._page = text
+            elif self._write(self.request.html, text.encode("utf-8", "backslashreplace")):
                 self._page = text
 
     def panels(self, report: Report) -> list[Panel]:
@@ -108,17 +123,26 @@ class Outputs:
         from orion_unet.monitor.plots import run_figure
 
         drawn, self.png = figure_files(run_figure(report, self.request.x), self.request)
-        self._drawn = state
         self._not_before = time.monotonic() + REDRAW_PAUSE * (time.monotonic() - now)
-        self._write(self.request.figure_path, drawn, report)
+        if self._write(self.request.figure_path, drawn):
+            self._drawn = state
 
-    def _write(self, path: Path, content: bytes, report: Report) -> None:
+    def _write(self, path: Path, content: bytes) -> bool:
+        """Replace a file; returns whether it could be written."""
         try:
             write_atomic(path, content, durable=False)
         except OSError as error:
-            if not self.problem:
-                self.problem = f"cannot write {path}: {error.strerror or error}"
-                report.notes.append(self.problem)
+            self._problems[path] = f"cannot write {path}: {error.strerror or error}"
+            return False
+        self._problems.pop(path, None)
+        return True
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def figure_files(figure: Any, request: Request) -> tuple[bytes, bytes]:

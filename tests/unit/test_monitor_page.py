@@ -20,6 +20,7 @@ from orion_unet.cli.monitor import main
 from orion_unet.config import TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.findings import Lines
+from orion_unet.monitor import watch
 from orion_unet.monitor.changed_options import changed_options
 from orion_unet.monitor.chart import Curve, chart, thinned
 from orion_unet.monitor.diagnostics import Thresholds
@@ -297,10 +298,8 @@ def test_only_pngs_of_this_run_are_read_and_only_once(tmp_path, monkeypatch):
 
 
 def test_a_page_that_has_not_changed_is_not_written_again(tmp_path):
-    from orion_unet.monitor.watch import Outputs, Request
-
     folder, path = write_run(tmp_path / "run", *healthy_losses(5)), tmp_path / "page.html"
-    outputs = Outputs(Request(folder, html=path))
+    outputs = watch.Outputs(watch.Request(folder, html=path))
     outputs.write_pictures(report(folder))
     first = path.stat().st_ino
     outputs.write_pictures(report(folder))
@@ -312,6 +311,28 @@ def test_a_page_that_has_not_changed_is_not_written_again(tmp_path):
     path.unlink()
     outputs.write_pictures(report(folder))
     assert path.exists()
+
+
+def test_a_page_that_once_cannot_be_written_is_noted_and_written_at_the_next_poll(tmp_path, monkeypatch):
+    folder, path = write_run(tmp_path / "run", *healthy_losses(5)), tmp_path / "page.html"
+    watched = watch._FollowedRun(watch.Request(folder, html=path, until_finished=True))
+    write = watch.write_atomic
+
+    def full(target, content, durable):
+        if target.suffix in (".html", ".png"):
+            raise OSError(28, "No space left on device")
+        write(target, content, durable=durable)
+
+    monkeypatch.setattr(watch, "write_atomic", full)
+    assert watched.poll() is False
+    assert f"cannot write {folder / 'training_progress.png'}: No space left on device" in watched.report.notes
+    monkeypatch.setattr(watch, "write_atomic", write)
+    watched.poll()
+    assert watched.report.notes == []
+    assert path.exists() and (folder / "training_progress.png").exists()
+    monkeypatch.setattr(watch, "write_atomic", full)
+    with pytest.raises(InputError, match=f"--html {path}: cannot be written"):
+        watch.report_once(watch.Request(folder, html=path))
 
 
 @pytest.fixture
