@@ -880,8 +880,8 @@ class ExportOptions:
     run: Path = option(None, "the run folder", metavar="RUN", positional=True)
     to: str = option(
         None,
-        "csv: epochs.csv, markers.csv and steps.csv; tensorboard: an event file",
-        choices=("csv", "tensorboard"),
+        "csv: epochs.csv, markers.csv and steps.csv; tensorboard: an event file; mlflow: a file store",
+        choices=("csv", "tensorboard", "mlflow"),
         required=True,
     )
     output_dir: Path = option(None, "folder to make, or an empty one", metavar="DIR", required=True)

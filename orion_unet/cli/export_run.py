@@ -1,4 +1,4 @@
-"""export-run: a run's logs as CSV tables or TensorBoard events. Imports no torch."""
+"""export-run: a run's logs as CSV tables, TensorBoard events or a file store of MLflow. Imports no torch."""
 
 from __future__ import annotations
 

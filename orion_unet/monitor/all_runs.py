@@ -13,6 +13,7 @@ from typing import Any
 from orion_unet.errors import InputError
 from orion_unet.findings import Finding
 from orion_unet.monitor.diagnostics import Thresholds
+from orion_unet.monitor.gpus import Gpus
 from orion_unet.monitor.liveness import filesystem_now
 from orion_unet.monitor.report import ENDED, Report, Run, plain
 from orion_unet.run_log import METRICS_FILE, SCHEMA, STATUS_FILE
@@ -86,6 +87,7 @@ class AllRuns:
         self.folder = folder
         self.thresholds = thresholds
         self.interval_s = interval_s
+        self._gpus = Gpus(interval_s)
         self._runs: dict[Path, Run] = {}
         self._search_at = 0.0
 
@@ -103,7 +105,7 @@ class AllRuns:
         return sorted(rows, key=lambda row: (row.ended, row.name))
 
     def _run(self, path: Path) -> Run:
-        return Run(path, self.thresholds, self.interval_s)
+        return Run(path, self.thresholds, self.interval_s, self._gpus)
 
     def _row(self, path: Path, run: Run) -> Row:
         name = clean(str(path.relative_to(self.folder)) if path != self.folder else path.resolve().name, 100)

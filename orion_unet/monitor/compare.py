@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orion_unet.monitor.changed_options import ASIDE
 from orion_unet.monitor.report import Report
 from orion_unet.text import clean, duration, short_number
-
-# Options that say nothing about the experiment.
-_IGNORED_OPTIONS = ("output_dir", "resume", "overwrite")
 
 
 def run_names(reports: Sequence[Report]) -> list[str]:
@@ -28,7 +26,7 @@ def differing_options(reports: Sequence[Report]) -> dict[str, list[Any]]:
     names = list(dict.fromkeys(name for options in known for name in options))
     values = {name: [report.options.get(name) for report in reports] for name in names}
     distinct = {name: {_text(v) for v, r in zip(values[name], reports, strict=True) if r.options} for name in names}
-    return {name: values[name] for name in names if len(distinct[name]) > 1 and name not in _IGNORED_OPTIONS}
+    return {name: values[name] for name in names if len(distinct[name]) > 1 and name not in ASIDE}
 
 
 def comparison(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:

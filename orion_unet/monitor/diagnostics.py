@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from orion_unet.findings import NOTICE, WARNING, Finding
+from orion_unet.findings import NOTICE, WARNING, Finding, Lines
 from orion_unet.monitor import advice
 from orion_unet.monitor.noise import WINDOW, noise_window, recent_level, validation_noise
 from orion_unet.options import option
+from orion_unet.run_log import METRICS_FILE
 
 
 def _threshold(default: float, text: str) -> Any:
@@ -128,6 +129,7 @@ def _diverged(
                 WARNING,
                 f"the {name} loss of epoch {epoch} is not finite",
                 advice=advice.diverged(options),
+                lines=_lines(epochs[-WINDOW:]),
             )
     finite = np.isfinite(val)
     epochs, val = epochs[finite], val[finite]
@@ -148,6 +150,7 @@ def _diverged(
         factor,
         limits.divergence_factor,
         advice.diverged(options),
+        _lines(epochs[int(val[: at + 1].argmin()) : at + 1]),
     )
 
 
@@ -169,6 +172,7 @@ def _unstable(
         noise,
         threshold,
         advice.unstable(options),
+        _lines(epochs[-len(noise_window(val)) :]),
     )
 
 
@@ -185,7 +189,8 @@ def _overfitting(
     threshold = limits.max_gap * loss_scale(train)
     if gap > threshold:
         message = f"validation loss {level:.4g} is {gap:.3g} above the training loss in epochs {_span(epochs[first:])}"
-        return Finding("overfitting", WARNING, message, gap, threshold, advice.overfitting(options))
+        lines = _lines(epochs[first:])
+        return Finding("overfitting", WARNING, message, gap, threshold, advice.overfitting(options), lines)
     smooth = _median3(val)
     gaps = smooth - _median3(train)
     now, gap, best = float(smooth[-1]), float(gaps[-1]), int(smooth.argmin())
@@ -204,6 +209,7 @@ def _overfitting(
         gap,
         limits.max_relative_gap * now,
         advice.overfitting(options),
+        _lines(epochs[best:]),
     )
 
 
@@ -222,6 +228,7 @@ def _worse_than_mean(
         float(error[-1]),
         limits.max_error_of_mean,
         advice.worse_than_mean(options, calm),
+        _lines(epochs[-WINDOW:]),
     )
 
 
@@ -265,9 +272,16 @@ def _slow(
         f"training loss improved by {max(gained, 0.0):.2g} ({max(gained / scale, 0.0):.1%}) in epochs "
         f"{int(epochs[-WINDOW - 1])} to {int(epochs[-1])}, by {total:.0%} since epoch {int(epochs[0])}"
     )
+    lines = _lines(epochs[-WINDOW - 1 :])
     if total >= limits.min_total_improvement or explained >= limits.min_total_improvement:
-        return Finding("plateau", NOTICE, f"converged, or waiting for a lower rate: {change}", gained, threshold)
-    return Finding("slow_convergence", WARNING, change, gained, threshold, advice.slow(options, calm))
+        message = f"converged, or waiting for a lower rate: {change}"
+        return Finding("plateau", NOTICE, message, gained, threshold, lines=lines)
+    return Finding("slow_convergence", WARNING, change, gained, threshold, advice.slow(options, calm), lines)
+
+
+def _lines(epochs: np.ndarray) -> Lines:
+    """The lines of these epochs, from the first to the last."""
+    return Lines(METRICS_FILE, (int(epochs[0]),), (int(epochs[-1]),))
 
 
 def _span(epochs: np.ndarray) -> str:

@@ -1,91 +1,28 @@
-"""A run's logs as files for other programs: CSV tables, or events for TensorBoard."""
+"""A run's logs as files for other programs: CSV tables, events for TensorBoard, a file store of MLflow."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from orion_unet.errors import InputError
 from orion_unet.extras import needed
-from orion_unet.monitor.growing_log import GrowingLog
-from orion_unet.monitor.run_reader import MAX_NAME_CHARS, MetricsReader, as_object, number
-from orion_unet.monitor.steps_reader import COLUMNS, EPOCH, MAX_STEP, STEP, StepsReader
-from orion_unet.run_log import METRICS_FILE, SCHEMA, STATUS_FILE, STEPS_FILE, parse_object, read_document
-from orion_unet.text import clean, csv_bytes
+from orion_unet.monitor.export_logs import EPOCH_COLUMNS, STEP_COLUMNS, Logs, read_logs, scalars
+from orion_unet.monitor.export_mlflow import mlflow_writer
+from orion_unet.text import csv_bytes
 
 DIGITS = 12
-# The same few names come with every epoch.
-_clean = lru_cache(maxsize=1 << 14)(clean)
-# What the rows of a table begin with; further columns follow in the order of the log.
-EPOCH_COLUMNS = ("epoch", "attempt", "time", "duration_s", "lr", "train_loss", "val_loss")
-STEP_COLUMNS = tuple(name for name in COLUMNS if name != "steps")
-# The numbers of a line of metrics.jsonl that are neither losses nor terms nor metrics.
-_OF_RECORD = (
-    *("lr", "duration_s", "grad_norm", "samples_per_s", "data_wait_fraction", "max_memory_bytes", "skipped_steps"),
-)
-
-
-@dataclass(frozen=True)
-class Logs:
-    """What a run has logged, without what a later attempt has replaced.
-
-    ``epochs`` has one mapping per epoch, in order, from column to value (text under ``time``, None where undefined);
-    ``markers`` one per epoch, from marker to its metrics; ``steps`` one row per line of steps.jsonl, with
-    ``STEP_COLUMNS``, nan where not measured and inf for a loss that is not finite. ``places`` are the numbers of the
-    rows' steps, counted from the start of the run; ``times`` are the rows' times, None where the log has none.
-    """
-
-    epochs: list[dict[str, Any]]
-    markers: list[dict[str, dict[str, float | None]]]
-    steps: list[list[float]]
-    places: list[int]
-    times: list[str | None]
-
-
-def read_logs(run_dir: Path) -> Logs:
-    """Read a run's logs into memory, all lines of them. Raises InputError if the folder has none."""
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir} {'is not a folder' if run_dir.exists() else 'does not exist'}: give a run folder")
-    metrics, steps = _EveryEpoch(run_dir), _EveryStep(run_dir)
-    logs: tuple[GrowingLog, ...] = (metrics, steps)
-    for log in logs:
-        try:
-            log.poll()
-        except OSError as error:
-            raise InputError(f"{log.path} cannot be read ({error.strerror or error})") from None
-    if metrics.foreign_schema is not None and not len(metrics):
-        raise InputError(
-            f"{metrics.path} was written with schema {metrics.foreign_schema!r:.40}; only {SCHEMA} can be read"
-        )
-    rows = steps.recent()
-    if not len(metrics) and not len(rows):
-        raise InputError(f"{run_dir} has no epoch in {METRICS_FILE} and no step in {STEPS_FILE}: give a run folder")
-    kept = [metrics.kept.epochs[epoch] for epoch in sorted(metrics.kept.epochs)]
-    columns = [COLUMNS.index(name) for name in STEP_COLUMNS]
-    return Logs(
-        epochs=[epoch_values(record) for record, _ in kept],
-        markers=[_marker_values(channels) for _, channels in kept],
-        steps=rows[:, columns].tolist(),
-        places=_places(rows, run_dir),
-        times=[steps.times.get((row[EPOCH], row[STEP])) for row in rows],
-    )
+# Writes logs into a folder, which is moved to its final place afterwards.
+Writer = Callable[[Logs, Path, Path], None]
 
 
 def export(run_dir: Path, to: str, output: Path) -> list[Path]:
     """Write a run's logs into a folder that is empty or not there yet; returns the files.
 
-    ``to`` is ``csv`` (``epochs.csv``, ``markers.csv``, ``steps.csv``) or ``tensorboard`` (an event file). The folder
-    appears whole or not at all. Raises InputError.
+    ``to`` is ``csv`` (``epochs.csv``, ``markers.csv``, ``steps.csv``), ``tensorboard`` (an event file) or ``mlflow`` (a
+    file store). The folder appears whole or not at all. Raises InputError.
     """
     write = WRITERS[to]()
     logs = read_logs(run_dir)
@@ -100,37 +37,16 @@ def export(run_dir: Path, to: str, output: Path) -> list[Path]:
         unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
         unfinished.mkdir()
         try:
-            write(logs, unfinished)
+            write(logs, unfinished, output)
             unfinished.replace(output)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise InputError(f"--output_dir {output}: cannot be written ({error.strerror or error})") from None
-    return sorted(output.iterdir())
+    return sorted(path for path in output.iterdir() if not path.name.startswith("."))
 
 
-def epoch_values(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a line of metrics.jsonl by column (``val_mse``, ``pearson``), and its ``time``; None where null.
-
-    Metrics have their own names, losses and terms begin with ``train_`` or ``val_``.
-    """
-    values: dict[str, Any] = dict.fromkeys(EPOCH_COLUMNS)
-    found = [(name, value) for name, value in record.items() if name not in ("schema", "train", "val")]
-    for side in ("train", "val"):
-        section = _object(record.get(side))
-        found.append((f"{side}_loss", section.get("loss")))
-        found += [(f"{side}_{name}", value) for name, value in _object(section.get("terms")).items()]
-    metrics = _object(_object(record.get("val")).get("metrics"))
-    # The columns of the record itself come first: no metric replaces them.
-    found += [(name, value) for name, value in metrics.items() if name not in record]
-    for name, value in found:
-        if value is None or type(value) in (int, float):
-            values[_clean(name)] = _defined(value)
-    values["time"] = _time(record)
-    return values
-
-
-def write_csv(logs: Logs, folder: Path) -> None:
+def write_csv(logs: Logs, folder: Path, final: Path) -> None:
     """Write the tables: one row per epoch, per epoch and marker, per line of steps. Undefined cells are empty."""
     columns = list(dict.fromkeys((*EPOCH_COLUMNS, *(name for row in logs.epochs for name in row))))
     rows = ([row.get(name) for name in columns] for row in logs.epochs)
@@ -147,40 +63,17 @@ def write_csv(logs: Logs, folder: Path) -> None:
     (folder / "steps.csv").write_bytes(csv_bytes(columns, steps, DIGITS))
 
 
-def scalars(logs: Logs) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """Step, time [s since 1970] and the defined numbers by tag, of every line of steps, then of every epoch.
-
-    The tags of epochs are those that training with ``--tensorboard`` writes, at the number of the epoch; the steps'
-    begin with ``steps/``, at the number of steps since the start of the run.
-    """
-    for line, step, time in zip(logs.steps, logs.places, logs.times, strict=True):
-        measured = zip(STEP_COLUMNS[2:], line[2:], strict=True)
-        yield step, _seconds(time), {f"steps/{name}": value for name, value in measured if math.isfinite(value)}
-    for row, markers in zip(logs.epochs, logs.markers, strict=True):
-        found = {name: value for name, value in row.items() if name not in ("epoch", "attempt", "time")}
-        tagged = {_tag(name): value for name, value in found.items()}
-        tagged |= {f"{name}/{marker}": score for marker, scores in markers.items() for name, score in scores.items()}
-        yield row["epoch"], _seconds(row["time"]), {tag: value for tag, value in tagged.items() if value is not None}
-
-
-def _tag(column: str) -> str:
-    side, _, name = column.partition("_")
-    if side in ("train", "val"):
-        return f"loss/{side}" if name == "loss" else f"{side}/{name}"
-    return column if column in _OF_RECORD else f"metrics/{column}"
-
-
-def _csv_writer() -> Callable[[Logs, Path], None]:
+def _csv_writer() -> Writer:
     return write_csv
 
 
-def _event_writer() -> Callable[[Logs, Path], None]:
+def _event_writer() -> Writer:
     """What writes events. Raises InputError without the package tensorboard; imports neither torch nor TensorFlow."""
     writers = needed("tensorboard.summary.writer.event_file_writer", extra="tensorboard")
     events = needed("tensorboard.compat.proto.event_pb2", extra="tensorboard")
     summaries = needed("tensorboard.compat.proto.summary_pb2", extra="tensorboard")
 
-    def write(logs: Logs, folder: Path) -> None:
+    def write(logs: Logs, folder: Path, final: Path) -> None:
         file = writers.EventFileWriter(str(folder))
         try:
             for step, when, tagged in scalars(logs):
@@ -192,97 +85,4 @@ def _event_writer() -> Callable[[Logs, Path], None]:
     return write
 
 
-WRITERS: dict[str, Callable[[], Callable[[Logs, Path], None]]] = {"csv": _csv_writer, "tensorboard": _event_writer}
-
-
-def _marker_values(channels: bytes | dict[str, Any] | None) -> dict[str, dict[str, float | None]]:
-    """The metrics of every marker of an epoch; None where undefined."""
-    return {
-        _clean(marker, MAX_NAME_CHARS): {_clean(name): _defined(value) for name, value in values.items()}
-        for marker, values in as_object(channels).items()
-        if isinstance(values, dict)
-    }
-
-
-def _places(rows: np.ndarray, run_dir: Path) -> list[int]:
-    """Number of each row's step, counted from the start of the run; epochs are as long as status.json says, or as the
-    longest in the log."""
-    try:
-        status, _ = read_document(run_dir / STATUS_FILE)
-    except OSError:
-        status = None
-    known = (status or {}).get("steps_per_epoch")
-    longest = int(rows[:, STEP].max(initial=1))
-    length = max(known, longest) if type(known) is int and 0 < known <= MAX_STEP else longest
-    return [int(row[EPOCH] - 1) * length + int(row[STEP]) for row in rows]
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _defined(value: Any) -> float | int | None:
-    """A finite number as it is, else None."""
-    return value if math.isfinite(number(value)) else None
-
-
-def _time(record: Mapping[str, Any]) -> str | None:
-    time = record.get("time")
-    return _clean(time, 40) if isinstance(time, str) else None
-
-
-def _seconds(time: str | None) -> float:
-    """A time of the log in seconds since 1970; 0 where there is none."""
-    try:
-        found = datetime.fromisoformat(time or "")
-    except ValueError:
-        return 0.0
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-
-
-class _Kept:
-    """In place of a reader's thinned history: every epoch that counts, as the log has it."""
-
-    names: tuple[str, ...] = ()
-    left_out = 0
-
-    def __init__(self) -> None:
-        self.offered: Mapping[str, Any] = {}
-        self.epochs: dict[int, tuple[Mapping[str, Any], bytes | dict[str, Any] | None]] = {}
-
-    def put(self, epoch: int, channels: bytes | dict[str, Any] | None) -> None:
-        self.epochs[epoch] = self.offered, channels
-
-    def forget_after(self, epoch: int) -> None:
-        self.epochs = {kept: found for kept, found in self.epochs.items() if kept <= epoch}
-
-
-class _EveryEpoch(MetricsReader):
-    kept: _Kept
-
-    def _reset(self) -> None:
-        super()._reset()
-        self.kept = self.channels = _Kept()  # type: ignore[assignment]
-
-    def _put(self, record: dict[str, Any] | None, channels: bytes | dict[str, Any] | None) -> None:
-        self.kept.offered = record or {}
-        super()._put(record, channels)
-
-
-class _EveryStep(StepsReader):
-    """Keeps all lines, however many, and their times."""
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._recent = deque()
-        self.times: dict[tuple[float, float], str | None] = {}
-
-    def _put(self, line: bytes, weight: float) -> None:
-        count = len(self._recent), self.lines
-        super()._put(line, weight)
-        if (len(self._recent), self.lines) != count:
-            newest = self._recent[-1]
-            self.times[newest[EPOCH], newest[STEP]] = _time(parse_object(line) or {})
-
-    def _skip_ahead(self, file: Any, size: int) -> None:
-        return
+WRITERS: dict[str, Callable[[], Writer]] = {"csv": _csv_writer, "tensorboard": _event_writer, "mlflow": mlflow_writer}

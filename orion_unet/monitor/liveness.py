@@ -100,7 +100,7 @@ class Liveness:
         begun = measured > 0 if "step_s" in status else step > 0 and typical > 0
         midway = begun and not (state == "training" and 0 < steps <= step)
         least = PATIENCE_S if not midway else VALIDATION_S if state == "validating" else 0.0
-        allowed = max(self.stalled_after_s, 2 * self.interval_s, STEPS_WITHOUT_PROGRESS * typical, least)
+        allowed = max(self.stalled_after_s, self.interval_s, STEPS_WITHOUT_PROGRESS * typical, least)
         if quiet <= allowed:
             return Life(state, age_s=age)
         what = "validation batch" if state == "validating" else "training step"

@@ -8,31 +8,15 @@ from html import escape
 from pathlib import Path
 
 from orion_unet.findings import Finding, options_and_sentences
-from orion_unet.monitor.chart import Curve, chart
-from orion_unet.monitor.horizontal import EPOCHS, horizontals
+from orion_unet.monitor.changed_options import changed_options
+from orion_unet.monitor.evidence import evidence
+from orion_unet.monitor.gpus import summary
+from orion_unet.monitor.page_curves import curves
 from orion_unet.monitor.page_script import SCRIPT, policy
+from orion_unet.monitor.page_style import STYLE
 from orion_unet.monitor.panels import Panel, closest
 from orion_unet.monitor.report import Report
 from orion_unet.text import clean, duration, short_number
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; }
-img { width: 100%; height: auto; } .quiet { color: #666; }
-table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: right; }
-td:first-child, th:first-child { text-align: left; } tr:nth-child(even) td { background: #f5f5f5; }
-.finding { border-left: 4px solid #0072B2; padding: .2rem .8rem; margin: .5rem 0; }
-.warning { border-color: #D55E00; } code { background: #f0f0f0; padding: 0 .3rem; }
-.tables { display: flex; gap: 3rem; flex-wrap: wrap; }
-figure { margin: 0; } .charts { display: grid; gap: 1rem 2rem; }
-.charts { grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); }
-.chart span { margin-left: 1rem; white-space: nowrap; } .chart output { font-variant-numeric: tabular-nums; }
-.curves { width: 100%; height: auto; display: block; } .curves text { font-size: 11px; fill: #444; }
-.curve { fill: none; stroke-width: 1.8; stroke-linecap: round; stroke-linejoin: round; } .grid { stroke: #ddd; }
-.key { width: 24px; height: 8px; } .pointer { stroke: #777; visibility: hidden; } .pointer.on { visibility: visible; }
-#choose { display: flex; gap: 1rem; align-items: center; } #choose[hidden] { display: none; }
-#panel { flex: 1; max-width: 40rem; } #lost { background: #D55E00; color: white; padding: .3rem .8rem; }
-"""
 
 
 def page(
@@ -47,7 +31,8 @@ def page(
 
 
 def body(report: Report, figure_png: bytes, panels: Sequence[Panel] = (), x: str = "epoch") -> str:
-    """What a page shows of the report: findings, curves over ``x``, sanity panels, figure, tables."""
+    """What a page shows of the report: findings with the lines that prove them, curves over ``x``, sanity panels,
+    figure, tables, and the options that differ from the recipe."""
     name = Path(report.run).name or report.run
     planned = f" of {report.planned}" if report.planned else ""
     facts = [
@@ -62,6 +47,8 @@ def body(report: Report, figure_png: bytes, panels: Sequence[Panel] = (), x: str
     message = report.status.get("message")
     if message:
         facts.append(("message", clean(message, 500)))
+    if report.gpus:
+        facts.append(("GPUs of this machine", summary(report.gpus)))
     newest = report.reader.channels.newest()
     known = sorted(newest.items(), key=lambda item: -item[1]["pearson"] if abs(item[1]["pearson"]) <= 1 else 2)
     shown = known if len(known) <= 40 else [*known[:20], *known[-20:]]
@@ -78,20 +65,20 @@ def body(report: Report, figure_png: bytes, panels: Sequence[Panel] = (), x: str
     left_out = f" ({len(known) - 40} between best and worst left out)" if len(known) > 40 else ""
     shown_parts = [
         f"<h1>{_safe(name)}</h1>",
-        _table(("", ""), facts, heading=False),
+        _table((), facts, "plain"),
         "<h2>Warnings</h2>" if report.findings else "<p>No warnings.</p>",
-        *_findings(report.findings),
-        "<h2>Options</h2>" if report.config_findings else "",
-        *_findings(report.config_findings),
-        *_charts(report, x),
+        *_findings(report.findings, report),
+        *curves(report, x),
         *_panels(report, panels),
         "<h2>Figure</h2>",
-        _image(figure_png),
+        f'<div class="enlarge">{_image(figure_png)}</div>',
         '<div class="tables">',
         "<div><h2>Last epochs</h2>",
         _table(("epoch", "train", "val", "pearson", "lr"), epochs),
         f"</div><div><h2>Markers{_safe(left_out)}</h2>",
         _table(("marker", "pearson", "mae", "ssim"), markers),
+        "</div><div>",
+        *_options(report),
         "</div></div>",
         *(f'<p class="quiet">{_safe(note)}</p>' for note in report.notes),
     ]
@@ -123,7 +110,7 @@ def document(
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy(bool(poll_s))}">{refresh}',
             '<meta name="viewport" content="width=device-width">',
-            f"<title>{_safe(title)}</title><style>{_STYLE}</style></head><body{poll}>",
+            f"<title>{_safe(title)}</title><style>{STYLE}</style></head><body{poll}>",
             '<p id="lost" hidden>The monitor does not answer.</p><main>',
             *body,
             f"</main><script>{SCRIPT}</script></body></html>\n",
@@ -131,23 +118,16 @@ def document(
     )
 
 
-def _charts(report: Report, x: str) -> list[str]:
-    """Losses and Pearson, with their values under the pointer."""
-    if not len(report.epochs):
+def _options(report: Report) -> list[str]:
+    """Findings about the options, and the options that differ from the recipe."""
+    if not report.options:
         return []
-    (axis,) = horizontals([report], x)
-    at = axis.of(report.epochs)
-    places = [f"epoch {epoch}" for epoch in report.epochs.tolist()]
-    if axis is not EPOCHS:
-        places = [f"{place}, {axis.label} {short_number(where, 6)}" for place, where in zip(places, at, strict=True)]
-    losses = (Curve("training", report.train, "#0072B2", "6 4"), Curve("validation", report.val, "#D55E00"))
-    pearson = (Curve("mean over markers", report.reader.column("pearson"), "#009E73"),)
-    return [
-        '<h2>Curves</h2><div class="charts">',
-        chart("Loss", axis.label, at, places, losses),
-        chart("Validation Pearson", axis.label, at, places, pearson),
-        "</div>",
-    ]
+    usual, rows = changed_options(report.config)
+    found = ["<h2>Options</h2>", *_findings(report.config_findings, report)]
+    if not rows:
+        return [*found, f"<p>No option differs from the {_safe(usual)}.</p>"]
+    rows = [(f"--{name}", value, other) for name, value, other in rows]
+    return [*found, _table(("differing option", "this run", usual), rows, "plain")]
 
 
 def _panels(report: Report, panels: Sequence[Panel]) -> list[str]:
@@ -189,21 +169,27 @@ def _image(png: bytes, alt: str = "Training progress") -> str:
     return f'<img alt="{_safe(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], heading: bool = True) -> str:
-    head = "<tr>" + "".join(f"<th>{_safe(column)}</th>" for column in columns) + "</tr>" if heading else ""
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """A table of numbers, or with ``plain`` as its kind one of words; without a heading if there are no columns."""
+    head = "<tr>" + "".join(f"<th>{_safe(column)}</th>" for column in columns) + "</tr>" if columns else ""
     cells = ("<tr>" + "".join(f"<td>{_safe(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>{head}{''.join(cells)}</table>"
+    return f'<div class="wide"><table class="{kind}">{head}{"".join(cells)}</table></div>'
 
 
-def _findings(findings: Iterable[Finding]) -> list[str]:
+def _findings(findings: Iterable[Finding], report: Report) -> list[str]:
     shown = []
     for finding in findings:
         advice = "; ".join(
             "try " + " or ".join(f"<code>{_safe(item)}</code>" for item in group) if pasted else _safe("; ".join(group))
             for pasted, group in options_and_sentences(finding.advice)
         )
+        proof = ""
+        if finding.lines is not None:
+            title, columns, rows = evidence(report, finding.lines)
+            table = _table(columns, rows)
+            proof = f'<details data-code="{_safe(finding.code)}"><summary>{_safe(title)}</summary>{table}</details>'
         shown.append(
             f'<div class="finding {_safe(finding.severity)}"><b>{_safe(finding.code)}</b>: {_safe(finding.message)}'
-            f"{f'<br>{advice}' if advice else ''}</div>"
+            f"{f'<br>{advice}' if advice else ''}{proof}</div>"
         )
     return shown

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,13 @@ from orion_unet.errors import InputError
 from orion_unet.findings import WARNING, Finding
 from orion_unet.monitor.advice import AUTOMATIC_RATE, judge_config, option_number
 from orion_unet.monitor.diagnostics import Thresholds, diagnose
+from orion_unet.monitor.gpus import Gpu, Gpus
 from orion_unet.monitor.liveness import Life, Liveness
 from orion_unet.monitor.noise import validation_noise
+from orion_unet.monitor.resource_rules import Usage, diagnose_resources
 from orion_unet.monitor.run_reader import MetricsReader
 from orion_unet.monitor.step_curves import StepCurves, newest_curves, step_curves
-from orion_unet.monitor.step_rules import diagnose_resources, diagnose_steps
+from orion_unet.monitor.step_rules import diagnose_steps
 from orion_unet.monitor.steps_reader import EPOCH, GRAD, LOSS, LR, SPEED, STEP, WAIT, StepsReader
 from orion_unet.run_log import CONFIG_FILE, METRICS_FILE, SCHEMA, STATUS_FILE, STEPS_FILE, read_document, strict
 
@@ -42,6 +45,7 @@ class Report:
     thresholds: Thresholds
     findings: list[Finding]
     config_findings: list[Finding]
+    gpus: Sequence[Gpu] = ()
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -185,6 +189,7 @@ class Report:
             "epoch_s": plain(self.epoch_s),
             "left_s": plain(self.left_s),
             "newest_step": self._newest_step_document(),
+            "gpus": [gpu.document() for gpu in self.gpus],
             "damaged_lines": self.reader.damaged_lines,
             "warnings": [finding.document() for finding in self.findings],
             "config_findings": [finding.document() for finding in self.config_findings],
@@ -199,13 +204,16 @@ class Report:
 
 
 class Run:
-    """A run folder that is read again and again, every ``interval_s`` seconds."""
+    """A run folder that is read again and again, every ``interval_s`` seconds. Several runs may share ``gpus``."""
 
-    def __init__(self, run_dir: Path, thresholds: Thresholds, interval_s: float = 0.0) -> None:
+    def __init__(
+        self, run_dir: Path, thresholds: Thresholds, interval_s: float = 0.0, gpus: Gpus | None = None
+    ) -> None:
         self.run_dir = run_dir
         self.thresholds = thresholds
         self.reader = MetricsReader(run_dir)
         self.steps = StepsReader(run_dir)
+        self.gpus = gpus or Gpus(interval_s)
         self._liveness = Liveness(run_dir, thresholds.stalled_after, interval_s)
 
     def poll(self) -> Report:
@@ -237,7 +245,9 @@ class Run:
         recent = self.steps.recent()
         findings += diagnose_steps(self.steps.history(), recent, self.thresholds, options)
         waits, memory = reader.column("data_wait_fraction"), reader.column("max_memory_bytes")
-        findings += diagnose_resources(waits, memory, recent, self.thresholds, config or {}, options)
+        gpus = self._gpus(life, status or {}, config or {})
+        usage = Usage(epochs, waits, memory, recent, gpus)
+        findings += diagnose_resources(usage, self.thresholds, config or {}, options)
         calm = not UNCALM & {finding.code for finding in findings}
         for log, name in ((reader, METRICS_FILE), (self.steps, STEPS_FILE)):
             if log.damaged_lines:
@@ -255,8 +265,15 @@ class Run:
             thresholds=self.thresholds,
             findings=findings,
             config_findings=judge_config(config or {}, calm),
+            gpus=gpus,
             notes=notes,
         )
+
+    def _gpus(self, life: Life, status: Mapping[str, Any], config: Mapping[str, Any]) -> Sequence[Gpu]:
+        """This machine's GPUs, if the run goes on here and on a GPU."""
+        here = status.get("host") == socket.gethostname() and life.state not in (*ENDED, "waiting")
+        device = config.get("device")
+        return self.gpus.read() if here and isinstance(device, str) and "CPU" not in device else ()
 
     def _document(self, name: str, notes: list[str]) -> tuple[dict[str, Any] | None, float]:
         path = self.run_dir / name

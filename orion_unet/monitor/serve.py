@@ -10,10 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from orion_unet.errors import InputError
+from orion_unet.monitor.live import terminate_cleanly
 from orion_unet.monitor.page import body, document, waiting_body
 from orion_unet.monitor.page_script import policy
 from orion_unet.monitor.report import Run
-from orion_unet.monitor.watch import Outputs, Request, exit_code, terminate_cleanly
+from orion_unet.monitor.watch import Outputs, Request, exit_code
 from orion_unet.text import clean
 
 HOST = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""Finds early what goes wrong within the epochs, and what holds a run back: pure functions, arrays in, findings out.
+"""Finds early what goes wrong within the epochs: pure functions, arrays in, findings out.
 
 Rows of steps are those of ``steps_reader``: the newest lines, and the whole run in points.
 """
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from orion_unet.findings import NOTICE, WARNING, Finding
+from orion_unet.findings import WARNING, Finding, Lines
 from orion_unet.monitor import advice
 from orion_unet.monitor.diagnostics import Thresholds
-from orion_unet.monitor.steps_reader import COVERED, EPOCH, GRAD, LOSS, NON_FINITE, SKIPPED, STEP, WAIT
-from orion_unet.text import short_number
+from orion_unet.monitor.steps_reader import COVERED, EPOCH, GRAD, LOSS, NON_FINITE, SKIPPED, STEP
+from orion_unet.run_log import STEPS_FILE
 
 # A third of so many points has enough of them for a slope.
 LEAST_POINTS = 18
@@ -46,23 +46,6 @@ def diagnose_steps(
     return [finding for finding in found if finding is not None]
 
 
-def diagnose_resources(
-    waits: np.ndarray,
-    memory_bytes: np.ndarray,
-    recent: np.ndarray,
-    limits: Thresholds,
-    config: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> list[Finding]:
-    """Judge what the run waits for, and how much of its device's memory it takes.
-
-    ``waits`` (E,) is the fraction of each epoch's training spent waiting for data, ``memory_bytes`` (E,) the largest
-    memory so far, ``recent`` the newest lines of the steps, ``config`` the document of config.json.
-    """
-    found = [_starving(waits, recent, limits, config, options), _memory(memory_bytes, limits, config, options)]
-    return [finding for finding in found if finding is not None]
-
-
 def _rising(history: np.ndarray, limits: Thresholds, options: Mapping[str, Any]) -> Finding | None:
     rows = history[np.isfinite(history[:, LOSS])]
     third = len(rows) // 3
@@ -88,10 +71,11 @@ def _rising(history: np.ndarray, limits: Thresholds, options: Mapping[str, Any])
         "rising_steps",
         WARNING,
         f"loss of the steps rises by {rise / max(abs(start), 1e-12):.0%} over their last third, from {start:.4g} to "
-        f"{start + rise:.4g} between {_place(first)} and {_place(end)}",
+        f"{start + rise:.4g} between {step_place(first)} and {step_place(end)}",
         rise / max(abs(start), 1e-12),
         limits.max_rise,
         advice.rising(options),
+        step_lines(rows[-2 * third :]),
     )
 
 
@@ -108,11 +92,12 @@ def _growing(recent: np.ndarray, limits: Thresholds, options: Mapping[str, Any])
     return Finding(
         "growing_gradients",
         WARNING,
-        f"largest gradient norm {now:.3g}{clipped} (median since {_place(rows[-newest])}), {now / earlier:.3g} times "
-        f"that of the steps before ({earlier:.3g})",
+        f"largest gradient norm {now:.3g}{clipped} (median since {step_place(rows[-newest])}), {now / earlier:.3g} "
+        f"times that of the steps before ({earlier:.3g})",
         now / earlier,
         limits.max_gradient_growth,
         advice.diverged(options),
+        step_lines(rows[-2 * newest :]),
     )
 
 
@@ -126,10 +111,11 @@ def _non_finite(recent: np.ndarray, limits: Thresholds, options: Mapping[str, An
         "non_finite_steps",
         WARNING,
         f"loss or gradient of {count:.0f} of the last {max(steps, count):.0f} steps was not finite, so they were "
-        f"skipped; the last ones before {_place(last)}",
+        f"skipped; the last ones before {step_place(last)}",
         count / max(steps, count),
         limits.max_non_finite,
         advice.not_finite(options),
+        step_lines(window),
     )
 
 
@@ -151,64 +137,16 @@ def _skipped(history: np.ndarray, recent: np.ndarray, limits: Thresholds, option
         count / max(steps, count),
         limits.max_skipped,
         advice.overflowing(options),
+        step_lines(window),
     )
 
 
-def _starving(
-    waits: np.ndarray, recent: np.ndarray, limits: Thresholds, config: Mapping[str, Any], options: Mapping[str, Any]
-) -> Finding | None:
-    known = waits[np.isfinite(waits)][-2:]
-    advised = advice.starving(config, options)
-    # The first epoch may fill caches; from two epochs on it is the rule.
-    if len(known) == 2:
-        wait = float(known.min())
-        if wait <= limits.max_data_wait:
-            return None
-        message = (
-            f"training spends {known[0]:.0%} and {known[1]:.0%} of its time waiting for data in the last two epochs"
-        )
-        return Finding("starving", WARNING, message, wait, limits.max_data_wait, advised)
-    if not len(recent):
-        return None
-    rows = recent[(recent[:, EPOCH] == recent[-1, EPOCH]) & np.isfinite(recent[:, WAIT])]
-    # Not the first half, in which the loader starts.
-    rows = rows[len(rows) // 2 :]
-    if len(rows) < WINDOW_LINES // 4:
-        return None
-    wait = float(np.average(np.minimum(rows[:, WAIT], 1), weights=np.maximum(np.nan_to_num(rows[:, COVERED]), 1e-9)))
-    if wait <= limits.max_data_wait:
-        return None
-    message = (
-        f"steps since {_place(rows[0])} spend {wait:.0%} of their time waiting for data; later epochs may wait less"
-    )
-    return Finding("starving", NOTICE, message, wait, limits.max_data_wait, advised)
+def step_lines(rows: np.ndarray) -> Lines:
+    """The lines of these steps, from the first to the last."""
+    first, last = ((int(row[EPOCH]), int(row[STEP])) for row in (rows[0], rows[-1]))
+    return Lines(STEPS_FILE, first, last)
 
 
-def _memory(
-    memory_bytes: np.ndarray, limits: Thresholds, config: Mapping[str, Any], options: Mapping[str, Any]
-) -> Finding | None:
-    known = memory_bytes[np.isfinite(memory_bytes)]
-    total = advice.option_number(config, "device_memory_bytes")
-    if not len(known) or not total or total <= 0:
-        return None
-    share = float(known[-1]) / total
-    # More than all of it is another device's: the run was moved.
-    if not limits.max_memory < share <= 1:
-        return None
-    return Finding(
-        "memory",
-        WARNING,
-        f"{_gigabytes(float(known[-1]))} of the device's {_gigabytes(total)} of memory ({share:.0%}) were in use: an "
-        "epoch with a little more may fail",
-        share,
-        limits.max_memory,
-        advice.memory(config, options),
-    )
-
-
-def _gigabytes(count: float) -> str:
-    return f"{short_number(count / 2**30, 3)} GiB"
-
-
-def _place(row: np.ndarray) -> str:
+def step_place(row: np.ndarray) -> str:
+    """Epoch and step of a row, in words."""
     return f"epoch {row[EPOCH]:.0f} step {row[STEP]:.0f}"

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from orion_unet.findings import Finding, options_and_sentences
 from orion_unet.monitor.all_runs import HEADINGS, Row
+from orion_unet.monitor.gpus import summary
 from orion_unet.monitor.report import Report, finite_or_nan
 from orion_unet.text import clean, duration, short_number
 
@@ -195,7 +196,10 @@ def _header(report: Report, width: int, blocks: str) -> list[RenderableType]:
     lines.append(Text(" | ".join(part for part in parts if part), no_wrap=True, overflow="ellipsis"))
     if len(report.epochs):
         lines += _sparklines(report, width, blocks)
-    return lines + _steps(report, width, blocks)
+    lines += _steps(report, width, blocks)
+    if report.gpus:
+        lines.append(Text(f"      {summary(report.gpus)}", no_wrap=True, overflow="ellipsis"))
+    return lines
 
 
 def _sparklines(report: Report, width: int, blocks: str) -> list[RenderableType]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orion_unet.errors import InputError
 from orion_unet.monitor.diagnostics import Thresholds
+from orion_unet.monitor.live import Followed, follow, tolerate_encoding
 from orion_unet.monitor.liveness import MONITOR_FILE
-from orion_unet.monitor.notify import News, Notifier
+from orion_unet.monitor.notify import News
 from orion_unet.monitor.panels import Panel, Panels
 from orion_unet.monitor.report import ENDED, Report, Run, to_json
 from orion_unet.run_log import write_atomic
 from orion_unet.text import clean
 
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
 FIGURE_NAME = "training_progress"
 EXIT_OK, EXIT_WARNINGS = 0, 4
-# A person who leaves waits no longer for the command on news.
-LEAVING_S = 2.0
 # States that a scheduler may start the run again from.
 CONTINUED = ("interrupted", "crashed")
 REDRAW_PAUSE = 20
@@ -64,26 +63,37 @@ class Outputs:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.problem = ""
         self.png = b""
+        self._problems: dict[Path, str] = {}
         self._drawn = ""
         self._page = ""
         self._panels = Panels(request.run_dir)
         self._not_before = 0.0
 
+    @property
+    def problem(self) -> str:
+        """Why a file could not be written at the last try; empty if all could."""
+        return next(iter(self._problems.values()), "")
+
     def write(self, report: Report, refresh_s: float | None = None) -> None:
-        """Write what has changed. If the folder cannot be written, the report gets a note; that is no failure."""
+        """Write what has changed. If a file cannot be written, the report gets a note, and the next call tries again;
+        that is no failure."""
         self.write_pictures(report, refresh_s)
         self.write_document(report)
 
     def write_document(self, report: Report) -> None:
         """Replace monitor.json."""
-        if self.problem:
-            report.notes.append(self.problem)
-        self._write(self.request.run_dir / MONITOR_FILE, (to_json(report.document(), 2) + "\n").encode(), report)
+        noted = self.problem
+        report.notes += [noted] if noted else []
+        self._write(self.request.run_dir / MONITOR_FILE, (to_json(report.document(), 2) + "\n").encode())
+        report.notes += [self.problem] if self.problem and not noted else []
 
     def write_pictures(self, report: Report, refresh_s: float | None = None) -> None:
-        """Redraw the figure, if there is news and the last one is old enough, and write the page around it."""
+        """Redraw the figure, if there is news and the last one is old enough, and write the page around it.
+
+        ``refresh_s`` is the time until the next call, None if there is none: then a page that cannot be written raises
+        InputError.
+        """
         self._draw(report, forced=report.life.state in ENDED)
         if self.request.html is not None:
             from orion_unet.monitor.page import page
@@ -91,8 +101,12 @@ class Outputs:
             alive = refresh_s if report.life.state not in ENDED else None
             text = page(report, self.png, alive, self.panels(report), self.request.x)
             # With its panels a page has megabytes, too much for a file server at every poll.
-            if text != self._page or not self.request.html.exists():
+            if text == self._page and _exists(self.request.html):
+                return
+            if refresh_s is None:
                 write_page(self.request.html, text)
+                self._page = text
+            elif self._write(self.request.html, text.encode("utf-8", "backslashreplace")):
                 self._page = text
 
     def panels(self, report: Report) -> list[Panel]:
@@ -109,17 +123,26 @@ class Outputs:
         from orion_unet.monitor.plots import run_figure
 
         drawn, self.png = figure_files(run_figure(report, self.request.x), self.request)
-        self._drawn = state
         self._not_before = time.monotonic() + REDRAW_PAUSE * (time.monotonic() - now)
-        self._write(self.request.figure_path, drawn, report)
+        if self._write(self.request.figure_path, drawn):
+            self._drawn = state
 
-    def _write(self, path: Path, content: bytes, report: Report) -> None:
+    def _write(self, path: Path, content: bytes) -> bool:
+        """Replace a file; returns whether it could be written."""
         try:
             write_atomic(path, content, durable=False)
         except OSError as error:
-            if not self.problem:
-                self.problem = f"cannot write {path}: {error.strerror or error}"
-                report.notes.append(self.problem)
+            self._problems[path] = f"cannot write {path}: {error.strerror or error}"
+            return False
+        self._problems.pop(path, None)
+        return True
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def figure_files(figure: Any, request: Request) -> tuple[bytes, bytes]:
@@ -157,112 +180,64 @@ def watch(request: Request) -> int:
 
     With ``until_finished`` a run that was interrupted or has crashed is followed to its next attempt.
     """
-    on_screen = on_a_screen(request.as_json)
-    follow = _Follower(request)
-    with suppress(KeyboardInterrupt), notifier(request.notify, on_screen) as follow.notify, terminate_cleanly():
-        follow.on_screen() if on_screen else follow.in_lines()
-    if follow.report is None:
+    followed = _FollowedRun(request)
+    follow(followed, request.interval_s, request.as_json, request.notify)
+    if followed.report is None:
         return EXIT_OK
     if not request.as_json:
-        print_report(follow.report, "" if follow.outputs.problem else f"figure: {request.figure_path}")
-    return exit_code(follow.report, request.fail_on)
+        print_report(followed.report, "" if followed.outputs.problem else f"figure: {request.figure_path}")
+    return exit_code(followed.report, request.fail_on)
 
 
-class _Follower:
+class _FollowedRun(Followed):
+    """One run; before there is one to report, ``waiting_for`` says what is missing."""
+
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.notify: Notifier | None = None
-        self.news = News()
         self.run = Run(request.run_dir, request.thresholds, request.interval_s)
         self.outputs = Outputs(request)
         self.report: Report | None = None
         self.waiting_for = ""
+        self._events = News()
+        self._printed = ""
 
-    def poll(self) -> Report | None:
-        """The report, or None while there is nothing to report; ``waiting_for`` then says what is missing."""
+    def poll(self) -> bool:
         try:
             report = self.run.poll()
         except InputError as error:
             self.waiting_for = clean(str(error), 300)
-            return None
+            return True
+        self.waiting_for = ""
         if self.notify is not None:
-            events = self.news.update(report.life.state, report.life.state in ENDED, report.findings)
+            events = self._events.update(report.life.state, report.life.state in ENDED, report.findings)
             self.notify.tell(events, report.document())
             report.notes += [self.notify.problem] if self.notify.problem else []
         self.outputs.write(report, self.request.interval_s)
         self.report = report
-        return report
+        return not self.request.is_over(report.life.state)
 
-    def in_lines(self) -> None:
-        """For a pipe: print a plain line, or a line of JSON, whenever something has changed."""
+    def news(self) -> Iterable[str]:
         from orion_unet.monitor.terminal import one_line
 
-        printed: Any = None
-        tolerate_encoding()
-        while True:
-            report = self.poll()
-            if report is None:
-                change, line = self.waiting_for, f"waiting for {clean(str(self.request.run_dir))}: {self.waiting_for}"
-                document = {"run": str(self.request.run_dir), "state": "waiting", "reason": self.waiting_for}
-            else:
-                line, document = one_line(report), report.document()
-                change = line
-            if change != printed:
-                printed = change
-                print(to_json(document) if self.request.as_json else line, flush=True)
-            if report is not None and self.request.is_over(report.life.state):
-                return
-            time.sleep(self.request.interval_s)
+        if self.waiting_for or self.report is None:
+            line = f"waiting for {clean(str(self.request.run_dir))}: {self.waiting_for}"
+            document = {"run": str(self.request.run_dir), "state": "waiting", "reason": self.waiting_for}
+        else:
+            line = one_line(self.report)
+            document = self.report.document()
+        if line != self._printed:
+            self._printed = line
+            yield to_json(document) if self.request.as_json else line
 
-    def on_screen(self) -> None:
-        """A live view on the terminal's alternate screen, also redrawn when the window is resized."""
-        from rich.live import Live
+    def view(self, console: Console, height: int) -> RenderableType:
         from rich.text import Text
 
-        from orion_unet.monitor.terminal import make_console, view
+        from orion_unet.monitor.terminal import view
 
-        console = make_console(sys.stdout)
-        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
-            while True:
-                report = self.poll()
-                due = time.monotonic() + self.request.interval_s
-                size = None
-                while time.monotonic() < due:
-                    if console.size != size:
-                        size = console.size
-                        if report is None:
-                            text = (
-                                f"waiting for {clean(str(self.request.run_dir))}\n{self.waiting_for}\n\nCtrl-C to leave"
-                            )
-                            live.update(Text(text), refresh=True)
-                        else:
-                            footer = f"every {self.request.interval_s:g} s | Ctrl-C to leave"
-                            live.update(view(report, console, size.height - 1, footer), refresh=True)
-                    if report is not None and self.request.is_over(report.life.state):
-                        return
-                    time.sleep(min(0.2, self.request.interval_s))
-
-
-def on_a_screen(as_json: bool) -> bool:
-    """Whether a live view can be drawn on standard output."""
-    return not as_json and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
-
-@contextmanager
-def notifier(words: tuple[str, ...], on_screen: bool) -> Iterator[Notifier | None]:
-    """What runs the user's command, until everything has been told; None without a command. Its failure is printed, or
-    left to a live view to show."""
-    if not words:
-        yield None
-        return
-    found = Notifier(words, lambda text: None if on_screen else print(text, file=sys.stderr, flush=True))
-    try:
-        yield found
-    except (KeyboardInterrupt, SystemExit):
-        # Who leaves does not wait for a slow command.
-        found.close(LEAVING_S)
-        raise
-    found.close()
+        if self.waiting_for or self.report is None:
+            return Text(f"waiting for {clean(str(self.request.run_dir))}\n{self.waiting_for}\n\nCtrl-C to leave")
+        footer = f"every {self.request.interval_s:g} s | Ctrl-C to leave"
+        return view(self.report, console, height, footer)
 
 
 def compare(request: Request, others: list[Path]) -> int:
@@ -335,24 +310,3 @@ def show(png_bytes: bytes) -> None:
     axes.set_axis_off()
     axes.imshow(image)
     pyplot.show()
-
-
-def tolerate_encoding() -> None:
-    """Let a terminal or pipe that cannot encode a character show a question mark, not a traceback."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")
-
-
-@contextmanager
-def terminate_cleanly() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that the terminal's screen and cursor are restored."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    earlier = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-import time
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orion_unet.errors import InputError
 from orion_unet.monitor.all_runs import AllRuns, Row, changed, document
-from orion_unet.monitor.notify import News, Notifier
+from orion_unet.monitor.live import Followed, follow, tolerate_encoding
+from orion_unet.monitor.notify import News
 from orion_unet.monitor.report import ENDED, to_json
-from orion_unet.monitor.watch import Request, exit_code, notifier, on_a_screen, terminate_cleanly, tolerate_encoding
+from orion_unet.monitor.watch import Request, exit_code
 from orion_unet.text import clean
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 
 def report_all(folder: Path, request: Request) -> int:
@@ -24,27 +28,25 @@ def report_all(folder: Path, request: Request) -> int:
 
 def watch_all(folder: Path, request: Request) -> int:
     """Follow every run until Ctrl-C, or until all of them are over if that was asked for; returns the exit code."""
-    on_screen = on_a_screen(request.as_json)
-    follow = _Follower(folder, request)
-    with suppress(KeyboardInterrupt), notifier(request.notify, on_screen) as follow.notify, terminate_cleanly():
-        follow.on_screen() if on_screen else follow.in_lines()
-    if on_screen:
-        _print(folder, follow.rows, request)
-    return _exit_code(follow.rows, request)
+    followed = _FollowedRuns(folder, request)
+    if follow(followed, request.interval_s, request.as_json, request.notify):
+        _print(folder, followed.rows, request)
+    return _exit_code(followed.rows, request)
 
 
-class _Follower:
+class _FollowedRuns(Followed):
+    """Every run below a folder."""
+
     def __init__(self, folder: Path, request: Request) -> None:
         self.folder = folder
         self.request = request
-        self.notify: Notifier | None = None
         self.runs = AllRuns(folder, request.thresholds, request.interval_s)
         self.rows: list[Row] = []
         self.problem = ""
-        self._news: dict[Path, News] = {}
+        self._events: dict[Path, News] = {}
+        self._printed: dict[str, str] | None = None
 
     def poll(self) -> bool:
-        """Look at all runs; returns whether to go on."""
         try:
             self.rows, self.problem = self.runs.poll(), ""
         except InputError as error:
@@ -54,54 +56,29 @@ class _Follower:
             self.problem = clean(str(error), 200)
         if self.notify is not None:
             for row in self.rows:
-                news = self._news.setdefault(row.path, News())
-                self.notify.tell(news.update(row.state, row.state in ENDED, row.findings), row.document())
+                events = self._events.setdefault(row.path, News())
+                self.notify.tell(events.update(row.state, row.state in ENDED, row.findings), row.document())
         over = bool(self.rows) and all(row.report is None or self.request.is_over(row.state) for row in self.rows)
         return not (self.request.until_finished and over)
 
-    def in_lines(self) -> None:
-        """For a pipe: a plain line for each run that has changed, or all runs as a line of JSON."""
-        tolerate_encoding()
-        printed: dict[str, str] = {}
-        first = True
-        while True:
-            goes_on = self.poll()
-            news = changed(printed, self.rows)
-            gone = printed.keys() - {row.name for row in self.rows}
-            if self.request.as_json and (news or gone or first):
-                print(to_json(document(self.folder, self.rows)), flush=True)
-            elif not self.request.as_json:
-                for line in news.values():
-                    print(line, flush=True)
-            printed = {name: line for name, line in printed.items() if name not in gone} | news
-            first = False
-            if not goes_on:
-                return
-            time.sleep(self.request.interval_s)
+    def news(self) -> Iterable[str]:
+        """A plain line for each run that has changed, or all runs as a line of JSON."""
+        before = self._printed or {}
+        lines = changed(before, self.rows)
+        gone = before.keys() - {row.name for row in self.rows}
+        if not self.request.as_json:
+            yield from lines.values()
+        elif lines or gone or self._printed is None:
+            yield to_json(document(self.folder, self.rows))
+        self._printed = {name: line for name, line in before.items() if name not in gone} | lines
 
-    def on_screen(self) -> None:
-        """A live table on the terminal's alternate screen, also redrawn when the window is resized."""
-        from rich.live import Live
+    def view(self, console: Console, height: int) -> RenderableType:
+        from orion_unet.monitor.terminal import runs_view
 
-        from orion_unet.monitor.terminal import make_console, runs_view
-
-        console = make_console(sys.stdout)
-        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
-            while True:
-                goes_on = self.poll()
-                due = time.monotonic() + self.request.interval_s
-                size = None
-                while time.monotonic() < due:
-                    if console.size != size:
-                        size = console.size
-                        problems = [self.problem, self.notify.problem if self.notify else ""]
-                        every = f"every {self.request.interval_s:g} s"
-                        parts = [*filter(None, problems), _counted(self.rows), every, "Ctrl-C to leave"]
-                        footer = " | ".join(parts)
-                        live.update(runs_view(self.rows, size.width, size.height - 1, footer), refresh=True)
-                    if not goes_on:
-                        return
-                    time.sleep(min(0.2, self.request.interval_s))
+        problems = [self.problem, self.notify.problem if self.notify else ""]
+        every = f"every {self.request.interval_s:g} s"
+        footer = " | ".join([*filter(None, problems), _counted(self.rows), every, "Ctrl-C to leave"])
+        return runs_view(self.rows, console.width, height, footer)
 
 
 def _print(folder: Path, rows: list[Row], request: Request) -> None:

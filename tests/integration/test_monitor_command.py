@@ -128,7 +128,8 @@ def test_json_is_strict_and_the_same_as_monitor_json(tmp_path):
     assert document == strict((run / "monitor.json").read_text())
     assert document["state"] == "finished" and document["epochs"] == 13 and document["best_epoch"] == 12
     assert [w["code"] for w in document["warnings"]] == ["diverged"]
-    assert set(document["warnings"][0]) == {"code", "severity", "message", "value", "threshold", "advice"}
+    assert set(document["warnings"][0]) == {"code", "severity", "message", "value", "threshold", "advice", "lines"}
+    assert document["warnings"][0]["lines"] == {"log": "metrics.jsonl", "first": [9], "last": [13]}
 
 
 @pytest.mark.parametrize(

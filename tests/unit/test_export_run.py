@@ -1,4 +1,4 @@
-"""A run's logs as CSV tables and TensorBoard events, read back by other readers."""
+"""A run's logs as CSV tables, TensorBoard events and an MLflow store, read back by other readers."""
 
 import csv
 import json
@@ -114,8 +114,34 @@ def test_numbers_that_are_not_finite_and_foreign_values_make_empty_cells(tmp_pat
     assert "note" not in rows[2]
 
 
-@pytest.mark.parametrize("to", ["csv", "tensorboard"])
+def test_mlflow_reads_its_store(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow = pytest.importorskip("mlflow")
+    odd = ("CD3/é", "CD3_é", "..", "a" * 300)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(epoch_record(4, 0.2, 0.3, attempt=2, markers=odd)) + "\n")
+    assert export(run, "--to", "mlflow", "--output_dir", tmp_path / "out") == 0
+    client = mlflow.MlflowClient((tmp_path / "out").as_uri())
+    (experiment,) = [e for e in client.search_experiments() if e.name == "orion-unet"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_name, found.info.status) == ("run", "FINISHED")
+    assert (found.data.params["learning_rate"], found.data.params["epochs"]) == ("0.0001", "30")
+    losses = client.get_metric_history(found.info.run_id, "loss/val")
+    assert [(m.step, m.value, m.timestamp) for m in losses[:3]] == [
+        (epoch, pytest.approx(value, rel=1e-11), 1769853600000) for epoch, value in zip((1, 2, 3), VAL, strict=True)
+    ]
+    steps = client.get_metric_history(found.info.run_id, "steps/loss")
+    assert [(m.step, m.value) for m in steps] == [(10, 0.5), (20, 0.4), (30, 0.3)]
+    names = [name for name in found.data.metrics if name.startswith("pearson/")]
+    assert len(names) == len(MARKERS) - 1 + len(odd)
+    assert {"pearson/CD3__", "pearson/CD3___2", "pearson/_2"} <= set(names)
+    assert not list((tmp_path / "out").glob(f".{os.getpid()}*")) and str(os.getpid()) not in found.info.artifact_uri
+
+
+@pytest.mark.parametrize("to", ["csv", "tensorboard", "mlflow"])
 def test_bad_input_is_one_sentence_and_nothing_is_written(to, run, tmp_path, capsys):
+    if to == "mlflow":
+        pytest.importorskip("mlflow")
     full, file = tmp_path / "full", tmp_path / "file"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
@@ -144,7 +170,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(to, run, tmp_path, cap
 def test_a_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch, capsys):
     from orion_unet.monitor import export as module
 
-    def full(logs, folder):
+    def full(logs, folder, final):
         (folder / "epochs.csv").write_text("half")
         raise OSError(28, "No space left on device")
 
@@ -155,12 +181,15 @@ def test_a_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch, caps
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_without_tensorboard_one_sentence_says_what_to_install(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.event_file_writer", None)
-    assert export(run, "--to", "tensorboard", "--output_dir", tmp_path / "out") == 2
+@pytest.mark.parametrize(
+    ("to", "module"), [("tensorboard", "tensorboard.summary.writer.event_file_writer"), ("mlflow", "mlflow")]
+)
+def test_without_its_package_one_sentence_says_what_to_install(to, module, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, to, None)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert export(run, "--to", to, "--output_dir", tmp_path / "out") == 2
     message = capsys.readouterr().err
-    assert 'pip install "orion-unet[tensorboard]"' in message
+    assert f'pip install "orion-unet[{to}]"' in message
     assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

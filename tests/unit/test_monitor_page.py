@@ -14,16 +14,22 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from monitor_runs import epoch_record, healthy_losses, write_run
+from monitor_runs import epoch_record, former_losses, healthy_losses, step_record, write_run, write_steps
 
 from orion_unet.cli.monitor import main
+from orion_unet.config import TrainConfig
 from orion_unet.errors import InputError
+from orion_unet.findings import Lines
+from orion_unet.monitor import watch
+from orion_unet.monitor.changed_options import changed_options
 from orion_unet.monitor.chart import Curve, chart, thinned
 from orion_unet.monitor.diagnostics import Thresholds
+from orion_unet.monitor.evidence import evidence
 from orion_unet.monitor.page import page
 from orion_unet.monitor.panels import MAX_BYTES, MAX_PANELS, Panel, Panels, chosen
 from orion_unet.monitor.report import Run
 from orion_unet.monitor.serve import Server
+from orion_unet.recipes import RECIPES
 
 HOSTILE = '</svg><script>alert(1)</script>"\' onload="x\x1b\u202e'
 VOID = {"meta", "img", "input", "br", "option"}
@@ -109,10 +115,14 @@ def test_the_pointer_shows_the_values_of_the_log(tmp_path):
     val[4] = None
     folder = write_run(tmp_path / "run", train, val)
     read = Reader(page(report(folder), small_png()))
-    loss, pearson = (json.loads(a["data-points"]) for a in read.all("svg", class_="curves"))
-    assert loss["texts"][0] == f"epoch 1: training {train[0]:.4g}, validation {val[0]:.4g}"
-    assert loss["texts"][4] == f"epoch 5: training {train[4]:.4g}, validation -"
-    assert pearson["texts"][11] == "epoch 12: mean over markers 0.6"
+    loss, pearson, markers = (json.loads(a["data-points"]) for a in read.all("svg", class_="curves"))
+    assert loss["places"] == [f"epoch {epoch}" for epoch in range(1, 13)]
+    assert loss["values"][0] == [f"{value:.4g}" for value in train]
+    assert (loss["values"][1][3], loss["values"][1][4]) == (f"{val[3]:.4g}", "-")
+    assert pearson["values"] == [["0.6"] * 12]
+    # Blank has no correlation, and no curve.
+    assert [a["data-name"] for a in read.all("button") if "data-name" in a][3:] == ["Hoechst", "CD45", "Pan-CK"]
+    assert [row[0] for row in markers["values"]] == ["0.9", "0.8", "0.7"]
     assert len(loss["at"]) == 12
     np.testing.assert_allclose(np.diff(loss["at"]), np.diff(loss["at"]).mean(), atol=0.11)
 
@@ -120,14 +130,14 @@ def test_the_pointer_shows_the_values_of_the_log(tmp_path):
 def test_the_pointer_names_the_place_on_another_axis(tmp_path):
     folder = write_run(tmp_path / "run", *healthy_losses(3), steps_per_epoch=50)
     read = Reader(page(report(folder), small_png(), x="step"))
-    first = json.loads(read.all("svg", class_="curves")[0]["data-points"])["texts"][0]
-    assert first.startswith("epoch 1, step 50: ")
+    first = json.loads(read.all("svg", class_="curves")[0]["data-points"])["places"][0]
+    assert first == "epoch 1, step 50"
 
 
 def test_a_line_is_interrupted_where_a_value_is_missing_and_log_where_it_spans_decades():
     values = np.array([1000.0, 100.0, np.nan, 10.0, 1.0])
     text = chart("t", "epoch", np.arange(5.0), [str(at) for at in range(5)], [Curve("a", values, "#000")])
-    drawn = re.findall(r'stroke-dasharray="" d="(M[^"]+)"/>', text)[-1]
+    drawn = re.search(r'data-curve="0" d="(M[^"]+)"/>', text)[1]
     assert drawn.count("M") == 2
     heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", drawn)]
     np.testing.assert_allclose(np.diff(heights)[[0, 2]], np.diff(heights).sum() / 3, atol=0.11)
@@ -139,6 +149,85 @@ def test_a_long_curve_keeps_its_peaks():
     kept = thinned([values, np.full(100_000, np.nan)])
     assert {31_415, 65_359, 99_999} <= set(kept.tolist())
     assert len(kept) <= 600
+
+
+def test_best_and_worst_markers_are_shown_at_first_and_the_middle_of_many_left_out(tmp_path):
+    names = [f"m{at:02d}" for at in range(50)]
+    folder = write_run(tmp_path / "run", *healthy_losses(2))
+    record = epoch_record(3, 0.1, 0.1, markers=names)
+    for at, name in enumerate(names):
+        record["val"]["per_channel"][name]["pearson"] = at / 100
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    read = Reader(page(report(folder), small_png()))
+    markers = [a for a in read.all("button") if a.get("data-name", "").startswith("m") and "mean" not in a["data-name"]]
+    order = [f"m{at:02d}" for at in [*range(49, 29, -1), *range(19, -1, -1)]]
+    assert [a["data-name"] for a in markers] == order
+    shown = [a["data-name"] for a in markers if a["aria-pressed"] == "true"]
+    assert shown == ["m49", "m48", "m47", "m02", "m01", "m00"]
+
+
+def test_steps_are_drawn_before_the_first_epoch_has_ended(tmp_path):
+    folder = write_run(tmp_path / "run", [], [], state="training", steps_per_epoch=40)
+    write_steps(folder, [step_record(1, step, 1 / step) for step in (10, 20, 30)])
+    read = Reader(page(report(folder), b""))
+    titles = [a["aria-label"] for a in read.all("svg", class_="curves")]
+    assert titles == ["Loss of the steps", "Learning rate", "Largest gradient norm"]
+    assert json.loads(read.all("svg", class_="curves")[0]["data-points"])["places"][1] == "epoch 1 step 20"
+
+
+def test_a_warning_names_its_lines_and_the_page_has_them(tmp_path):
+    train, val = former_losses()
+    found = report(write_run(tmp_path / "run", train, val))
+    lines = {finding.code: finding.document().get("lines") for finding in found.findings}
+    assert lines["overfitting"] == {"log": "metrics.jsonl", "first": [16], "last": [20]}
+    assert lines["slow_convergence"] == {"log": "metrics.jsonl", "first": [15], "last": [20]}
+    text = page(found, small_png())
+    table = text[text.index('data-code="overfitting"') :]
+    assert table.index("<summary>metrics.jsonl, epochs 16 to 20</summary>") < table.index("</table>")
+    assert re.findall(r"<tr><td>(\d+)</td><td>([\d.]+)</td>", table[: table.index("</table>")]) == [
+        (str(epoch), f"{train[epoch - 1]:.4g}") for epoch in range(16, 21)
+    ]
+
+
+def test_the_lines_of_steps_are_those_of_the_log_and_of_many_some(tmp_path):
+    folder = write_run(tmp_path / "run", [], [], state="training", steps_per_epoch=1000)
+    write_steps(folder, [step_record(1, s, 0.5, skipped_steps=int(s > 100), non_finite_steps=0) for s in range(1, 401)])
+    found = report(folder)
+    lines = next(finding.lines for finding in found.findings if finding.code == "skipped_steps")
+    title, columns, rows = evidence(found, lines)
+    assert title == "steps.jsonl, epoch 1 step 381 to epoch 1 step 400"
+    assert [row[1] for row in rows] == [str(step) for step in range(381, 401)]
+    assert {row[columns.index("skipped")] for row in rows} == {"1"}
+    title, _, rows = evidence(found, Lines("steps.jsonl", (1, 1), (1, 400)))
+    assert title.endswith("epoch 1 step 400, 24 of 400 lines")
+    assert (len(rows), rows[0][1], rows[-1][1]) == (24, "1", "400")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "title"),
+    [("stable", "recipe stable"), ("none", "defaults"), (None, "defaults"), ("<b>", "defaults"), ([1], "defaults")],
+)
+def test_options_are_compared_with_the_recipe_of_the_run_or_the_defaults(recipe, title):
+    usual = TrainConfig.from_options({}).options() | (RECIPES[recipe].values if recipe == "stable" else {})
+    options = {**usual, "epochs": 12, "output_dir": "elsewhere", "pixel_size_um": 0.5, "later": {"a": [1]}}
+    config = {"options": options, "recipe": recipe, "automatic_learning_rate": 4e-4}
+    assert changed_options(config) == (title, [("epochs", "12", "30"), ("later", '{"a": [1]}', "-")])
+
+
+def test_what_the_trainer_chose_for_an_open_option_is_no_difference():
+    usual = TrainConfig.from_options(RECIPES["stable"].values, "stable").options()
+    config = {"recipe": "stable", "automatic_learning_rate": 4e-4}
+    chosen = {"learning_rate": 4e-4, "statistics_batches": 16}
+    assert changed_options({**config, "options": usual | chosen}) == ("recipe stable", [])
+    changed = {"learning_rate": 1e-3, "statistics_batches": 4, "fold": "1/5", "use_amp": False}
+    assert changed_options({**config, "options": usual | changed})[1] == [
+        ("fold", "1/5", "none"),
+        ("learning_rate", "0.001", "auto"),
+        ("statistics_batches", "4", "auto"),
+        ("use_amp", "off", "on"),
+    ]
+    for options in (None, 3, [], "x"):
+        assert changed_options({"options": options})[1] == []
 
 
 @pytest.mark.parametrize("values", [[np.nan], [np.inf, 1.0], [0.0], [-1e29, 1e29], [1e-29, 1e29], [5.0, 5.0]])
@@ -166,7 +255,7 @@ def test_best_and_last_panels_are_marked_and_the_last_is_shown(tmp_path):
     captions = [text for text in read.texts["figcaption"] if text.startswith("Epoch")]
     assert captions[1] == "Epoch 8: validation loss 0.01, best"
     assert captions[2].endswith(", last")
-    assert [a["data-at"] for a in read.all("button")] == ["1", "2"]
+    assert [a["data-at"] for a in read.all("button") if "data-at" in a] == ["1", "2"]
     (slider,) = read.all("input")
     assert (slider["min"], slider["max"], slider["value"]) == ("0", "2", "2")
     pictures = [base64.b64decode(a["src"].partition(",")[2]) for a in read.all("img")]
@@ -209,10 +298,8 @@ def test_only_pngs_of_this_run_are_read_and_only_once(tmp_path, monkeypatch):
 
 
 def test_a_page_that_has_not_changed_is_not_written_again(tmp_path):
-    from orion_unet.monitor.watch import Outputs, Request
-
     folder, path = write_run(tmp_path / "run", *healthy_losses(5)), tmp_path / "page.html"
-    outputs = Outputs(Request(folder, html=path))
+    outputs = watch.Outputs(watch.Request(folder, html=path))
     outputs.write_pictures(report(folder))
     first = path.stat().st_ino
     outputs.write_pictures(report(folder))
@@ -224,6 +311,28 @@ def test_a_page_that_has_not_changed_is_not_written_again(tmp_path):
     path.unlink()
     outputs.write_pictures(report(folder))
     assert path.exists()
+
+
+def test_a_page_that_once_cannot_be_written_is_noted_and_written_at_the_next_poll(tmp_path, monkeypatch):
+    folder, path = write_run(tmp_path / "run", *healthy_losses(5)), tmp_path / "page.html"
+    watched = watch._FollowedRun(watch.Request(folder, html=path, until_finished=True))
+    write = watch.write_atomic
+
+    def full(target, content, durable):
+        if target.suffix in (".html", ".png"):
+            raise OSError(28, "No space left on device")
+        write(target, content, durable=durable)
+
+    monkeypatch.setattr(watch, "write_atomic", full)
+    assert watched.poll() is False
+    assert f"cannot write {folder / 'training_progress.png'}: No space left on device" in watched.report.notes
+    monkeypatch.setattr(watch, "write_atomic", write)
+    watched.poll()
+    assert watched.report.notes == []
+    assert path.exists() and (folder / "training_progress.png").exists()
+    monkeypatch.setattr(watch, "write_atomic", full)
+    with pytest.raises(InputError, match=f"--html {path}: cannot be written"):
+        watch.report_once(watch.Request(folder, html=path))
 
 
 @pytest.fixture

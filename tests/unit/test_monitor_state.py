@@ -66,7 +66,7 @@ def judged(tmp_path, document, stalled_after=30, interval=10, epoch_s=None):
 # The seconds without progress that are allowed. Each test tries a little less and a little more.
 LIMITS = {
     "short steps: the least": (30, {"step_s": 0.1}, {}),
-    "a longer interval between polls": (120, {"step_s": 0.1}, {"interval": 60}),
+    "a longer interval between polls": (60, {"step_s": 0.1}, {"interval": 60}),
     "--stalled_after": (90, {"step_s": 0.1}, {"stalled_after": 90}),
     "steps of half a minute": (300, {"step_s": 30}, {}),
     "steps of four minutes": (2400, {"step_s": 240}, {}),

@@ -9,7 +9,8 @@ from monitor_runs import epoch_record, healthy_losses, step_record, write_run, w
 from orion_unet.monitor import advice
 from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.report import Run
-from orion_unet.monitor.step_rules import diagnose_resources, diagnose_steps
+from orion_unet.monitor.resource_rules import Usage, diagnose_resources
+from orion_unet.monitor.step_rules import diagnose_steps
 from orion_unet.monitor.steps_reader import COLUMNS, COVERED, EPOCH, GRAD, LOSS, NON_FINITE, SKIPPED, STEP, WAIT
 
 CONFIG = {
@@ -38,9 +39,11 @@ def find(rows, options=None, **limits):
     return {f.code: f for f in diagnose_steps(rows, rows, Thresholds(**limits), options or {})}
 
 
-def held_back(waits=(), memory=(), rows=None, config=CONFIG, options=None):
+def held_back(waits=(), memory=(), rows=None, config=CONFIG, options=None, gpus=()):
     rows = np.zeros((0, len(COLUMNS))) if rows is None else rows
-    found = diagnose_resources(np.array(waits), np.array(memory), rows, Thresholds(), config, options or {})
+    epochs = np.arange(1, max(len(waits), len(memory)) + 1)
+    usage = Usage(epochs, np.array(waits), np.array(memory), rows, gpus)
+    found = diagnose_resources(usage, Thresholds(), config, options or {})
     return {finding.code: finding for finding in found}
 
 
