@@ -16,6 +16,7 @@ from orion_unet.data.measured import file_state, fingerprint, recall, remember
 from orion_unet.data.pairs import PairTable
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
+from orion_unet.slides.images import ArrayImage
 from orion_unet.slides.intensity import WHITE, declared_white, value_range
 
 # Seconds between two stores of what has been measured so far.
@@ -46,6 +47,15 @@ class Scales:
 def _native_name(dtype: np.dtype) -> str:
     # NumPy builds the name anew on every call, which is too slow for every patch.
     return dtype.newbyteorder("=").name
+
+
+def he_image(table: PairTable, scales: Scales, core: int) -> ArrayImage:
+    """The H&E of a core, in the scale of its folder; raises InputError if the file has changed since it was checked."""
+    row = table.he[core]
+    white = scales.white("he", np.dtype(str(row["dtype"])))
+    return ArrayImage(
+        table.path(core, "he"), lambda: np.asarray(table.open(core, "he")), str(row["layout"]), white=white
+    )
 
 
 def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress = no_progress) -> Scales:

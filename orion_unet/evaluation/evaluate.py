@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from orion_unet.config import DeviceOptions, EvaluateOptions
 from orion_unet.data.patches import PatchReader
-from orion_unet.data.scale import Progress, no_progress
+from orion_unet.data.scale import Progress, he_image, no_progress
+from orion_unet.data.stain import OUTSIDE, StainJudgement, measure_stain
 from orion_unet.errors import InputError, RunError
 from orion_unet.evaluation.baselines import find_baselines
 from orion_unet.evaluation.cell_scores import judge_cells
@@ -166,6 +167,10 @@ def _score(options: EvaluateOptions, folder: ScoredFolder, say: Say, progress: P
         del region
         step()
     card = gathered.card(folder.names, left_out)
+    stain = _judge_stain(folder, cores)
+    if foreign := _foreign(folder, cores, stain):
+        warnings = (*warnings, foreign)
+        say(f"warning: {foreign}")
     result = None
     if finder is not None:
         given = None if options.positive_threshold is None else thresholds
@@ -175,9 +180,28 @@ def _score(options: EvaluateOptions, folder: ScoredFolder, say: Say, progress: P
         np.concatenate([part.sample for part in gathered.parts[MODEL]], axis=1),
     )
     return Evaluation(
-        options, folder, cores, card, baselines, thresholds, share, samples, gallery.shown(), result, no_interval,
-        warnings,
+        options, folder, cores, card, baselines, thresholds, share, samples, gallery.shown(), result, stain,
+        no_interval, warnings,
     )  # fmt: skip
+
+
+def _judge_stain(folder: ScoredFolder, cores: Sequence[int]) -> tuple[StainJudgement, ...]:
+    profile = folder.model.stain
+    if profile is None:
+        return ()
+    return tuple(profile.judge(measure_stain(he_image(folder.table, folder.scales, core))) for core in cores)
+
+
+def _foreign(folder: ScoredFolder, cores: Sequence[int], stain: Sequence[StainJudgement]) -> str:
+    """A sentence where scored cores are stained unlike those of the training, else nothing."""
+    outside = [(found, core) for core, found in zip(cores, stain, strict=False) if found.state == OUTSIDE]
+    if not outside:
+        return ""
+    worst, core = max(outside, key=lambda pair: pair[0].distance)
+    return (
+        f"{len(outside)} of the {len(stain)} scored cores have an H&E stain outside that of the training; the furthest "
+        f"is {folder.table.names[core]} (distance {worst.distance:.1f}, limit {worst.limit:.1f}; {worst.reason})"
+    )
 
 
 def _report(found: Evaluation, say: Say) -> None:

@@ -41,7 +41,10 @@ def write_files(found: Evaluation, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=folder) as scratch:
         new = Path(scratch)
         write_atomic(new / SCORES_CSV, csv_bytes(["marker", *score_columns()], score_rows(card)))
-        write_atomic(new / CORES_CSV, csv_bytes(["core", "group", "split", "marker", *METRICS], _core_rows(found)))
+        stain = ["stain", "stain_distance"] if found.stain else []
+        write_atomic(
+            new / CORES_CSV, csv_bytes(["core", "group", "split", "marker", *METRICS, *stain], _core_rows(found))
+        )
         if found.cells is not None:
             write_atomic(new / CELLS_CSV, csv_bytes(_cell_columns(), _cell_rows(card.names, found.cells)))
         write_atomic(new / MARKERS_PNG, draw_markers(card, [found.verdict for found in trust_of(card).values()]))
@@ -75,9 +78,11 @@ def document(found: Evaluation) -> dict[str, Any]:
                 "in_training": known.names[core],
                 "group": known.groups[core],
                 "split": _side(found, core),
+                **({"stain": stain.state, "stain_distance": stain.distance} if stain else {}),
             }
-            for core in found.cores
+            for core, stain in zip(found.cores, found.stain or [None] * len(found.cores), strict=True)
         ],
+        "stain_limit": found.stain[0].limit if found.stain else None,
         "matching": known.matching or None,
         "target": {
             "normalization": folder.normalization.method,
@@ -216,10 +221,11 @@ def score_rows(card: Scorecard) -> Iterable[list[Any]]:
 def _core_rows(found: Evaluation) -> Iterable[list[Any]]:
     scores = found.card.per_core
     for row, core in enumerate(found.cores):
+        stain = [found.stain[row].state, found.stain[row].distance] if found.stain else []
         start = [str(found.folder.table.names[core]), found.folder.known.groups[core], _side(found, core)]
         for marker, name in enumerate(found.card.names):
-            yield [*start, name, *(float(scores[metric][row, marker]) for metric in METRICS)]
-        yield [*start, OVERALL, *(float(overall(scores[metric][row])) for metric in METRICS)]
+            yield [*start, name, *(float(scores[metric][row, marker]) for metric in METRICS), *stain]
+        yield [*start, OVERALL, *(float(overall(scores[metric][row])) for metric in METRICS), *stain]
 
 
 def _cell_columns() -> list[str]:

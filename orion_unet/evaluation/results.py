@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from orion_unet.config import EvaluateOptions
+from orion_unet.data.stain import StainJudgement
 from orion_unet.evaluation.baselines import Baselines
 from orion_unet.evaluation.cell_scores import CellResult
 from orion_unet.evaluation.patches import ScoredPatch
@@ -20,7 +21,8 @@ class Evaluation:
 
     A pixel is positive above ``thresholds`` (C,). ``samples`` are the measured and the predicted values (C, n) of a
     ``share`` of the pixels, ``patches`` some of the scored patches, each with a word for it. ``no_interval`` says why
-    there are no intervals; it is empty where there are some.
+    there are no intervals; it is empty where there are some. ``stain`` compares each core's with the training's; it is
+    empty where the checkpoint does not keep that.
     """
 
     options: EvaluateOptions
@@ -33,5 +35,6 @@ class Evaluation:
     samples: tuple[np.ndarray, np.ndarray]
     patches: list[tuple[str, ScoredPatch]]
     cells: CellResult | None
+    stain: tuple[StainJudgement, ...]
     no_interval: str
     warnings: tuple[str, ...]

@@ -16,14 +16,14 @@ from orion_unet.data.dataset import DATASET_FILE, stated_pixel_size
 from orion_unet.data.normalization import Normalization, fit_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.patches import PatchPlace, PatchReader, grid_starts
-from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
+from orion_unet.data.scale import Progress, Scales, he_image, measure_scales, no_progress
 from orion_unet.data.transforms import BatchTransform
 from orion_unet.errors import InputError
 from orion_unet.evaluation.known_cores import KnownCores, recognise_cores
 from orion_unet.inference.model import TrainedModel
 from orion_unet.inference.resampled import SAME
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
-from orion_unet.slides.images import ArrayImage, HeImage
+from orion_unet.slides.images import HeImage
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,9 @@ class ScoredFolder:
 
     def region(self, core: int) -> Region:
         """The whole of a core, on the model's device. Memory is that of its three images and of a row of tiles."""
-        image = self._he(core)
+        image = he_image(self.table, self.scales, core)
         he = torch.from_numpy(image.read(0, 0, *image.shape)).to(self.model.device)
         return Region(he.permute(2, 0, 1).contiguous(), self._measured(core), self._predicted(image))
-
-    def _he(self, core: int) -> HeImage:
-        row = self.table.he[core]
-        image = ArrayImage(self.table.path(core, "he"), lambda: self.table.open(core, "he"), str(row["layout"]))
-        # Of floats the range of the whole folder declares full intensity, not that of one file.
-        image.white = self.scales.white("he", np.dtype(str(row["dtype"])))
-        return image
 
     def _measured(self, core: int) -> Tensor:
         """Targets (C, H, W) in [0, 1] as validation sees them: made patch by patch of the size trained on."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from orion_unet.data.normalization import Normalization
+from orion_unet.data.stain import StainProfile
 from orion_unet.errors import InputError
 from orion_unet.inference.model import TrainedModel, load_trained
 from orion_unet.inference.resampled import SAME
@@ -92,6 +93,7 @@ def join(members: Sequence[TrainedModel], spread: bool = False) -> Ensemble:
     if len(seen) < len(members):
         raise InputError("--checkpoint: names a checkpoint twice; name each once")
     split, digests = _cores(members)
+    stains = [member.stain for member in members if member.stain is not None]
     fields = {name: getattr(first, name) for name in TrainedModel.__dataclass_fields__}
     normalization = _common_range([member.normalization for member in members])
     if spread:
@@ -113,6 +115,7 @@ def join(members: Sequence[TrainedModel], spread: bool = False) -> Ensemble:
             "earlier_digests": tuple(digest for member in members for digest in member.earlier_digests),
             # Each member has its own, in its own range: evaluate fits one anew.
             "colour_regression": None,
+            "stain": StainProfile.joined(stains) if len(stains) == len(members) else None,
         },
         members=tuple(members),
         spread=spread,

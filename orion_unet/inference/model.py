@@ -14,6 +14,7 @@ from orion_unet import checkpoint
 from orion_unet.config import TrainConfig
 from orion_unet.data.colour_regression import ColourRegression
 from orion_unet.data.normalization import Normalization
+from orion_unet.data.stain import StainProfile
 from orion_unet.errors import InputError
 from orion_unet.models.build import build_network
 from orion_unet.models.encoder_weights import weights_of_record
@@ -29,7 +30,8 @@ class TrainedModel:
     the options it was trained with, ``epoch`` the epoch whose weights these are. ``split`` is the content
     of split.json: which cores it was trained on. ``digests`` are those of their H&E by name, and
     ``colour_regression`` is what the model has to beat; a checkpoint of version 0.1 has neither. ``earlier_digests``
-    are those of the cores that the models it started from were trained on.
+    are those of the cores that the models it started from were trained on. ``stain`` is that of its training cores,
+    None in a checkpoint that does not keep it.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class TrainedModel:
     digests: dict[str, str] = field(default_factory=dict)
     colour_regression: ColourRegression | None = None
     earlier_digests: tuple[str, ...] = ()
+    stain: StainProfile | None = None
 
     @property
     def pixel_size_um(self) -> float | None:
@@ -122,6 +125,7 @@ def load_trained(
         digests,
         regression,
         _earlier_digests(path, content),
+        _stain(path, content),
     )
 
 
@@ -140,6 +144,14 @@ def _cores_and_baselines(
     if regression is not None and regression.names != names:
         raise InputError(f"{path}: is damaged, its regression from colours is of other markers than its model")
     return digests, regression
+
+
+def _stain(path: Path, content: dict[str, Any]) -> StainProfile | None:
+    stored = content.get("stain")
+    try:
+        return None if stored is None else StainProfile.from_document(stored)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _left_out(content: dict[str, Any]) -> dict[str, Any] | None:

@@ -55,7 +55,8 @@ def write_ome_tiff(
     unnamed files beside ``path`` (a third of the stored size). Memory: a few bands, whatever the height.
 
     ``annotations`` become a MapAnnotation of OME in the namespace ANNOTATIONS, which QuPath and OMERO show as key-value
-    pairs: by channel, how well its prediction agreed with held-out tissue.
+    pairs: how well each channel's prediction agreed with held-out tissue, and whether the stain is that of the
+    training.
 
     Display: OME has no field for it. napari's reader shows uint16 from 0 to 65535, so that equal intensities look
     equal in every image; QuPath, whatever a file says, starts 16-bit and float images at the 0.1 and 99.9 %

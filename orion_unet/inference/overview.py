@@ -55,7 +55,13 @@ def thumbnail(read: Callable[[slice], np.ndarray], shape: tuple[int, int]) -> np
 
 
 def write_overview(
-    path: Path, he: np.ndarray, image: np.ndarray, names: Sequence[str], *, pixel_size_um: float | None = None
+    path: Path,
+    he: np.ndarray,
+    image: np.ndarray,
+    names: Sequence[str],
+    *,
+    pixel_size_um: float | None = None,
+    title: str = "H&E",
 ) -> None:
     """Draw the H&E (h, w, 3) in [0, 1] beside its markers (C, h, w) in [0, 1] and write it as PNG, atomically.
 
@@ -63,7 +69,7 @@ def write_overview(
     bar is drawn. Each marker is shown from 0 to its 99.8 % quantile (at least 0.05), which its title states; of
     more than 60 markers the first 60 are shown. Raises RunError where the file cannot be written.
     """
-    figure = _draw(he, image[:MOST_MARKERS], names[:MOST_MARKERS], pixel_size_um)
+    figure = _draw(he, image[:MOST_MARKERS], names[:MOST_MARKERS], pixel_size_um, title)
     drawn = io.BytesIO()
     with warnings.catch_warnings():
         # Letters that the font lacks are drawn as boxes.
@@ -75,7 +81,9 @@ def write_overview(
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def _draw(he: np.ndarray, image: np.ndarray, names: Sequence[str], pixel_size_um: float | None) -> Any:
+def _draw(
+    he: np.ndarray, image: np.ndarray, names: Sequence[str], pixel_size_um: float | None, title: str = "H&E"
+) -> Any:
     # Imported here, because matplotlib would delay the message about a wrong option.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -95,7 +103,7 @@ def _draw(he: np.ndarray, image: np.ndarray, names: Sequence[str], pixel_size_um
 
     stain_width = layout.block * (wide + GAP) - GAP
     stain = axes_at(0, 0, stain_width, stain_width / aspect)
-    _show(stain, np.clip(he, 0, 1), "H&E", stain_width)
+    _show(stain, np.clip(he, 0, 1), title_within(title, "", stain_width), stain_width)
     if pixel_size_um:
         _scale_bar(stain, he.shape, pixel_size_um, stain_width)
     for place, marker, name in zip(layout.places(), image, names, strict=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from orion_unet import __version__
 from orion_unet.config import PredictOptions
+from orion_unet.data.stain import OUTSIDE, StainJudgement, measure_stain
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.ensemble import members_of, shared_scorecard
 from orion_unet.inference.model import TrainedModel
@@ -34,6 +36,7 @@ from orion_unet.inference.outputs import (
 from orion_unet.inference.overview import box_size, thumbnail, write_overview
 from orion_unet.inference.progress import Progress
 from orion_unet.inference.resampled import ResampledImage, on_model_grid
+from orion_unet.inference.stain_table import add_stain, read_stain, stain_warning
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.trust import SUPPORTED, UNKNOWN, MarkerTrust, file_digest, run_folder_of, summary
 from orion_unet.inference.units import LEVELS, Unit
@@ -44,16 +47,19 @@ from orion_unet.text import clean_lines, duration
 
 # Values converted to their unit and written at a time: few enough for a processor's cache, or enough for a GPU.
 CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
+# Name of the annotation of an OME-TIFF beside those of the markers.
+STAIN_KEY = "H&E stain"
 
 
 def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir: Path, options: PredictOptions) -> int:
     """Predict every image of ``inputs`` (files and folders) into ``output_dir``; returns how many failed.
 
     Writes NAME.npy or NAME.ome.tiff, and NAME_overview.png; for .npy also channel_names.txt, for an ensemble with
-    ``spread`` also NAME_spread, and marker_verdicts.csv where the model has a scorecard. Each output gets its name
-    only when it is complete. After an interruption, a call with the same options continues at the tile row where the
-    last one stopped. An image that cannot be read is reported and skipped. Raises InputError for options that cannot
-    be used and outputs that exist, RunError if the disk or memory fails.
+    ``spread`` also NAME_spread; marker_verdicts.csv where the model has a scorecard, and image_stain.csv where it knows
+    the stain of its training. Each output gets its name only when it is complete. After an interruption, a call with
+    the same options continues at the tile row where the last one stopped. An image that cannot be read is reported and
+    skipped. Raises InputError for options that cannot be used and outputs that exist, RunError if the disk or memory
+    fails.
     """
     choose_tiling(model, (1, 1), options.tile, options.overlap)
     markers = len(model.names) // 2 if options.spread else len(model.names)
@@ -75,10 +81,14 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     if options.format == "ome-tiff":
         require_writer()
     prepare_folder(output_dir)
+    # A foreign image_stain.csv is found before hours of work.
+    read_stain(output_dir)
     record, progress = Record(output_dir), Progress()
     waiting = [job for job in jobs if not record.has(job)]
     trust, without = shared_scorecard(model)
     progress.say(without if trust is None else summary(trust, names))
+    if model.stain is None:
+        progress.say("note: the checkpoint does not keep the stain of its training")
     tables = [names_file(output_dir, names)] if options.format == "npy" else []
     if trust is not None:
         tables.append(verdicts_file(output_dir, names, trust))
@@ -99,7 +109,8 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
                         "note: the model does not know the pixel size that it was trained at, so images are predicted "
                         "as they are"
                     )
-                _predict_image(model, image, job, kept, options, trust, progress)
+                stain = _stain(model, image, job, progress)
+                _predict_image(model, image, job, kept, options, Trust(trust, stain), progress)
         except InputError as error:
             if len(jobs) == 1:
                 raise
@@ -169,13 +180,32 @@ def _fitted(model: TrainedModel, image: HeImage, job: Job, options: PredictOptio
     return fitted
 
 
+@dataclass(frozen=True)
+class Trust:
+    """How far a prediction can be believed: verdicts by marker and the image's stain, None where unknown."""
+
+    markers: dict[str, MarkerTrust] | None
+    stain: StainJudgement | None
+
+
+def _stain(model: TrainedModel, image: HeImage, job: Job, progress: Progress) -> StainJudgement | None:
+    """Compare the stain with that of the training, where it is known: a warning, and a row of image_stain.csv."""
+    if model.stain is None:
+        return None
+    found = model.stain.judge(measure_stain(image))
+    if warning := stain_warning(job.name, found):
+        progress.say(warning)
+    add_stain(job.result.parent, job.name, found)
+    return found
+
+
 def _predict_image(
     model: TrainedModel,
     image: HeImage,
     job: Job,
     kept: list[int],
     options: PredictOptions,
-    trust: dict[str, MarkerTrust] | None,
+    trust: Trust,
     progress: Progress,
 ) -> None:
     began = time.monotonic()
@@ -235,12 +265,16 @@ def _write_outputs(
     working: WorkingFile,
     unit: Unit,
     options: PredictOptions,
-    trust: dict[str, MarkerTrust] | None,
+    trust: Trust,
 ) -> None:
-    """Write the output under its final name, and its overview; both say which markers are not supported."""
+    """Write the output under its final name, and its overview; both say which markers are not supported, and whether
+    the stain is foreign."""
     markers = len(unit.names) // 2 if job.spread else len(unit.names)
     names = unit.names[:markers]
-    known = {} if trust is None else {name: trust.get(name, UNKNOWN) for name in names}
+    known = {} if trust.markers is None else {name: trust.markers.get(name, UNKNOWN) for name in names}
+    said = {name: found.sentence() for name, found in known.items()}
+    if trust.stain is not None:
+        said[STAIN_KEY] = trust.stain.sentence()
     # A resampled image has the pixel size of the training, whatever was given for the input.
     resampled = isinstance(image, ResampledImage)
     pixel_size_um = image.pixel_size_um if resampled else options.pixel_size_um or image.pixel_size_um
@@ -252,11 +286,11 @@ def _write_outputs(
         runs = [run_folder_of(member.path).name for member in members_of(model)]
         members = [f"{name} ({run})" for name, run in zip(members, runs, strict=True)]
     of = members[0] if len(members) == 1 else f"the mean of {', '.join(members)}"
-    written = [(job.result, slice(0, markers), f"Predicted from {job.source.name} by {of}, in {meaning}", known)]
+    written = [(job.result, slice(0, markers), f"Predicted from {job.source.name} by {of}, in {meaning}", said)]
     if job.spread:
         about = f"Standard deviation over the models that predicted {job.result.name}, in {meaning}"
         written.insert(0, (job.spread, slice(markers, None), about, {}))
-    for path, channels, description, verdicts in written:
+    for path, channels, description, notes in written:
         if options.format == "ome-tiff":
             write_ome_tiff(
                 path,
@@ -267,7 +301,7 @@ def _write_outputs(
                 # The working file may already have the levels of the output.
                 high=LEVELS if working.dtype.kind == "u" else unit.high,
                 description=description,
-                annotations={name: found.sentence() for name, found in verdicts.items()},
+                annotations=notes,
             )
         elif job.spread:
             write_npy(path, working.open()[channels])
@@ -281,7 +315,9 @@ def _write_outputs(
             f"{name} ({known[name].verdict})" if name in known and known[name].verdict != SUPPORTED else name
             for name in names
         ]
-        write_overview(job.overview, *pictures, marked, pixel_size_um=shown)
+        foreign = trust.stain is not None and trust.stain.state == OUTSIDE
+        title = "H&E (stain outside the training's)" if foreign else "H&E"
+        write_overview(job.overview, *pictures, marked, pixel_size_um=shown, title=title)
 
 
 def _thumbnails(image: HeImage, working: WorkingFile, unit: Unit, count: int) -> tuple[np.ndarray, np.ndarray]:

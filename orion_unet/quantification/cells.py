@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from orion_unet import segmentation
+from orion_unet.data.stain import StainJudgement
 from orion_unet.errors import InputError
 from orion_unet.quantification.cell_labels import CellLabels
 from orion_unet.quantification.measure import CellGeometry, CellMeans, measure_geometry, measure_means
@@ -23,7 +24,10 @@ INSTEAD = "give the cells with --labels"
 
 @dataclass(frozen=True)
 class ImageCells:
-    """Cells of an image. ``measured`` has the columns ``measured_columns`` of the image's markers."""
+    """Cells of an image. ``measured`` has the columns ``measured_columns`` of the image's markers.
+
+    ``stain`` compares the H&E that the image was predicted from with those of the training; None if unknown.
+    """
 
     name: str
     path: Path
@@ -35,6 +39,7 @@ class ImageCells:
     means: CellMeans
     measured: CellMeans | None
     measured_columns: tuple[int, ...]
+    stain: StainJudgement | None = None
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ def write_csv(file: TextIO, images: Sequence[ImageCells], names: Sequence[str], 
     called = [name for name in names if np.isfinite(positives.value(name, "predicted"))]
     columns = ["image", "cell", "y", "x", "y_um", "x_um", "area_px", "area_um2"]
     columns += [*marker_columns(images, names), *(f"{name}_positive" for name in called)]
+    stained = any(cells.stain for cells in images)
+    columns += ["stain"] if stained else []
     file.write(_csv_line(columns) + "\n")
     measured = measured_columns(images)
     for cells in images:
@@ -69,12 +71,13 @@ def write_csv(file: TextIO, images: Sequence[ImageCells], names: Sequence[str], 
         positive = positives.called(names, cells.means)
         flags = np.stack([positive[name] for name in called], axis=1) if called else np.empty((len(y), 0), bool)
         name = _csv_line([cells.name])
-        template = ",%d" + ",%.9g" * values.shape[1] + ",%d" * len(called) + "\n"
+        ending = f",{cells.stain.state if cells.stain else ''}" if stained else ""
+        template = ",%d" + ",%.9g" * values.shape[1] + ",%d" * len(called)
         for start in range(0, len(y), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             parts = zip(cells.numbers[rows].tolist(), values[rows].tolist(), flags[rows].tolist(), strict=True)
             for number, row, flagged in parts:
-                file.write(name + (template % (number, *row, *flagged)).replace("nan", ""))
+                file.write(name + (template % (number, *row, *flagged)).replace("nan", "") + ending + "\n")
 
 
 def _csv_line(words: Sequence[str]) -> str:
@@ -195,6 +198,9 @@ def write_h5ad(path: Path, images: Sequence[ImageCells], names: Sequence[str], p
         obs["area_um2"] = np.concatenate(
             [cells.geometry.area * side**2 for cells, side in zip(images, sides, strict=True)]
         )
+    if any(cells.stain for cells in images):
+        stain = [cells.stain.state if cells.stain else "" for cells in images for _ in range(len(cells.numbers))]
+        obs["stain"] = pandas.Categorical(stain)
     called = [positives.called(names, cells.means) for cells in images]
     for name in called[0]:
         obs[f"{name}_positive"] = np.concatenate([found[name] for found in called])

@@ -17,6 +17,7 @@ from orion_unet.errors import InputError, RunError
 from orion_unet.extras import needed
 from orion_unet.inference.outputs import prepare_folder
 from orion_unet.inference.progress import Progress
+from orion_unet.inference.stain_table import stain_warning
 from orion_unet.quantification.cell_labels import CellLabels, bands
 from orion_unet.quantification.cells import INSTEAD, ImageCells
 from orion_unet.quantification.files import CSV, H5AD, JSON, write_csv, write_geojson, write_h5ad
@@ -165,7 +166,7 @@ class _Job:
             pixel_size = self.options.pixel_size_um or image.pixel_size_um
             cells = ImageCells(
                 source.name, source.image, origin, labels.shape, pixel_size, labels.numbers, geometry, means, truth,
-                tuple(index for index, _ in common),
+                tuple(index for index, _ in common), source.stain,
             )  # fmt: skip
             self._say_about(cells, image)
             if len(cells.numbers):
@@ -225,6 +226,8 @@ class _Job:
 
     def _say_about(self, cells: ImageCells, image: MarkerImage) -> None:
         self.progress.say(f"{cells.name}: {len(cells.numbers):,} cells, {cells.source}")
+        if cells.stain and (warning := stain_warning(cells.name, cells.stain)):
+            self.progress.say(warning)
         if cells.pixel_size_um is None:
             doubt = f" ({image.pixel_size_doubt})" if image.pixel_size_doubt else ""
             self.progress.say(

@@ -38,6 +38,9 @@ def document(
                 "pixel_size_um": cells.pixel_size_um,
                 "cells": len(cells.numbers),
                 "cells_from": cells.source,
+                "stain": cells.stain.state if cells.stain else None,
+                "stain_distance": cells.stain.distance if cells.stain else None,
+                "stain_limit": cells.stain.limit if cells.stain else None,
             }
             for cells in images
         ],

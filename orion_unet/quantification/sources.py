@@ -9,8 +9,10 @@ from pathlib import Path
 from orion_unet.config import QuantifyOptions
 from orion_unet.data.channels import NAMES_FILE, channel_names
 from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
+from orion_unet.data.stain import StainJudgement
 from orion_unet.errors import InputError
 from orion_unet.inference.outputs import RESULT_SUFFIX
+from orion_unet.inference.stain_table import read_stain
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.open import is_zarr, open_labels, open_markers
 
@@ -21,12 +23,13 @@ LABEL_SUFFIXES = (".npy", ".tif", ".tiff", ".ome.tif", ".ome.tiff", ".zarr")
 
 @dataclass(frozen=True)
 class Source:
-    """An image, its name without endings, and the files that belong to it."""
+    """An image, its name without endings, the files that belong to it, and what predict says of its H&E's stain."""
 
     name: str
     image: Path
     labels: Path | None
     measured: Path | None
+    stain: StainJudgement | None = None
 
 
 def find_sources(options: QuantifyOptions) -> list[Source]:
@@ -42,6 +45,7 @@ def find_sources(options: QuantifyOptions) -> list[Source]:
         if path is not None and len(images) > 1 and not _is_folder(path):
             raise InputError(f"--{option} {path}: is one file for {len(images)} images; give a folder")
     sources, problems = [], []
+    stains: dict[Path, dict[str, StainJudgement]] = {}
     for image in images:
         name = image_name(image)
         found: dict[str, Path | None] = {}
@@ -55,7 +59,9 @@ def find_sources(options: QuantifyOptions) -> list[Source]:
                 found[option] = next((path for path in places if path.exists()), None)
                 if found[option] is None:
                     problems.append(f"--{option} {given}: has no {name}{ending}.npy, .tif or .zarr for {image.name}")
-        sources.append(Source(name, image, found["labels"], found["measured"]))
+        if image.parent not in stains:
+            stains[image.parent] = read_stain(image.parent)
+        sources.append(Source(name, image, found["labels"], found["measured"], stains[image.parent].get(name)))
     if len(problems) == 1:
         raise InputError(problems[0])
     if problems:

@@ -76,7 +76,10 @@ def level_factor(full: int, level: int) -> float:
 
 
 class ArrayImage(HeImage):
-    """An array in memory or on disk, (H, W, 3) or (3, H, W), uint8, uint16 or floats in [0, 1] or [0, 255]."""
+    """An array in memory or on disk, (H, W, 3) or (3, H, W), uint8, uint16 or floats in [0, 1] or [0, 255].
+
+    Without ``white``, the value of full intensity follows from the type, for floats from the range of the whole array.
+    """
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class ArrayImage(HeImage):
         open_array: Callable[[], np.ndarray],
         layout: str = "",
         pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE,
+        white: float | None = None,
     ) -> None:
         # Reopened for every region: the pages of a memory map count as this process's memory while it is open.
         self._open = open_array
@@ -92,7 +96,8 @@ class ArrayImage(HeImage):
         size = array.shape[:2] if self._layout == "hwc" else array.shape[1:]
         if 0 in size:
             raise InputError(f"{path}: has shape {array.shape}, no pixels")
-        super().__init__(path, (int(size[0]), int(size[1])), _white(path, array), pixel_size)
+        white = _white(path, array) if white is None else white
+        super().__init__(path, (int(size[0]), int(size[1])), white, pixel_size)
 
     def stored(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         array = self._open()

@@ -19,6 +19,7 @@ from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.patches import PatchReader, validation_patches
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.data.split import Split, make_split
+from orion_unet.data.stain import known_stain
 from orion_unet.distributed import world_size
 from orion_unet.errors import InputError
 from orion_unet.training.transfer import Source, source_warnings
@@ -28,8 +29,8 @@ from orion_unet.training.transfer import Source, source_warnings
 class Prepared:
     """What rank 0 finds out about the data, for all ranks.
 
-    ``digests`` of the training and validation cores by name, and ``colour_regression``, the document of the baselines
-    fitted to the training cores, go into every checkpoint.
+    ``digests`` of the training and validation cores by name, ``colour_regression``, the document of the baselines
+    fitted to the training cores, and ``stain``, that of their stain, go into every checkpoint.
     """
 
     table: PairTable
@@ -40,6 +41,7 @@ class Prepared:
     channel_weights: list[float] | None
     digests: dict[str, str]
     colour_regression: dict[str, Any]
+    stain: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     pixel_size_um: float | None = None
 
@@ -91,12 +93,13 @@ def prepare_data(
     places = validation_patches(reader, split.val, data, config.optimisation.seed)
     digests = core_digests(table, [*split.train.tolist(), *split.val.tolist()])
     regression = known_colour_regression(table, scales, normalization, split.train, data, progress)
+    stain = known_stain(table, scales, split, progress)
     if source is not None:
         validated = {name: digests[name] for name in table.names[split.val].astype(str)}
         warnings += source_warnings(source, data.target_transform, size_um, table.kept_names, validated)
     warnings = table.warnings + warnings
     return Prepared(
-        table, split, scales, normalization, places, channel_weights, digests, regression, warnings, size_um
+        table, split, scales, normalization, places, channel_weights, digests, regression, stain, warnings, size_um
     )
 
 

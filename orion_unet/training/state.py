@@ -129,6 +129,7 @@ def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, mo
         "started_from": state.origin,
         "encoder_weights": state.encoder,
         "colour_regression": prepared.colour_regression,
+        "stain": prepared.stain,
         "epoch": state.epoch,
         "best_val_loss": state.early_stopping.best_loss,
     }

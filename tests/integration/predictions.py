@@ -17,7 +17,7 @@ NAMES = ("Hoechst", "CD3e", "Blank")
 LOWER, UPPER, WHITE = np.array([0.01, 0.0, 0.2]), np.array([0.5, 0.25, 0.2]), 65535.0
 
 
-def write_checkpoint(path, transform="linear", names=NAMES, **options):
+def write_checkpoint(path, transform="linear", names=NAMES, stain=None, **options):
     """A network with random weights under a normalisation that can be inverted by hand; Blank is an empty channel."""
     config = TrainConfig.from_options({"base_features": 4, "depth": 2, "patch_size": 64, **options})
     torch.manual_seed(5)
@@ -30,6 +30,7 @@ def write_checkpoint(path, transform="linear", names=NAMES, **options):
         "channel_names": list(names),
         "split": {},
         "epoch": 7,
+        "stain": stain,
     }
     checkpoint.save(path, content)
     return path

@@ -20,6 +20,7 @@ from orion_unet.cli.evaluate import main
 from orion_unet.cli.predict import main as predict_main
 from orion_unet.data.digests import core_digests
 from orion_unet.data.patches import PatchPlace, PatchReader
+from orion_unet.data.stain import StainProfile, measure_stain
 from orion_unet.errors import InputError
 from orion_unet.evaluation import evaluate as evaluation
 from orion_unet.evaluation import files
@@ -28,6 +29,7 @@ from orion_unet.evaluation.files import FILES
 from orion_unet.evaluation.scored_folder import FolderOptions, open_folder
 from orion_unet.inference.model import load_trained
 from orion_unet.inference.predict import predict
+from orion_unet.slides.images import ArrayImage
 
 pytestmark = pytest.mark.slow
 
@@ -160,6 +162,23 @@ def test_every_file_is_written_whole_and_readable(run, named, capsys):
         assert len(list(csv.DictReader(file))) == 4 * 4
     said = capsys.readouterr().out
     assert "3 of the 4 scored cores were trained on" in said
+
+
+def test_a_scored_core_of_a_foreign_stain_is_named(run, named, capsys):
+    def usual(content):
+        he = np.load(sorted(named.glob("*_HE.npy"))[0])
+        values = measure_stain(ArrayImage(Path("he"), lambda: he // 2))
+        values = values + np.random.default_rng(0).normal(0, 0.02, (9, len(values)))
+        content["stain"] = StainProfile(values, tuple("abcdefghi")).document()
+
+    edit_checkpoint(run, usual)
+    assert evaluate(run, named) == 0
+    folder = run / "evaluation"
+    assert "1 of the 1 scored cores have an H&E stain outside that of the training" in one_line(capsys)
+    scores = read_json(folder / "scores.json")
+    assert scores["cores"][0]["stain"] == "outside"
+    assert scores["cores"][0]["stain_distance"] > scores["stain_limit"]
+    assert {row["stain"] for row in read_csv(folder / "cores.csv").values()} == {"outside"}
 
 
 def test_the_held_out_core_alone_is_scored_by_default_and_new_cores_with_it(run, named):

@@ -1,8 +1,10 @@
 """python -m orion_unet predict: images in, images out, in the unit of the training data."""
 
+import csv
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +14,9 @@ import tiny_runs
 from predictions import LOWER, NAMES, UPPER, WHITE, contents, image, predictor, write_checkpoint
 
 import orion_unet
+from orion_unet.data.stain import StainProfile, measure_stain
 from orion_unet.inference.trust import MarkerTrust, write_scorecard
+from orion_unet.slides.images import ArrayImage
 
 
 @pytest.fixture
@@ -334,8 +338,9 @@ def test_a_bad_checkpoint_or_input_is_one_sentence(predict, core, tmp_path):
 
 def test_progress_off_a_terminal_is_a_line_an_image(predict, core):
     lines = predict(core).out.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[2].startswith("no verdict on the markers")
+    assert lines[3] == "note: the checkpoint does not keep the stain of its training"
     assert lines[-1].startswith("core.npy: 170 x 150 pixels, 3 markers, ")
     assert all(len(line) <= 80 or "best.pt" in line or "scorecard.json" in line for line in lines)
 
@@ -371,6 +376,52 @@ def test_an_ome_tiff_and_a_table_carry_the_verdict_on_every_marker(predict, core
         "CD3e,not supported,0.1,-0.1,0.3,0.2",
         "Blank,not judged,,,,",
     ]
+
+
+def stain_near(he, groups=12):
+    """The document of a training whose cores are stained like an H&E, give or take a tenth."""
+    values = measure_stain(ArrayImage(Path("he"), lambda: he))
+    values = values + np.random.default_rng(0).normal(0, 0.1, (groups, len(values)))
+    return StainProfile(values, tuple(map(str, range(groups)))).document()
+
+
+def test_an_image_of_a_foreign_stain_is_warned_of_with_its_number(predict, core, tmp_path):
+    pale = np.load(core)
+    np.save(tmp_path / "pale_HE.npy", 255 - (255 - pale) // 4)
+    np.save(tmp_path / "glass_HE.npy", np.full_like(pale, 240))
+    known = write_checkpoint(tmp_path / "known.pt", stain=stain_near(pale))
+    made = predict(core, tmp_path / "pale_HE.npy", tmp_path / "glass_HE.npy", checkpoint=known, format="ome-tiff")
+    assert made.code == 0, made.err
+    warnings = [line for line in made.out.splitlines() if "stain" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: pale: H&E stain outside that of the training (distance ")
+    with open(made.dir / "image_stain.csv", newline="") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    assert {name: row["stain"] for name, row in rows.items()} == {
+        "core": "within", "pale": "outside", "glass": "not judged",
+    }  # fmt: skip
+    assert float(rows["pale"]["stain_distance"]) > float(rows["pale"]["stain_limit"])
+    assert rows["glass"]["stain_distance"] == ""
+    for name, start in (("core", "H&E stain within"), ("pale", "H&E stain outside"), ("glass", "H&E stain not judged")):
+        with tifffile.TiffFile(made.dir / f"{name}.ome.tiff") as tiff:
+            root = ElementTree.fromstring(tiff.ome_metadata)
+        pairs = {pair.get("K"): pair.text for pair in root.iter() if pair.tag.endswith("}M")}
+        assert pairs["H&E stain"].startswith(start)
+
+
+def test_a_table_that_predict_did_not_write_is_found_before_any_work(predict, core, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "image_stain.csv").write_text("image,colour\n")
+    made = predict(core)
+    assert made.code == 2
+    assert "is not a table that predict wrote" in made.err
+    assert not (made.dir / "core.npy").exists()
+
+
+def test_a_damaged_stain_in_a_checkpoint_is_refused(predict, core, tmp_path):
+    made = predict(core, checkpoint=write_checkpoint(tmp_path / "bad.pt", stain={"values": 3}))
+    assert made.code == 2
+    assert "bad.pt: the stain of the training is damaged" in made.err
 
 
 def test_without_a_scorecard_predict_says_so_in_one_line_and_claims_nothing(predict, core):

@@ -13,7 +13,9 @@ import pytest
 from orion_unet.__main__ import dispatch
 from orion_unet.cli.arguments import run_command
 from orion_unet.data.normalization import LOG_CURVATURE
+from orion_unet.data.stain import FEATURES, StainJudgement
 from orion_unet.inference.ome_tiff import write_ome_tiff
+from orion_unet.inference.stain_table import add_stain
 
 pytest.importorskip("skimage")
 pytest.importorskip("imagecodecs")
@@ -101,6 +103,17 @@ def test_a_table_has_a_row_for_each_cell_with_the_numbers_of_scikit_image(quanti
     np.testing.assert_allclose(column(done.dir, "CD3e_ring_mean"), expected, atol=1e-4)
     assert "No cell is called positive" in done.out
     assert document(done.dir)["cutoffs"] == {}
+
+
+def test_the_stain_that_predict_found_foreign_goes_with_the_cells(quantify, files):
+    numbers = np.full(len(FEATURES), 0.5)
+    add_stain(files, "core", StainJudgement("outside", 4.5, 2.0, "", numbers))
+    done = quantify("--labels", files / "core_LABELS.npy")
+    assert done.code == 0, done.err
+    assert {row["stain"] for row in rows(done.dir)} == {"outside"}
+    assert "warning: core: H&E stain outside that of the training (distance 4.5, limit 2.0;" in done.out
+    image = document(done.dir)["images"][0]
+    assert (image["stain"], image["stain_distance"], image["stain_limit"]) == ("outside", 4.5, 2.0)
 
 
 def test_outlines_are_features_that_qupath_reads_and_cover_the_cells(quantify, files, labels):

@@ -1,0 +1,62 @@
+"""image_stain.csv: for every predicted image, whether its H&E is stained like those of the training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+from orion_unet.data.stain import FEATURES, OUTSIDE, StainJudgement
+from orion_unet.errors import InputError, RunError
+from orion_unet.run_log import write_atomic
+from orion_unet.text import csv_bytes
+
+STAIN_FILE = "image_stain.csv"
+COLUMNS = ["image", "stain", "stain_distance", "stain_limit", *(name.replace(" ", "_") for name in FEATURES)]
+
+
+def add_stain(folder: Path, image: str, found: StainJudgement) -> None:
+    """Write or replace the row of an image.
+
+    Raises InputError where the file is another table, RunError where it cannot be written.
+    """
+    path = folder / STAIN_FILE
+    rows: dict[str, list[Any]] = {name: list(row) for name, *row in _rows(path)}
+    rows[image] = [found.state, found.distance, found.limit, *found.values.tolist()]
+    try:
+        write_atomic(path, csv_bytes(COLUMNS, ([name, *row] for name, row in rows.items())))
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def read_stain(folder: Path) -> dict[str, StainJudgement]:
+    """What image_stain.csv of a folder says of each image; nothing where there is none. Raises InputError."""
+    path = folder / STAIN_FILE
+    found = {}
+    for image, state, *numbers in _rows(path):
+        try:
+            distance, limit = (float(text) if text else math.nan for text in numbers[:2])
+        except ValueError:
+            raise InputError(f"{path}: is damaged, {numbers[:2]} are no numbers") from None
+        found[image] = StainJudgement(state, distance, limit, f"see {STAIN_FILE}")
+    return found
+
+
+def _rows(path: Path) -> list[list[str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
+    if header != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
+        raise InputError(f"{path}: is not a table that predict wrote; move it away, or name another folder")
+    return rows
+
+
+def stain_warning(image: str, found: StainJudgement) -> str:
+    """A sentence where the image's stain is foreign to the model, else nothing."""
+    return f"warning: {image}: {found.sentence()}; its prediction may be wrong" if found.state == OUTSIDE else ""
