@@ -9,7 +9,7 @@ from orion_unet.cli.arguments import EXIT_OK, Parser, add_options
 from orion_unet.config import DataOptions, PackOptions, TrainConfig
 from orion_unet.options import checked
 
-READ = ("he_layout", "orion_layout", "patch_size")
+READ = ("he_layout", "orion_layout", "level", "patch_size")
 
 
 def parser() -> Parser:

@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from orion_unet.config import DataOptions
 from orion_unet.data.channels import NAMES_FILE
-from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX, PairTable, find_pairs
+from orion_unet.data.measured import file_state
+from orion_unet.data.pairs import PairTable, find_pairs, pair_file
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import append_line, fsync_folder, parse_object, write_atomic
+from orion_unet.slides.tiles import TiledArray
 
 RECORD_FILE = "packed.jsonl"
 """File in the packed folder with one line per packed file, which names its source."""
@@ -104,19 +106,16 @@ def pack(options: DataOptions, output: Path, overwrite: bool = False) -> PackedF
 def _job(table: PairTable, output: Path, core: int, modality: str) -> _Job:
     row = getattr(table, modality)[core]
     source = table.path(core, modality)
-    origin = {"source": str(source.resolve()), "layout": str(row["layout"]), **_state(source)}
+    origin = {"source": str(source.resolve()), "layout": str(row["layout"]), "level": table.level, **_state(source)}
     shape = (int(row["height"]), int(row["width"]), int(row["channels"]))
     dtype = np.dtype(str(row["dtype"])).newbyteorder("<")
-    return _Job(core, modality, source, output / source.name, shape, dtype, origin)
+    return _Job(core, modality, source, output / table.npy_name(core, modality), shape, dtype, origin)
 
 
 def _state(source: Path) -> dict[str, int]:
     """Size and modification time, by which a changed source is recognised."""
-    try:
-        found = source.stat()
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read any more ({error.strerror})") from None
-    return {"bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+    size, modified_ns, _ = file_state(source)
+    return {"bytes": size, "modified_ns": modified_ns}
 
 
 def _lock(handle: int, folder: Path) -> None:
@@ -178,7 +177,7 @@ def _refuse_others(
     """Raise InputError for files in the packed folder that do not belong to this set or are out of date."""
     there = {path.name for path in output.iterdir()}
     mine = {job.target.name for job in jobs}
-    cores = {name for name in there if name.endswith((HE_SUFFIX, ORION_SUFFIX)) and not name.startswith(".")}
+    cores = {name for name in there if pair_file(name)}
     if cores - mine:
         raise InputError.listing(
             f"--output_dir {output} has cores that are not in the folder of the pairs:",
@@ -262,7 +261,12 @@ def _pack_file(table: PairTable, job: _Job, output: Path, bar: tqdm[Any]) -> Non
 
 
 def _bands(table: PairTable, job: _Job) -> Iterator[np.ndarray]:
-    """The array from top to bottom in bands (h, W, C) of ``BAND_BYTES`` or one row; each overwrites the last."""
+    """The array from top to bottom in bands (h, W, C) of ``BAND_BYTES``, one row, or a row of tiles; each may overwrite
+    the last."""
+    stored = table.open(job.core, job.modality)
+    if isinstance(stored, TiledArray):
+        yield from (np.ascontiguousarray(band, job.dtype) for band in stored.bands())
+        return
     height = job.shape[0]
     row_bytes = job.nbytes // height
     rows, block = max(1, BAND_BYTES // row_bytes), max(1, BLOCK_BYTES // row_bytes)

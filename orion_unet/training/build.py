@@ -239,7 +239,7 @@ def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -
     """Loaders and transforms of this rank."""
     data, optimisation = config.data, config.optimisation
     on_gpu = device.type == "cuda"
-    reader = PatchReader(prepared.table, prepared.scales, data.patch_size)
+    reader = PatchReader(prepared.table, prepared.scales, data.patch_size, int(data.cache_mb * 1e6))
     transform = BatchTransform(
         prepared.table,
         reader.formats,
