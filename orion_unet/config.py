@@ -95,6 +95,13 @@ class DataOptions:
         metavar="N|auto",
         fixed=False,
     )
+    mixed_cores: int = option(
+        0,
+        "mix the patches of so many cores at a time, in an order drawn anew each epoch, so that a tile of OME-TIFF or "
+        "OME-Zarr is decoded once for all of its patches; 0 = mix those of all cores",
+        unit="cores",
+        minimum=0,
+    )
     cache_mb: float = option(
         256.0,
         "decoded tiles that each loader process keeps of OME-TIFF and OME-Zarr pairs",
@@ -720,6 +727,7 @@ class PackOptions:
         None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
     )
     output_dir: Path = option(None, "folder to fill; made if it does not exist", metavar="OUT", required=True)
+    format: str = option("npy", "how the pairs are stored in OUT", choices=("npy", "ome-zarr"))
     overwrite: bool = option(False, "replace files of the same names in OUT, and nothing else there")
 
 

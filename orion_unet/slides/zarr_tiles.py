@@ -145,8 +145,8 @@ def _codecs(array: Any) -> _Codecs | None:
     if stored["zarr_format"] == 2:
         if stored["order"] != "C" or stored["filters"]:
             return None
-        decoders = [_blosc if codec.codec_id == "blosc" else codec.decode for codec in array.compressors]
-        return _Codecs(np.dtype(stored["dtype"]), decoders)
+        compressors = [_blosc if codec.codec_id == "blosc" else codec.decode for codec in array.compressors]
+        return _Codecs(np.dtype(stored["dtype"]), compressors)
     codecs, at_end = list(stored["codecs"]), True
     if array.shards is not None:
         outer = codecs.pop(0)["configuration"]

@@ -255,7 +255,14 @@ def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -
         if on_gpu:
             workers = max(1, min(workers, pin_bytes // slots_bytes(reader, optimisation.batch_size)))
     training = TrainingSamples(reader, prepared.split.train, data.patches_per_image, optimisation.seed, data.augment)
-    order = TrainingOrder(len(training), optimisation.batch_size, rank(), world_size(), optimisation.seed)
+    order = TrainingOrder(
+        len(training),
+        optimisation.batch_size,
+        rank(),
+        world_size(),
+        optimisation.seed,
+        (data.patches_per_image, data.mixed_cores),
+    )
     validation = ValidationSamples(reader, prepared.validation)
     val_order = ValidationOrder(len(validation), optimisation.val_batch_size, rank(), world_size())
     train_loader = BatchLoader(training, order, optimisation.batch_size, workers, pin_bytes)

@@ -35,6 +35,7 @@ DEFAULTS = {
         "noise_removal": False,
         "augment": True,
         "num_workers": None,
+        "mixed_cores": 0,
         "cache_mb": 256.0,
     },
     "model": {

@@ -1,6 +1,7 @@
 """Pairs in tiles: sliced like a memory map, the same values in every format, and every bad file named."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -115,7 +116,7 @@ def test_formats_may_be_mixed_and_h_and_e_may_be_jpeg(pairs, tmp_path, open_pair
     mixed = open_pairs(folder)
     batch = mixed.reader.read([PatchPlace(0, 0, 0), PLACE])
     decoded = tifffile.imread(folder / "core_01_HE.ome.tiff")
-    assert 0 < np.abs(decoded.astype(int) - he).mean()
+    assert np.abs(decoded.astype(int) - he).mean() > 0
     np.testing.assert_array_equal(batch.he[1].numpy(), decoded[9:25, 21:37])
     np.testing.assert_array_equal(batch.orion[1].numpy(), orion[9:25, 21:37])
     np.testing.assert_array_equal(batch.orion[0].numpy(), arrays(pairs, "core_00")[1][:16, :16])
@@ -270,3 +271,39 @@ def test_headers_are_kept_and_only_those_of_changed_files_are_read_again(one_zar
     state = measured.file_state(one_zarr.orion)
     (one_zarr.orion / "0" / "c" / "2" / "1" / "1").write_bytes(b"")
     assert measured.file_state(one_zarr.orion) != state
+
+
+@pytest.mark.parametrize("source", ["npy", "zstd"])
+def test_pack_writes_sharded_ome_zarr_of_the_same_values_and_goes_on_where_it_stopped(
+    pairs, tmp_path, source, monkeypatch
+):
+    monkeypatch.setattr("orion_unet.data.zarr_writing.CHUNK", 32)
+    monkeypatch.setattr("orion_unet.data.zarr_writing.SHARD", (1, 2))
+    monkeypatch.setattr("orion_unet.data.packing.BAND_BYTES", 25 * 72 * 4 * 2)
+    (pairs / "channel_names.txt").write_text("DNA\nCD3\nCD4\nCD8\n")
+    (pairs / "dataset.json").write_text(json.dumps({"schema": 1, "pixel_size_um": 0.5}))
+    folder = pairs if source == "npy" else rewrite(pairs, tmp_path / "tiled", source)
+    options, output = DataOptions(pairs_dir=str(folder), patch_size=16), tmp_path / "packed"
+    assert (pack(options, output, form="ome-zarr").written, pack(options, output, form="ome-zarr").found) == (4, 4)
+    table = opened(output)
+    assert table.channel_names == ("DNA", "CD3", "CD4", "CD8")
+    assert (pixel_size(table, None), table.pixel_size_um) == (0.5, 0.5)
+    for modality, image in zip(("he", "orion"), arrays(pairs), strict=True):
+        np.testing.assert_array_equal(np.asarray(table.image(1, modality)), image)
+    # Three rows of shards of one channel each, and two columns.
+    assert len(list((output / "core_01_ORION.ome.zarr" / "0" / "c").rglob("*/*/0"))) == 4 * 3
+    shutil.rmtree(output / "core_01_HE.ome.zarr")
+    done = pack(options, output, form="ome-zarr")
+    assert (done.written, done.found) == (1, 3)
+
+
+def test_a_packed_level_has_the_pixel_size_of_that_level(write_pairs, tmp_path):
+    source, folder = write_pairs("source", cores=1, size=(80, 72)), tmp_path / "levels"
+    folder.mkdir()
+    for kind, image in zip(("HE", "ORION"), arrays(source, "core_00"), strict=True):
+        write_tiff(folder / f"core_00_{kind}.ome.tif", image, levels=2)
+    (folder / "dataset.json").write_text(json.dumps({"schema": 1, "pixel_size_um": 0.5}))
+    pack(DataOptions(pairs_dir=str(folder), patch_size=16, level=1), tmp_path / "packed")
+    table = opened(tmp_path / "packed")
+    assert pixel_size(table, None) == 1.0
+    np.testing.assert_array_equal(table.image(0, "orion"), arrays(source, "core_00")[1][::2, ::2])
