@@ -98,16 +98,23 @@ def paste(
 
 
 class TileCache:
-    """The decoded tiles that were used last, at most ``limit`` bytes of them.
-
-    ``decoded_bytes`` counts what was decoded, ``distinct`` the tiles among them.
-    """
+    """The decoded tiles that were used last, at most ``limit`` bytes of them; ``decoded_bytes`` were decoded so far."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.decoded_bytes = 0
         self._held = 0
-        self._tiles: OrderedDict[Hashable, np.ndarray | None] = OrderedDict()
+        self._tiles: OrderedDict[tuple[Hashable, Place], np.ndarray | None] = OrderedDict()
+
+    @property
+    def kept(self) -> list[tuple[Hashable, Place]]:
+        """Owner and place of every tile."""
+        return list(self._tiles)
+
+    def clear(self) -> None:
+        """Forget every tile."""
+        self._tiles.clear()
+        self._held = 0
 
     def get(self, owner: Hashable, tiles: Tiles, place: Place) -> np.ndarray | None:
         """A tile of ``tiles``, known here as ``owner``: kept, or decoded now."""

@@ -371,12 +371,11 @@ def test_a_mixed_order_has_every_sample_once_and_few_cores_at_a_time():
         assert sorted(orders[0].tolist()) == list(range(cores * 3))
         np.testing.assert_array_equal(orders[0], orders[1])
         assert (orders[0] != orders[2]).any()
-        windows = [
-            set((orders[0][start : start + 3 * mixed] // 3).tolist()) for start in range(0, cores * 3, 3 * mixed)
-        ]
+        drawn = (orders[0] // 3).tolist()
+        windows = [set(drawn[start : start + 3 * mixed]) for start in range(0, cores * 3, 3 * mixed)]
         assert [len(window) for window in windows] == [min(mixed, cores - start) for start in range(0, cores, mixed)]
         # Within a window the samples of different cores are mixed.
-        assert len(set((orders[0][:6] // 3).tolist())) > 2
+        assert len(set(drawn[:6])) > 2
 
 
 def test_the_order_of_all_cores_is_that_of_a_permutation():
