@@ -9,6 +9,8 @@ plain copies of the same crops from memory maps, in one process, from the page c
 - raw_copy: NumPy copies each crop to its place in an existing batch, the least that a loader must do;
 - raw_crop: NumPy copies each crop to memory that is reused at once, so that nothing leaves the processor's cache.
 
+With --formats, compares the formats that pairs may have instead (benchmarks/formats.py, where they are listed).
+
 With --cold, also reads from the disk: each pass starts with an empty page cache, once with the system's default
 read-ahead, and once as the trainer reads sets larger than memory.
 """
@@ -29,6 +31,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from formats import bytes_read, formats_table, measure_formats
 
 from orion_unet.cli.arguments import Parser, run_command
 from orion_unet.config import DataOptions
@@ -52,9 +56,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cores", type=int, default=4, metavar="N", help="cores per generated set; default: 4")
     parser.add_argument("--size", type=int, default=2048, metavar="N", help="side of a generated core; default: 2048")
     parser.add_argument("--channels", type=int, default=20, metavar="N", help="channels of such a core; default: 20")
+    parser.add_argument(
+        "--formats", nargs="?", const="all", metavar="NAME;...", help="compare formats of pairs; default: all of them"
+    )
+    parser.add_argument(
+        "--mixed_cores", type=int, default=4, metavar="N", help="as in training; with --formats; default: 4"
+    )
+    parser.add_argument("--cache_mb", type=float, default=512, metavar="X", help="as in training; default: 512")
     parser.add_argument("--cold", action="store_true", help="also read from the disk")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(argv)
+    if options.formats:
+        rows = measure_formats(options, interleaved)
+        print(json.dumps(rows, indent=2) if options.json else formats_table(rows))
+        return 0
     if options.pairs_dir:
         results = {"pairs_dir": options.pairs_dir, **measure(options.pairs_dir, options)}
     else:
@@ -196,12 +211,6 @@ def forget(reader: PatchReader) -> None:
             with open(reader.table.path(core, modality), "rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def bytes_read() -> int:
-    """Bytes that the system has read from storage for this process."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
-    return int(fields["read_bytes"])
 
 
 def table(results: dict[str, Any]) -> str:

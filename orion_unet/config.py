@@ -23,7 +23,10 @@ class DataOptions:
     """data: what is read, how it is split, normalised and sampled"""
 
     pairs_dir: str = option(
-        "core_patches_npy", "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", fixed=False
+        "core_patches_npy",
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr",
+        metavar="DIR",
+        fixed=False,
     )
     val_split: float = option(0.2, "fraction of the cores held out for validation", above=0, below=1)
     fold: str | None = option(
@@ -68,6 +71,9 @@ class DataOptions:
     )
     he_layout: str = option("auto", "axis order of the H&E files", choices=("auto", "hwc", "chw"), fixed=False)
     orion_layout: str = option("auto", "axis order of the ORION files", choices=("auto", "hwc", "chw"), fixed=False)
+    level: int = option(
+        0, "level of the pyramids of OME-TIFF and OME-Zarr pairs to read; 0 = full resolution", minimum=0
+    )
     patch_size: int = option(256, "side of a square patch", unit="pixels", minimum=16, maximum=4096)
     patches_per_image: int = option(12, "random training patches per core and epoch", minimum=1)
     patches_per_image_val: int = option(
@@ -87,6 +93,20 @@ class DataOptions:
         "loader processes per rank; auto = from the cores and ranks of the machine",
         minimum=0,
         metavar="N|auto",
+        fixed=False,
+    )
+    mixed_cores: int = option(
+        0,
+        "mix the patches of so many cores at a time, in an order drawn anew each epoch, so that a tile of OME-TIFF or "
+        "OME-Zarr is decoded once for all of its patches; 0 = mix those of all cores",
+        unit="cores",
+        minimum=0,
+    )
+    cache_mb: float = option(
+        256.0,
+        "decoded tiles that each loader process keeps of OME-TIFF and OME-Zarr pairs",
+        unit="megabytes",
+        minimum=0,
         fixed=False,
     )
 
@@ -476,7 +496,7 @@ def _has_type(value: Any, annotation: str) -> bool:
 
 
 # The options of training that decide how a folder of pairs is read; other commands take them, too.
-READING = ("channel_names", "exclude_channels", "groups_csv", "he_layout", "orion_layout")
+READING = ("channel_names", "exclude_channels", "groups_csv", "he_layout", "orion_layout", "level")
 
 
 @dataclass(frozen=True)
@@ -549,7 +569,9 @@ class EvaluateOptions:
     checkpoint: tuple[Path, ...] = option(
         None, "a run folder (its best.pt), or a .pt file; several are averaged", metavar="RUN|FILE", required=True
     )
-    pairs_dir: Path = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", required=True)
+    pairs_dir: Path = option(
+        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", required=True
+    )
     split: str = option(
         "val",
         "cores to score: held out (those new to the model included), trained on, or all; cores of the training are "
@@ -683,7 +705,9 @@ class FindRateOptions:
 class CheckDataOptions:
     """inspection: what to look at, and what to write"""
 
-    folder: str = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", positional=True)
+    folder: str = option(
+        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
+    )
     output_dir: Path | None = option(
         None, "also write channels.csv, cores.csv, check_data.json and contact sheets of all cores", metavar="OUT"
     )
@@ -699,8 +723,11 @@ class CheckDataOptions:
 class PackOptions:
     """packing: what to rewrite, and where to"""
 
-    folder: str = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", positional=True)
+    folder: str = option(
+        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
+    )
     output_dir: Path = option(None, "folder to fill; made if it does not exist", metavar="OUT", required=True)
+    format: str = option("npy", "how the pairs are stored in OUT", choices=("npy", "ome-zarr"))
     overwrite: bool = option(False, "replace files of the same names in OUT, and nothing else there")
 
 
@@ -781,7 +808,9 @@ class PrepareOptions:
 class RegisterOptions:
     """registration: which pairs, by which marker, and what is kept"""
 
-    folder: str = option(None, "folder of NAME_HE.npy / NAME_ORION.npy pairs", metavar="DIR", positional=True)
+    folder: str = option(
+        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
+    )
     output_dir: Path = option(None, "folder to fill; made if it does not exist", metavar="OUT", required=True)
     register_on: str | None = option(
         None,

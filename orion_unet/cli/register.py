@@ -12,7 +12,7 @@ from orion_unet.errors import InputError
 from orion_unet.options import checked
 from orion_unet.text import clean, short_number
 
-READ = ("channel_names", "he_layout", "orion_layout")
+READ = ("channel_names", "he_layout", "orion_layout", "level")
 # Rejected cores that are listed; the table has them all.
 LISTED = 10
 

@@ -54,9 +54,7 @@ def register_command(table: PairTable) -> str:
 
 def _middle(table: PairTable, core: int, modality: str) -> np.ndarray:
     """The middle of a core, (h, w, C), read and nothing else."""
-    stored = table.open(core, modality)
-    layout = str(getattr(table, modality)[core]["layout"])
-    image = stored if layout == "hwc" else stored.transpose(1, 2, 0)
+    image = table.image(core, modality)
     rows, columns = (slice(max(0, (side - SIDE) // 2), max(0, (side - SIDE) // 2) + SIDE) for side in image.shape[:2])
     found: np.ndarray = image[rows, columns]
     return found

@@ -13,8 +13,9 @@ NAMES_FILE = "channel_names.txt"
 NUCLEAR_STAINS = ("hoechst", "dapi", "draq", "sytox", "dna", "nuclei", "nuclear")
 
 
-def channel_names(given: str | None, folder: Path, count: int) -> tuple[str, ...]:
-    """Names of ``count`` channels: from ``--channel_names``, else the folder's channel_names.txt, else ``channel_07``.
+def channel_names(given: str | None, folder: Path, count: int, stated: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names of ``count`` channels: from ``--channel_names``, else the folder's channel_names.txt, else those that its
+    files state, else ``channel_07``.
 
     Raises InputError for a wrong number of names, an empty name or a duplicate.
     """
@@ -22,7 +23,7 @@ def channel_names(given: str | None, folder: Path, count: int) -> tuple[str, ...
     if given is None and (folder / NAMES_FILE).is_file():
         given, source = str(folder / NAMES_FILE), str(folder / NAMES_FILE)
     if given is None:
-        return tuple(f"channel_{index:02d}" for index in range(count))
+        return stated or tuple(f"channel_{index:02d}" for index in range(count))
     if _is_file(given):
         names = _lines(Path(given))
     else:

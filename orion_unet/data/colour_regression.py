@@ -107,6 +107,7 @@ def known_colour_regression(
         normalization.document(),
         train.tolist(),
         [options.noise_removal, options.patch_size, table.he["layout"].tolist(), table.orion["layout"].tolist()],
+        table.level,
         [scales.he, scales.orion, list(table.kept_channels)],
     ]
     files = [table.path(core, modality) for core in train.tolist() for modality in ("he", "orion")]

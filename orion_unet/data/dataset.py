@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from orion_unet.data.pairs import PairTable
 from orion_unet.errors import InputError
 from orion_unet.run_log import SCHEMA
 from orion_unet.slides.pixel_size import LARGEST_UM, SMALLEST_UM
@@ -49,15 +50,25 @@ def stated_pixel_size(folder: Path) -> float | None:
     return float(stated)
 
 
-def pixel_size(folder: Path, given: float | None) -> float | None:
-    """Side of a pixel of the pairs in micrometres: ``--pixel_size_um``, else that of dataset.json, else None.
+def pixel_size(table: PairTable, given: float | None) -> float | None:
+    """Side of a pixel of the pairs in micrometres, at their level: ``--pixel_size_um``, else by dataset.json, which
+    states that of level 0, else as the files state it, else None.
 
-    Raises InputError if the two contradict each other by more than 1 %.
+    Raises InputError if the first two contradict each other by more than 1 %.
     """
-    stated = stated_pixel_size(folder)
+    folder = table.folder
+    stated = level_pixel_size(table)
     if given is not None and stated is not None and abs(given - stated) > ROUNDING * stated:
         raise InputError(
             f"--pixel_size_um {given:g} contradicts the {stated:g} of {folder / DATASET_FILE}: leave the option out, "
             "or correct the file"
         )
-    return stated if given is None else given
+    if given is not None:
+        return given
+    return table.pixel_size_um if stated is None else stated
+
+
+def level_pixel_size(table: PairTable) -> float | None:
+    """Side of a pixel by dataset.json at the level of the pairs; raises InputError if that file cannot be used."""
+    stated = stated_pixel_size(table.folder)
+    return None if stated is None else stated * table.factor

@@ -11,6 +11,7 @@ import numpy as np
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import DIGEST, counter_rng
 from orion_unet.distributed import usable_cores
+from orion_unet.slides.tiles import TiledArray
 
 # Pixels are compared at fixed random places, in pieces of a row: enough for two images of tissue to differ, and so
 # few that a core on a disk costs a hundred reads at most.
@@ -33,14 +34,18 @@ def core_digests(table: PairTable, cores: Iterable[int]) -> dict[str, str]:
 
 
 def _digest(table: PairTable, core: int) -> str:
-    row = table.he[core]
-    height, width = int(row["height"]), int(row["width"])
+    height, width, _ = table.shape(core, "he")
     length = min(PIECE_PIXELS, width)
     corners = counter_rng(SEED, DIGEST, height, width).random((2, PIECES, 1)) * [[[height]], [[width - length + 1]]]
     rows, columns = corners.astype(int)
     columns = columns + np.arange(length)
-    stored = np.asarray(table.open(core, "he"))
-    pieces = stored[rows, columns] if row["layout"] == "hwc" else np.moveaxis(stored[:, rows, columns], 0, -1)
+    image = table.image(core, "he")
+    if isinstance(image, TiledArray):
+        pieces = np.stack(
+            [image.read(y, x, 1, length)[0] for y, x in zip(rows[:, 0].tolist(), columns[:, 0].tolist(), strict=True)]
+        )
+    else:
+        pieces = np.asarray(image)[rows, columns]
     digest = hashlib.sha256(f"{height} x {width}".encode())
     digest.update(np.ascontiguousarray(pieces, "<f8").tobytes())
     return digest.hexdigest()[:DIGITS]

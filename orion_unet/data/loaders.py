@@ -87,11 +87,21 @@ class TrainingOrder(Sampler[BatchRequest]):
     """Batches of this rank for one epoch: a permutation drawn from (seed, epoch), cut into equal global batches.
 
     With the same global batch, step s covers the same samples on any number of ranks. The incomplete last batch is
-    dropped, so that every step has the same weight and shapes never change.
+    dropped, so that every step has the same weight and shapes never change. ``mixed`` is the number of consecutive
+    samples of a core, and of the cores whose samples are mixed (``epoch_order``).
     """
 
-    def __init__(self, samples: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        mixed: tuple[int, int] = (1, 0),
+    ) -> None:
         self.samples = samples
+        self.mixed = mixed
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
@@ -113,11 +123,27 @@ class TrainingOrder(Sampler[BatchRequest]):
         return self.steps - self.start_step
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        order = counter_rng(self.seed, ORDER, self.epoch).permutation(self.samples)
+        order = epoch_order(self.samples, self.seed, self.epoch, *self.mixed)
         whole = order[: self.steps * self.world_size * self.batch_size]
         mine = whole.reshape(self.steps, self.world_size, self.batch_size)[:, self.rank]
         for indices in mine[self.start_step :]:
             yield BatchRequest(self.epoch, indices)
+
+
+def epoch_order(samples: int, seed: int, epoch: int, per_core: int = 1, cores: int = 0) -> np.ndarray:
+    """The samples of an epoch, each once, in an order drawn from (seed, epoch), whatever their format.
+
+    With ``cores`` above 0, the cores, of ``per_core`` consecutive samples each, come in random order, and the samples
+    of so many of them at a time are mixed: tiles are decoded once where a cache has room for those of ``cores`` cores.
+    """
+    rng = counter_rng(seed, ORDER, epoch)
+    if not 0 < cores * per_core < samples:
+        return rng.permutation(samples)
+    drawn = rng.permutation(samples // per_core)
+    order = (drawn[:, None] * per_core + np.arange(per_core)).reshape(-1)
+    for start in range(0, samples, cores * per_core):
+        rng.shuffle(order[start : start + cores * per_core])
+    return order
 
 
 class ValidationOrder(Sampler[BatchRequest]):

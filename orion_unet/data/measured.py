@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -32,25 +33,40 @@ def cache_folder() -> Path:
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
-    """Size, modification time and change time of a file, by which a changed file is recognised.
+    """Size, modification time and change time of a file, by which a changed file is recognised; of a folder (OME-Zarr),
+    the sum of the sizes and the latest times of the folder and all that is in it.
 
     Copying tools restore the modification time of the source, but nothing can set the change time. Raises InputError if
     the file is gone.
     """
     try:
         found = path.stat()
+        if not stat.S_ISDIR(found.st_mode):
+            return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        size, modified, changed = 0, found.st_mtime_ns, found.st_ctime_ns
+        for inner in _inside(str(path)):
+            size += inner.st_size
+            modified, changed = max(modified, inner.st_mtime_ns), max(changed, inner.st_ctime_ns)
+        return size, modified, changed
     except OSError as error:
         raise InputError(f"{path}: cannot be read any more; it was changed or removed ({error})") from None
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _inside(folder: str) -> Iterator[os.stat_result]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield entry.stat()
+            if entry.is_dir():
+                yield from _inside(entry.path)
 
 
 @cache
 def measuring_code() -> str:
-    """Digest of the code that measures: this package, and what it scans values with. A measurement made by other code
+    """Digest of the code that measures: this package, and the one that reads images. A measurement made by other code
     is not used, whatever its version is called."""
     package = Path(__file__).parent
     digest = hashlib.sha256(__version__.encode())
-    for path in sorted([*package.glob("*.py"), package.parent / "slides" / "intensity.py"]):
+    for path in sorted([*package.glob("*.py"), *(package.parent / "slides").glob("*.py")]):
         # Without its source (in an archive) the code is known by its version alone.
         with suppress(OSError):
             digest.update(path.read_bytes())

@@ -148,6 +148,7 @@ def known_normalization(
         "names": list(table.kept_names),
         "kept": list(table.kept_channels),
         "layout": table.orion["layout"].tolist(),
+        "level": table.level,
         "white": scales.orion,
         "asked": [method, transform, LOG_CURVATURE, sorted(keep)],
     }
@@ -225,14 +226,14 @@ def _sample_size(table: PairTable, core: int, pixels: int) -> int:
 
 def _rows(table: PairTable, scales: Scales, core: int, pixels: int, kept: np.ndarray) -> np.ndarray:
     """Intensities (C, R, W) float32 of as many rows of a core as have so many pixels, one drawn from each stratum."""
-    stored, row = table.open(core, "orion"), table.orion[core]
-    count = -(-pixels // int(row["width"]))
-    edges = np.linspace(0, int(row["height"]), count + 1)
+    height, width, _ = table.shape(core, "orion")
+    count = -(-pixels // width)
+    edges = np.linspace(0, height, count + 1)
     drawn = counter_rng(SAMPLE_SEED, NORMALIZATION, core).random(count)
-    rows = np.minimum((edges[:-1] + drawn * np.diff(edges)).astype(int), int(row["height"]) - 1)
-    values = stored[rows].transpose(2, 0, 1) if row["layout"] == "hwc" else stored[:, rows]
+    rows = np.minimum((edges[:-1] + drawn * np.diff(edges)).astype(int), height - 1)
+    stored = table.marker_rows(core, rows, kept.tolist())
     # In memory order of channels, whatever that of the file.
-    values = np.ascontiguousarray(values[kept], dtype=np.float32)
+    values = np.ascontiguousarray(stored, dtype=np.float32)
     values /= np.float32(scales.white("orion", stored.dtype))
     return values
 

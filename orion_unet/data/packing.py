@@ -7,6 +7,7 @@ the file. In (C, H, W), a patch of 20 channels has 20 times as many pieces, each
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,14 +21,21 @@ from tqdm import tqdm
 
 from orion_unet.config import DataOptions
 from orion_unet.data.channels import NAMES_FILE
-from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX, PairTable, find_pairs
+from orion_unet.data.dataset import DATASET_FILE, dataset_document, pixel_size
+from orion_unet.data.headers import NPY
+from orion_unet.data.measured import file_state
+from orion_unet.data.pairs import PairTable, find_pairs, pair_file
 from orion_unet.data.split import GROUPS_FILE
+from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.errors import InputError, RunError
+from orion_unet.extras import needed
 from orion_unet.run_log import append_line, fsync_folder, parse_object, write_atomic
+from orion_unet.slides.stored import stored_image
+from orion_unet.slides.tiles import TiledArray
 
 RECORD_FILE = "packed.jsonl"
 """File in the packed folder with one line per packed file, which names its source."""
-CARRIED = (NAMES_FILE, GROUPS_FILE)
+CARRIED = (NAMES_FILE, GROUPS_FILE, DATASET_FILE)
 # Rows are read and written in bands of this size, and transposed in blocks that fit the processor's cache.
 BAND_BYTES = 32 << 20
 BLOCK_BYTES = 512 << 10
@@ -61,23 +69,36 @@ class _Job:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     @property
+    def zarr(self) -> bool:
+        """Whether it becomes OME-Zarr."""
+        return self.target.suffix == ".zarr"
+
+    @property
+    def most_bytes(self) -> int:
+        """Room for it on the disk; compressed, it is about as large as a compressed source."""
+        return min(self.nbytes, int(self.origin["bytes"])) if self.zarr else self.nbytes
+
+    @property
     def temporary(self) -> Path:
         """Path while it is being written, the same in every call: the next one removes what a killed one left."""
         return self.target.with_name(f".{self.target.name}.partial")
 
 
-def pack(options: DataOptions, output: Path, overwrite: bool = False) -> PackedFolder:
+def pack(options: DataOptions, output: Path, overwrite: bool = False, form: str = "npy") -> PackedFolder:
     """Rewrite the pairs of ``options.pairs_dir`` into ``output`` as (H, W, C) in C order, little-endian, same dtype.
 
-    The values are equal bit for bit; channel_names.txt and groups.csv are copied. A file appears under its name only
-    when it is complete. Files that an earlier call has packed from unchanged sources are kept, so the same call
-    continues an interrupted one. ``overwrite`` replaces files of the same names.
+    With ``form`` ome-zarr, as OME-Zarr of zstd chunks in shards. The values are equal bit for bit; channel_names.txt,
+    groups.csv and dataset.json are copied. A file appears under its name only when it is complete. Files that an
+    earlier call has packed from unchanged sources are kept, so the same call continues an interrupted one.
+    ``overwrite`` replaces files of the same names.
 
     Raises InputError for pairs that training would refuse, for a folder that cannot be used or has other files, and if
     a source changes meanwhile; RunError if the disk is too small or fails.
     """
     table = find_pairs(options)
-    jobs = [_job(table, output, core, modality) for core in range(len(table)) for modality in ("he", "orion")]
+    if form == "ome-zarr":
+        needed("zarr")
+    jobs = [_job(table, output, core, modality, form) for core in range(len(table)) for modality in ("he", "orion")]
     try:
         output.mkdir(parents=True, exist_ok=True)
         itself = output.samefile(table.folder)
@@ -90,33 +111,38 @@ def pack(options: DataOptions, output: Path, overwrite: bool = False) -> PackedF
         _lock(handle, output)
         record = _read_record(output)
         missing = [job for job in jobs if record.get(job.target.name) != job.origin or not _is_whole(job)]
-        carried = _carried(table.folder, output)
+        carried = _carried(table, output)
         _refuse_others(output, jobs, missing, carried, overwrite)
         _check_space(output, missing)
         _pack_all(table, missing, carried, output)
     finally:
         os.close(handle)
     return PackedFolder(
-        len(table), len(missing), len(jobs) - len(missing), sum(job.nbytes for job in jobs), table.warnings
+        len(table), len(missing), len(jobs) - len(missing), sum(map(_stored_bytes, jobs)), table.warnings
     )
 
 
-def _job(table: PairTable, output: Path, core: int, modality: str) -> _Job:
+def _job(table: PairTable, output: Path, core: int, modality: str, form: str) -> _Job:
     row = getattr(table, modality)[core]
     source = table.path(core, modality)
-    origin = {"source": str(source.resolve()), "layout": str(row["layout"]), **_state(source)}
+    origin = {"source": str(source.resolve()), "layout": str(row["layout"]), "level": table.level, **_state(source)}
     shape = (int(row["height"]), int(row["width"]), int(row["channels"]))
     dtype = np.dtype(str(row["dtype"])).newbyteorder("<")
-    return _Job(core, modality, source, output / source.name, shape, dtype, origin)
+    name = table.npy_name(core, modality)
+    if form == "ome-zarr":
+        name = f"{name.removesuffix(NPY)}.ome.zarr"
+        origin["pixel_size_um"] = pixel_size(table, None)
+    return _Job(core, modality, source, output / name, shape, dtype, origin)
+
+
+def _stored_bytes(job: _Job) -> int:
+    return file_state(job.target)[0] if job.zarr else job.nbytes
 
 
 def _state(source: Path) -> dict[str, int]:
     """Size and modification time, by which a changed source is recognised."""
-    try:
-        found = source.stat()
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read any more ({error.strerror})") from None
-    return {"bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+    size, modified_ns, _ = file_state(source)
+    return {"bytes": size, "modified_ns": modified_ns}
 
 
 def _lock(handle: int, folder: Path) -> None:
@@ -147,6 +173,9 @@ def _read_record(output: Path) -> dict[str, Any]:
 def _is_whole(job: _Job) -> bool:
     """Whether the packed file exists and has the right header and length."""
     try:
+        if job.zarr:
+            image = stored_image(job.target, job.modality, 0)
+            return (image.shape, np.dtype(image.dtype)) == (job.shape, job.dtype)
         stored = np.load(job.target, mmap_mode="r", allow_pickle=False)
         return bool(
             (stored.shape, stored.dtype, stored.flags.c_contiguous) == (job.shape, job.dtype, True)
@@ -157,13 +186,19 @@ def _is_whole(job: _Job) -> bool:
         return False
 
 
-def _carried(folder: Path, output: Path) -> dict[str, bytes]:
-    """Content of the small files to copy: those that are missing or different in the packed folder."""
-    files = {}
+def _carried(table: PairTable, output: Path) -> dict[str, bytes]:
+    """Content of the small files to copy: those that are missing or different in the packed folder.
+
+    dataset.json is made anew where the packed pairs are of a smaller level, or only their files state a pixel's size.
+    """
+    folder, files, size_um = table.folder, {}, pixel_size(table, None)
+    made = json.dumps(dataset_document(size_um, f"packed from level {table.level} of {folder.resolve()}")).encode()
     for name in CARRIED:
-        if (folder / name).is_file():
+        there = (folder / name).is_file()
+        remade = name == DATASET_FILE and size_um is not None and (table.level > 0 or not there)
+        if there or remade:
             try:
-                content = (folder / name).read_bytes()
+                content = made if remade else (folder / name).read_bytes()
                 alike = (output / name).is_file() and (output / name).read_bytes() == content
             except OSError as error:
                 raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
@@ -178,7 +213,7 @@ def _refuse_others(
     """Raise InputError for files in the packed folder that do not belong to this set or are out of date."""
     there = {path.name for path in output.iterdir()}
     mine = {job.target.name for job in jobs}
-    cores = {name for name in there if name.endswith((HE_SUFFIX, ORION_SUFFIX)) and not name.startswith(".")}
+    cores = {name for name in there if pair_file(name)}
     if cores - mine:
         raise InputError.listing(
             f"--output_dir {output} has cores that are not in the folder of the pairs:",
@@ -199,19 +234,18 @@ def _refuse_others(
 def _check_space(output: Path, missing: list[_Job]) -> None:
     for job in missing:
         # Remove what a killed call left, which takes up space.
-        with suppress(OSError):
-            job.temporary.unlink(missing_ok=True)
-    replaced = [job.target.stat().st_size for job in missing if job.target.exists()]
-    needed = sum(job.nbytes for job in missing) - sum(replaced)
+        _remove(job.temporary)
+    replaced = [file_state(job.target)[0] for job in missing if job.target.exists()]
+    required = sum(job.most_bytes for job in missing) - sum(replaced)
     if replaced:
         # A file is replaced only when its successor is complete, so both need space for a moment.
-        needed += max(job.nbytes for job in missing)
+        required += max(job.most_bytes for job in missing)
     free = shutil.disk_usage(output).free
-    if needed > free:
+    if required > free:
         with suppress(OSError):
             output.rmdir()
         raise RunError(
-            f"--output_dir {output}: too little disk space, {needed / 1e9:.1f} GB are needed and "
+            f"--output_dir {output}: too little disk space, {required / 1e9:.1f} GB are needed and "
             f"{free / 1e9:.1f} GB free; free some space or choose a folder on another disk"
         )
 
@@ -237,32 +271,61 @@ def _pack_all(table: PairTable, missing: list[_Job], carried: dict[str, bytes], 
 def _pack_file(table: PairTable, job: _Job, output: Path, bar: tqdm[Any]) -> None:
     """Write one array under a temporary name, record its source, and rename it."""
     try:
-        with open(job.temporary, "wb") as file:
-            header = {
-                "descr": np.lib.format.dtype_to_descr(job.dtype),
-                "fortran_order": False,
-                "shape": job.shape,
-            }
-            np.lib.format.write_array_header_1_0(file, header)
-            for band in _bands(table, job):
-                file.write(band.reshape(-1).view(np.uint8).data)
-                bar.update(band.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
+        if job.zarr:
+            _write_zarr(table, job, bar)
+        else:
+            _write_npy(table, job, bar)
         if any(job.origin[key] != value for key, value in _state(job.source).items()):
             raise InputError(f"{job.source}: changed while it was being packed; pack again when nothing writes to it")
         # Remove the old file, then update the record, then rename: so a file under its name always matches the record.
-        job.target.unlink(missing_ok=True)
+        _remove(job.target)
         append_line(output / RECORD_FILE, {"file": job.target.name, "origin": job.origin})
         os.replace(job.temporary, job.target)
         fsync_folder(output)
     finally:
-        with suppress(OSError):
-            job.temporary.unlink(missing_ok=True)
+        _remove(job.temporary)
+
+
+def _write_npy(table: PairTable, job: _Job, bar: tqdm[Any]) -> None:
+    with open(job.temporary, "wb") as file:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(job.dtype),
+            "fortran_order": False,
+            "shape": job.shape,
+        }
+        np.lib.format.write_array_header_1_0(file, header)
+        for band in _bands(table, job):
+            file.write(band.reshape(-1).view(np.uint8).data)
+            bar.update(band.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_zarr(table: PairTable, job: _Job, bar: tqdm[Any]) -> None:
+    def shown() -> Iterator[np.ndarray]:
+        for band in _bands(table, job):
+            yield band
+            bar.update(band.nbytes)
+
+    names = table.channel_names if job.modality == "orion" else ("red", "green", "blue")
+    about = {"pixel_size_um": job.origin["pixel_size_um"], "names": names}
+    write_zarr(job.temporary, job.shape, job.dtype, shown(), about)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or an OME-Zarr folder, where it is."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _bands(table: PairTable, job: _Job) -> Iterator[np.ndarray]:
-    """The array from top to bottom in bands (h, W, C) of ``BAND_BYTES`` or one row; each overwrites the last."""
+    """The array from top to bottom in bands (h, W, C) of ``BAND_BYTES``, one row, or a row of tiles; each may overwrite
+    the last."""
+    stored = table.open(job.core, job.modality)
+    if isinstance(stored, TiledArray):
+        yield from (np.ascontiguousarray(band, job.dtype) for band in stored.bands())
+        return
     height = job.shape[0]
     row_bytes = job.nbytes // height
     rows, block = max(1, BAND_BYTES // row_bytes), max(1, BLOCK_BYTES // row_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,16 +12,22 @@ import numpy as np
 
 from orion_unet.config import DataOptions
 from orion_unet.data.channels import channel_names, excluded_channels
+from orion_unet.data.headers import NPY, Header, Unusable, read_headers, stored_images
 from orion_unet.errors import InputError
-from orion_unet.run_log import open_regular
+from orion_unet.slides.stored import TILED_SUFFIXES, StoredImage, open_tiles
+from orion_unet.slides.tiles import TileCache, TiledArray
 
-HE_SUFFIX = "_HE.npy"
-ORION_SUFFIX = "_ORION.npy"
-DTYPES = ("uint8", "uint16", "float16", "float32")
+KINDS = {"he": "_HE", "orion": "_ORION"}
+HE_SUFFIX, ORION_SUFFIX = (f"{kind}{NPY}" for kind in KINDS.values())
+# In the order in which a name is tried.
+SUFFIXES = (NPY, *TILED_SUFFIXES)
+# The pixel sizes that files state may differ by rounding, as a fraction.
+ROUNDING = 0.01
 # One row per stored array. A NumPy table instead of a list of objects, so that a worker needs no more memory for
 # 10,000 cores than for 10.
 RECORD = np.dtype(
     [
+        ("suffix", "U9"),
         ("offset", "i8"),
         ("dtype", "U4"),
         ("layout", "U3"),
@@ -37,8 +44,10 @@ class PairTable:
     """The checked pairs of one folder.
 
     ``names`` (N,) are the cores in alphabetical order; ``he`` and ``orion`` (N,) say how their arrays are stored
-    (``RECORD``). ``channel_names`` are the names of all stored ORION channels, ``kept_channels`` the indices of those
-    that are trained on. ``warnings`` are sentences for the user.
+    (``RECORD``; an offset of -1 means tiles). ``channel_names`` are the names of all stored ORION channels,
+    ``kept_channels`` the indices of those that are trained on. ``warnings`` are sentences for the user. ``level`` is
+    the level of the pyramids, whose pixels are ``factor`` times those of level 0, and ``pixel_size_um`` the side of a
+    pixel there as the files state it, None if they do not.
     """
 
     folder: Path
@@ -48,13 +57,16 @@ class PairTable:
     channel_names: tuple[str, ...]
     kept_channels: tuple[int, ...]
     warnings: list[str] = field(default_factory=list)
+    level: int = 0
+    factor: float = 1.0
+    pixel_size_um: float | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays together."""
+        """Bytes of all arrays together, decoded."""
         return sum(
             int((rows["height"].astype(np.int64) * rows["width"] * rows["channels"] * itemsize(rows)).sum())
             for rows in (self.he, self.orion)
@@ -66,15 +78,31 @@ class PairTable:
         return tuple(self.channel_names[index] for index in self.kept_channels)
 
     def path(self, core: int, modality: str) -> Path:
-        """File of one core; modality is ``he`` or ``orion``."""
-        return self.folder / (str(self.names[core]) + (HE_SUFFIX if modality == "he" else ORION_SUFFIX))
+        """File (of OME-Zarr: folder) of one core; modality is ``he`` or ``orion``."""
+        return self.folder / f"{self.names[core]}{KINDS[modality]}{getattr(self, modality)[core]['suffix']}"
 
-    def open(self, core: int, modality: str) -> np.ndarray:
-        """Memory map of one core as stored; raises InputError if the file has changed since it was checked."""
+    def npy_name(self, core: int, modality: str) -> str:
+        """Name of the .npy file that commands write for a core, whatever it is stored as here."""
+        return f"{self.names[core]}{KINDS[modality]}{NPY}"
+
+    def shape(self, core: int, modality: str) -> tuple[int, int, int]:
+        """(H, W, C)."""
         row = getattr(self, modality)[core]
-        hwc = (int(row["height"]), int(row["width"]), int(row["channels"]))
+        return int(row["height"]), int(row["width"]), int(row["channels"])
+
+    def open(self, core: int, modality: str, cache: TileCache | None = None) -> np.ndarray | TiledArray:
+        """One core as stored: a memory map, or tiles, which are kept in ``cache``. Both are sliced alike.
+
+        Raises InputError if the file has changed since it was checked.
+        """
+        row, path = getattr(self, modality)[core], self.path(core, modality)
+        hwc = self.shape(core, modality)
+        if row["offset"] < 0:
+            tiles = open_tiles(path, modality, self.level)
+            if tiles.shape != hwc[:2] or tiles.dtype != np.dtype(str(row["dtype"])).newbyteorder("="):
+                raise InputError(f"{path}: cannot be read any more; it was changed")
+            return TiledArray(tiles, str(row["layout"]), hwc[2], cache, (modality, core))
         shape = hwc if row["layout"] == "hwc" else (hwc[2], hwc[0], hwc[1])
-        path = self.path(core, modality)
         try:
             return np.memmap(
                 path,
@@ -87,10 +115,36 @@ class PairTable:
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read any more; it was changed or removed ({error})") from None
 
+    def image(self, core: int, modality: str) -> np.ndarray | TiledArray:
+        """One core in the axis order (H, W, C), without a copy; ``open`` says the rest."""
+        stored = self.open(core, modality)
+        if getattr(self, modality)[core]["layout"] == "hwc":
+            return stored
+        return stored.channels_last() if isinstance(stored, TiledArray) else stored.transpose(1, 2, 0)
+
+    def marker_rows(self, core: int, rows: np.ndarray, channels: Sequence[int]) -> np.ndarray:
+        """Whole rows of pixels (R,) of stored ORION channels, (C, R, W)."""
+        stored, chosen = self.open(core, "orion"), np.asarray(channels)
+        if isinstance(stored, TiledArray):
+            return stored.rows(rows, chosen.tolist())
+        if self.orion[core]["layout"] == "hwc":
+            return stored[rows].transpose(2, 0, 1)[chosen]
+        return stored[chosen[:, None], rows]
+
 
 def itemsize(rows: np.ndarray) -> np.ndarray:
     """Bytes per value of each array in the rows of a table."""
     return np.array([np.dtype(text).itemsize for text in rows["dtype"].tolist()], np.int64)
+
+
+def pair_file(name: str) -> str | None:
+    """``he`` or ``orion`` for the name of a file of a pair; None for any other."""
+    # Names that begin with a dot are left by copying tools (._NAME on macOS shares) and are never cores.
+    if name.startswith("."):
+        return None
+    return next(
+        (modality for modality, kind in KINDS.items() for suffix in SUFFIXES if name.endswith(kind + suffix)), None
+    )
 
 
 def find_pairs(options: DataOptions) -> PairTable:
@@ -100,85 +154,137 @@ def find_pairs(options: DataOptions) -> PairTable:
     refused.
     """
     folder = Path(options.pairs_dir)
-    he_names, orion_names = _scan(folder)
-    paired = sorted(he_names & orion_names)
-    unpaired = sorted(f"{name}{HE_SUFFIX}" for name in he_names - orion_names)
-    unpaired += sorted(f"{name}{ORION_SUFFIX}" for name in orion_names - he_names)
+    suffixes = _scan(folder)
+    paired = sorted(suffixes["he"].keys() & suffixes["orion"].keys())
+    unpaired = sorted(
+        f"{name}{kind}{suffix}"
+        for modality, kind in KINDS.items()
+        for name, found in suffixes[modality].items()
+        if name not in suffixes["orion" if modality == "he" else "he"]
+        for suffix in found
+    )
     if not paired:
         seen = f"; unpaired: {', '.join(unpaired)}" if unpaired else ""
         raise InputError(
-            f"--pairs_dir {folder}: has no pair of NAME{HE_SUFFIX} and NAME{ORION_SUFFIX}{seen}. "
+            f"--pairs_dir {folder}: has no pair of NAME{HE_SUFFIX} and NAME{ORION_SUFFIX} (or .ome.tif, "
+            f".ome.zarr){seen}. "
             "Name the folder of your pairs, or try with `python -m orion_unet make-demo DIR`."
         )
     warnings = []
     if unpaired:
         warnings.append(f"{len(unpaired)} files without a partner are ignored: {', '.join(unpaired)}")
 
-    problems: list[str] = []
-    he, orion = np.zeros(len(paired), RECORD), np.zeros(len(paired), RECORD)
+    problems = list(_twice(paired, suffixes))
+    he, orion = (np.zeros(len(paired), RECORD) for _ in KINDS)
+    for rows, modality in ((he, "he"), (orion, "orion")):
+        rows["suffix"] = [suffixes[modality][name][0] for name in paired]
+    files = [
+        (f"{name}{kind}{suffixes[modality][name][0]}", modality) for name in paired for modality, kind in KINDS.items()
+    ]
+    headers = read_headers(folder, files, options.level)
     for index, name in enumerate(paired):
-        problems += _check_pair(folder, name, he[index : index + 1], orion[index : index + 1], options)
-    problems += _unequal_channels(paired, orion["channels"])
+        of_pair = [headers[file] for file, _ in files[2 * index : 2 * index + 2]]
+        unusable = next((str(header) for header in of_pair if isinstance(header, Unusable)), None)
+        if unusable is not None:
+            problems.append(unusable)
+            continue
+        he_header, orion_header = (header for header in of_pair if isinstance(header, Header))
+        problems += _check_pair(
+            name, (he_header, he[index : index + 1]), (orion_header, orion[index : index + 1]), options
+        )
+    problems += _unequal_channels(paired, orion)
+    images = stored_images(headers.values())
+    problems += _unequal_levels(images)
     if problems:
         raise InputError.listing(
             f"--pairs_dir {folder}: these files cannot be used:",
             problems,
             "Repair them or move them out of the folder; nothing has been written.",
         )
-    stored_names = channel_names(options.channel_names, folder, int(orion["channels"][0]))
+    if striped := sum(image.striped for image in images):
+        packed = folder.resolve().with_name(f"{folder.resolve().name}_packed")
+        warnings.append(
+            f"{striped} files are compressed in strips, of which a patch decodes whole rows; reading is faster after: "
+            f"python -m orion_unet pack {shlex.quote(str(folder))} --output_dir {shlex.quote(str(packed))}"
+        )
+    own_names, own_size = _stated(
+        stored_images(headers[f] for f, modality in files if modality == "orion"), len(paired)
+    )
+    stored_names = channel_names(options.channel_names, folder, int(orion["channels"][0]), own_names)
     excluded = excluded_channels(options.exclude_channels, stored_names)
     kept = tuple(index for index in range(len(stored_names)) if index not in excluded)
-    return PairTable(folder, np.array(paired), he, orion, stored_names, kept, warnings)
+    factor = next((image.factor for image in images), 1.0)
+    return PairTable(folder, np.array(paired), he, orion, stored_names, kept, warnings, options.level, factor, own_size)
 
 
-def _scan(folder: Path) -> tuple[set[str], set[str]]:
+def _scan(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """By modality and name of a core: the suffixes of its files."""
     try:
-        files = [entry.name for entry in folder.iterdir()]
+        files = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise InputError(f"--pairs_dir {folder}: cannot be read ({error.strerror})") from None
-    # Names that begin with a dot are left by copying tools (._NAME on macOS shares) and are never cores.
-    visible = [name for name in files if not name.startswith(".")]
-    he = {name.removesuffix(HE_SUFFIX) for name in visible if name.endswith(HE_SUFFIX)}
-    orion = {name.removesuffix(ORION_SUFFIX) for name in visible if name.endswith(ORION_SUFFIX)}
-    return he, orion
+    found: dict[str, dict[str, list[str]]] = {modality: {} for modality in KINDS}
+    for file in files:
+        modality = pair_file(file)
+        if modality is not None:
+            name, _, suffix = file.rpartition(KINDS[modality])
+            found[modality].setdefault(name, []).append(suffix)
+    return found
 
 
-def _check_pair(folder: Path, name: str, he: np.ndarray, orion: np.ndarray, options: DataOptions) -> Iterator[str]:
+def _twice(paired: Sequence[str], suffixes: dict[str, dict[str, list[str]]]) -> Iterator[str]:
+    for name in paired:
+        for modality, kind in KINDS.items():
+            found = [f"{name}{kind}{suffix}" for suffix in suffixes[modality][name]]
+            if len(found) > 1:
+                yield f"{name}: has {' and '.join(found)}; keep one of them"
+
+
+Side = tuple[Header, np.ndarray]
+
+
+def _check_pair(name: str, he: Side, orion: Side, options: DataOptions) -> Iterator[str]:
     """Fill in the two rows of a pair, or yield its problems."""
-    try:
-        he_map = _header(folder / (name + HE_SUFFIX), he)
-        orion_map = _header(folder / (name + ORION_SUFFIX), orion)
-    except _Unusable as error:
-        yield str(error)
-        return
-    he_shape, orion_shape = he_map.shape, orion_map.shape
+    (he_header, he_row), (orion_header, orion_row) = he, orion
+    he_file, orion_file = (
+        f"{name}{kind}{row['suffix'][0]}" for kind, row in zip(KINDS.values(), (he_row, orion_row), strict=True)
+    )
     matches = [
-        (he_layout, orion_layout, size)
-        for he_layout, size in _he_sizes(he_shape)
-        for orion_layout in ("hwc", "chw")
-        if (orion_shape[:2] if orion_layout == "hwc" else orion_shape[1:]) == size
-        and options.he_layout in ("auto", he_layout)
-        and options.orion_layout in ("auto", orion_layout)
+        (he_layout, orion_layout)
+        for he_layout, he_size in he_header.sizes.items()
+        for orion_layout, orion_size in orion_header.sizes.items()
+        if he_size[:2] == orion_size[:2]
+        and _allowed(he_header, he_layout, options.he_layout)
+        and _allowed(orion_header, orion_layout, options.orion_layout)
     ]
-    if not _he_sizes(he_shape):
-        yield f"{name}{HE_SUFFIX}: has shape {he_shape}; an H&E needs 3 channels, (H, W, 3) or (3, H, W)"
+    if not he_header.sizes:
+        yield f"{he_file}: has shape {he_header.shape}; an H&E needs 3 channels, (H, W, 3) or (3, H, W)"
     elif not matches:
         yield (
-            f"{name}{ORION_SUFFIX}: has shape {orion_shape}, but the H&E has {he_shape}: "
+            f"{orion_file}: has shape {orion_header.shape}, but the H&E has {he_header.shape}: "
             "height and width must be equal" + _forced(options)
         )
     elif len(matches) > 1:
         which = "--orion_layout" if len({match[0] for match in matches}) == 1 else "--he_layout"
-        yield (f"{name}: the axis order of {he_shape} and {orion_shape} is ambiguous; add {which} hwc or {which} chw")
+        yield (
+            f"{name}: the axis order of {he_header.shape} and {orion_header.shape} is ambiguous; add {which} hwc or "
+            f"{which} chw"
+        )
     else:
-        he_layout, orion_layout, (height, width) = matches[0]
-        for row, layout, shape in ((he, he_layout, he_shape), (orion, orion_layout, orion_shape)):
-            row["layout"], row["height"], row["width"] = layout, height, width
-            row["channels"] = shape[2] if layout == "hwc" else shape[0]
-        if not orion["channels"][0]:
-            yield f"{name}{ORION_SUFFIX}: has shape {orion_shape}, so no channels"
+        for (header, row), layout in zip((he, orion), matches[0], strict=True):
+            row["offset"], row["dtype"], row["fortran"] = header.offset, header.dtype, header.fortran
+            row["layout"] = layout
+            row["height"], row["width"], row["channels"] = header.sizes[layout]
+        height, width = he_header.sizes[matches[0][0]][:2]
+        if not orion_row["channels"][0]:
+            yield f"{orion_file}: has shape {orion_header.shape}, so no channels"
         if min(height, width) < options.patch_size:
             yield f"{name}: is {height} x {width} pixels, smaller than --patch_size {options.patch_size}"
+
+
+def _allowed(header: Header, layout: str, given: str) -> bool:
+    """Whether an axis order may be that of a file: TIFF and OME-Zarr state theirs."""
+    return header.stored is not None or given in ("auto", layout)
 
 
 def _forced(options: DataOptions) -> str:
@@ -190,52 +296,27 @@ def _forced(options: DataOptions) -> str:
     return f" (with {' and '.join(given)})" if given else ""
 
 
-class _Unusable(Exception):
-    """A file that cannot be used; the text says why."""
-
-
-def _header(path: Path, row: np.ndarray) -> np.ndarray:
-    """Map a file without unpickling anything, and fill in its row."""
-    try:
-        open_regular(path).close()
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise _Unusable(f"{path.name}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:
-        # NumPy evaluates the header as a Python literal, so a broken header can raise almost any exception.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "pickle" in reason.lower() or "object" in reason.lower():
-            reason = "it is pickled or not .npy; pickled data is never loaded, so save it as a plain numeric array"
-        elif "mmap length" in reason or "No data" in reason or "EOF" in reason:
-            reason = "it is truncated: shorter than its header says"
-        else:
-            reason = f"it is not a valid .npy file ({reason})"
-        raise _Unusable(f"{path.name}: {reason}") from None
-    if not isinstance(array, np.memmap):
-        array.close()
-        raise _Unusable(f"{path.name}: is an archive of arrays (.npz), not one array")
-    if array.dtype.name not in DTYPES:
-        raise _Unusable(f"{path.name}: has dtype {array.dtype}; use one of {', '.join(DTYPES)}")
-    if array.ndim != 3:
-        raise _Unusable(f"{path.name}: has shape {array.shape}; it needs three axes, (H, W, C) or (C, H, W)")
-    row["offset"], row["dtype"] = array.offset, array.dtype.str
-    row["fortran"] = array.flags.f_contiguous and not array.flags.c_contiguous
-    return array
-
-
-def _he_sizes(shape: Sequence[int]) -> list[tuple[str, tuple[int, int]]]:
-    sizes = []
-    if shape[2] == 3:
-        sizes.append(("hwc", (shape[0], shape[1])))
-    if shape[0] == 3:
-        sizes.append(("chw", (shape[1], shape[2])))
-    return sizes
-
-
-def _unequal_channels(names: Sequence[str], channels: np.ndarray) -> Iterator[str]:
+def _unequal_channels(names: Sequence[str], orion: np.ndarray) -> Iterator[str]:
     # A pair that could not be read has 0 channels and is already reported.
-    known = Counter(count for count in channels.tolist() if count)
+    known = Counter(count for count in orion["channels"].tolist() if count)
     usual = known.most_common(1)[0][0] if known else 0
-    for name, count in zip(names, channels.tolist(), strict=True):
-        if count not in (0, usual):
-            yield f"{name}{ORION_SUFFIX}: has {count} channels, but the others have {usual}"
+    for name, row in zip(names, orion, strict=True):
+        if row["channels"] not in (0, usual):
+            yield f"{name}{KINDS['orion']}{row['suffix']}: has {row['channels']} channels, but the others have {usual}"
+
+
+def _unequal_levels(images: Sequence[StoredImage]) -> Iterator[str]:
+    factors = sorted(image.factor for image in images)
+    if factors and factors[-1] - factors[0] > ROUNDING * factors[0]:
+        yield (
+            f"at this --level, pixels are {factors[0]:g} times those of level 0 in one file and {factors[-1]:g} times "
+            "in another; all must have the same size"
+        )
+
+
+def _stated(images: Sequence[StoredImage], pairs: int) -> tuple[tuple[str, ...], float | None]:
+    """The channel names and the pixel size on which all ORION files agree; nothing where some state none."""
+    names = {image.names for image in images}
+    sizes = [image.pixel_size_um for image in images if image.pixel_size_um is not None]
+    agreed = len(sizes) == pairs and max(sizes) - min(sizes) <= ROUNDING * min(sizes)
+    return names.pop() if len(images) == pairs and len(names) == 1 else (), sizes[0] if agreed else None

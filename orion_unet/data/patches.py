@@ -1,4 +1,4 @@
-"""Chooses patches and copies them out of memory maps: whole batches, as stored, into one buffer."""
+"""Chooses patches and copies them out of memory maps and tiles: whole batches, as stored, into one buffer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import SAMPLE, VALIDATION, counter_rng
 from orion_unet.data.scale import Scales
 from orion_unet.data.tissue import tissue_fraction
+from orion_unet.slides.tiles import TileCache, TiledArray
 
 # Largest number of open memory maps per process. Each uses a file descriptor, often limited to 1,024.
 OPEN_MAPS = 128
+# Decoded tiles that a process keeps, where nothing else is asked for [bytes].
+CACHE_BYTES = 256_000_000
 # A training crop is drawn up to this many times, until at least this fraction of it is tissue.
 TISSUE_TRIES = 8
 TISSUE_FRACTION = 0.25
+
+Stored = np.ndarray | TiledArray
 
 
 class RawBatch(NamedTuple):
@@ -86,29 +91,34 @@ def stored_format(table: PairTable, scales: Scales, modality: str) -> StoredForm
 
 
 class PatchReader:
-    """Copies patches of a PairTable. Picklable: each process opens its own memory maps."""
+    """Copies patches of a PairTable. Picklable: each process opens its own files.
 
-    def __init__(self, table: PairTable, scales: Scales, patch_size: int) -> None:
+    Of tiles, at most ``cache_bytes`` of those decoded last are kept, and only tiles of kept channels are decoded:
+    other channels of their batches are undefined.
+    """
+
+    def __init__(self, table: PairTable, scales: Scales, patch_size: int, cache_bytes: int = CACHE_BYTES) -> None:
         self.table = table
+        self.cache = TileCache(cache_bytes)
         self.from_disk = not fits_page_cache(table.nbytes)
         self.scales = scales
         self.patch_size = patch_size
         self.formats = {modality: stored_format(table, scales, modality) for modality in ("he", "orion")}
-        self._maps: OrderedDict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._maps: OrderedDict[tuple[str, int], tuple[Stored, Stored]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling a memory map copies the whole file.
-        return {**self.__dict__, "_maps": OrderedDict()}
+        return {**self.__dict__, "_maps": OrderedDict(), "cache": TileCache(self.cache.limit)}
 
-    def _map(self, modality: str, core: int) -> tuple[np.ndarray, np.ndarray]:
-        """The memory map of a core, and the same as a plain array, which is far cheaper to slice."""
+    def _map(self, modality: str, core: int) -> tuple[Stored, Stored]:
+        """The memory map of a core, and the same as a plain array, which is far cheaper to slice; or its tiles."""
         key = (modality, core)
         found = self._maps.get(key)
         if found is None:
-            stored = self.table.open(core, modality)
-            if self.from_disk:
+            stored = self.table.open(core, modality, self.cache)
+            if self.from_disk and isinstance(stored, np.memmap):
                 expect_single_rows(stored)
-            found = self._maps[key] = (stored, np.asarray(stored))
+            found = self._maps[key] = (stored, stored if isinstance(stored, TiledArray) else np.asarray(stored))
             if len(self._maps) > OPEN_MAPS:
                 self._maps.popitem(last=False)
         else:
@@ -119,11 +129,12 @@ class PatchReader:
         """If the set is too large to stay in memory, request all patches of a batch from the disk at once."""
         if self.from_disk:
             for place in places:
-                crop = self.crop(modality, place.core, place.y, place.x)
-                ask_for(self._map(modality, place.core)[0], crop)
+                stored = self._map(modality, place.core)[0]
+                if isinstance(stored, np.memmap):
+                    ask_for(stored, self.crop(modality, place.core, place.y, place.x))
 
     def crop(self, modality: str, core: int, y: int, x: int) -> np.ndarray:
-        """View of one patch in the memory map, in the axis order of the batch."""
+        """One patch in the axis order of the batch: a view of the memory map, or decoded with all its channels."""
         stored = self._map(modality, core)[1]
         size = self.patch_size
         layout = getattr(self.table, modality)[core]["layout"]
@@ -158,10 +169,17 @@ class PatchReader:
         for modality in buffers:
             self._ask_for(modality, places)
         for modality, target in buffers.items():
+            form = self.formats[modality]
             for row, place in enumerate(places):
+                stored = self._map(modality, place.core)[1]
+                white = self.scales.white(modality, stored.dtype)
+                if white == form.white and isinstance(stored, TiledArray):
+                    channels = self.table.kept_channels if modality == "orion" else None
+                    out = target[row] if form.layout == "hwc" else target[row].transpose(1, 2, 0)
+                    stored.read(place.y, place.x, self.patch_size, self.patch_size, channels, out)
+                    continue
                 patch = self.crop(modality, place.core, place.y, place.x)
-                white = self.scales.white(modality, patch.dtype)
-                if white == self.formats[modality].white:
+                if white == form.white:
                     target[row] = patch
                 else:
                     np.divide(patch, np.float32(white), out=target[row])

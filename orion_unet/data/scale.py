@@ -18,6 +18,7 @@ from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.slides.images import ArrayImage
 from orion_unet.slides.intensity import WHITE, declared_white, value_range
+from orion_unet.slides.tiles import TiledArray
 
 # Seconds between two stores of what has been measured so far.
 KEEP_EVERY_S = 5.0
@@ -53,9 +54,14 @@ def he_image(table: PairTable, scales: Scales, core: int) -> ArrayImage:
     """The H&E of a core, in the scale of its folder; raises InputError if the file has changed since it was checked."""
     row = table.he[core]
     white = scales.white("he", np.dtype(str(row["dtype"])))
-    return ArrayImage(
-        table.path(core, "he"), lambda: np.asarray(table.open(core, "he")), str(row["layout"]), white=white
-    )
+    stored = table.open(core, "he")
+    # A memory map is opened anew for every region; tiles are decoded once.
+    decoded = np.asarray(stored) if isinstance(stored, TiledArray) else None
+
+    def pixels() -> np.ndarray:
+        return np.asarray(table.open(core, "he")) if decoded is None else decoded
+
+    return ArrayImage(table.path(core, "he"), pixels, str(row["layout"]), white=white)
 
 
 def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress = no_progress) -> Scales:
@@ -74,7 +80,7 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
         path = table.path(job[1], job[0])
         found = known.get(path)
         if found is None:
-            found = (*file_state(path), *value_range(table.open(job[1], job[0])))
+            found = (*file_state(path), *_range(table.open(job[1], job[0])))
             known.add(path, found)
         step()
         return found[-2], found[-1]
@@ -108,11 +114,20 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
     return Scales(whites["he"], whites["orion"])
 
 
+def _range(stored: np.ndarray | TiledArray) -> tuple[float, float]:
+    """Minimum and maximum of a core, in bounded memory."""
+    if not isinstance(stored, TiledArray):
+        return value_range(stored)
+    # NumPy's minimum and maximum hand on NaN.
+    lows, highs = np.array([value_range(band) for band in stored.bands()]).T
+    return float(lows.min()), float(highs.max())
+
+
 class _Ranges:
     """Cached ranges of a folder's float files by file name: state when measured, minimum, maximum."""
 
     def __init__(self, table: PairTable) -> None:
-        self._name = fingerprint((), "ranges", str(table.folder.resolve()))
+        self._name = fingerprint((), "ranges", str(table.folder.resolve()), table.level)
         document = recall(self._name)
         stored = document.get("files") if isinstance(document, dict) else None
         self.files: dict[str, tuple[float, ...]] = {

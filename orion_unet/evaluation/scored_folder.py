@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orion_unet.config import DataOptions
 from orion_unet.data.channels import NAMES_FILE, excluded_channels
-from orion_unet.data.dataset import DATASET_FILE, stated_pixel_size
+from orion_unet.data.dataset import DATASET_FILE, level_pixel_size
 from orion_unet.data.normalization import Normalization, fit_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.patches import PatchPlace, PatchReader, grid_starts
@@ -34,6 +34,7 @@ class FolderOptions:
     exclude_channels: str | None = None
     he_layout: str | None = None
     orion_layout: str | None = None
+    level: int | None = None
     groups_csv: str | None = None
 
 
@@ -112,7 +113,7 @@ def open_folder(
     cores of the training. Raises InputError."""
     data = _data_options(model, pairs_dir, options)
     table = find_pairs(data)
-    _check_pixel_size(model, table.folder)
+    _check_pixel_size(model, table)
     stored = table.channel_names
     excluded = {stored[index] for index in excluded_channels(options.exclude_channels, stored)}
     names = tuple(name for name in model.names if name not in excluded)
@@ -136,13 +137,13 @@ def open_folder(
     return ScoredFolder(model, table, scales, names, channels, normalization, transform, known, warnings)
 
 
-def _check_pixel_size(model: TrainedModel, folder: Path) -> None:
+def _check_pixel_size(model: TrainedModel, table: PairTable) -> None:
     """Raise InputError where the pairs have other pixels than the training: their markers would have to be
     interpolated, and the score would be that of the interpolation."""
-    own, trained = stated_pixel_size(folder), model.pixel_size_um
+    own, trained = level_pixel_size(table), model.pixel_size_um
     if own is not None and trained is not None and abs(own / trained - 1) > SAME:
         raise InputError(
-            f"--pairs_dir {folder}: its {DATASET_FILE} states pixels of {own:g} µm, and the model was trained on "
+            f"--pairs_dir {table.folder}: its {DATASET_FILE} states pixels of {own:g} µm, and the model was trained on "
             f"{trained:g} µm; measured markers are not interpolated, so prepare the pairs at the size of the training"
         )
 
@@ -165,6 +166,7 @@ def _data_options(model: TrainedModel, pairs_dir: Path, options: FolderOptions) 
         groups_csv=groups,
         he_layout=options.he_layout or trained.he_layout,
         orion_layout=options.orion_layout or trained.orion_layout,
+        level=trained.level if options.level is None else options.level,
         patch_size=1,
     )
 

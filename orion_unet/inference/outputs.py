@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.data.channels import NAMES_FILE
-from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
+from orion_unet.data.pairs import pair_file
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.trust import UNKNOWN, MarkerTrust
 from orion_unet.run_log import fsync_folder, read_document, write_atomic, write_json
@@ -53,7 +53,7 @@ class Job:
 
 
 def find_inputs(given: Sequence[str | Path]) -> list[Path]:
-    """The given files, and of folders their ``NAME_HE.npy`` files, otherwise every image.
+    """The given files, and of folders their ``NAME_HE`` files (.npy or .ome.tif), otherwise every image.
 
     Raises InputError that lists everything that is missing or empty.
     """
@@ -77,9 +77,10 @@ def find_inputs(given: Sequence[str | Path]) -> list[Path]:
 
 def _images(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
-    preferred = [path for path in files if path.name.endswith(HE_SUFFIX)]
-    readable = [path for path in files if path.suffix.lower() in SUFFIXES and not path.name.endswith(ORION_SUFFIX)]
-    return preferred or readable
+    readable = [path for path in files if path.suffix.lower() in SUFFIXES]
+    return [path for path in readable if pair_file(path.name) == "he"] or [
+        path for path in readable if pair_file(path.name) is None
+    ]
 
 
 def output_name(source: Path) -> str:

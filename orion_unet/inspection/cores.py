@@ -42,17 +42,18 @@ def view_core(
     table: PairTable, scales: Scales, core: int, group: str, nuclear: int | None, sample: np.ndarray
 ) -> CoreView:
     """Measure one core. ``sample`` (C, N) are intensities of its kept channels, ``nuclear`` indexes the stored ones."""
-    he = table.open(core, "he")
+    # Of tiles, all are decoded here, once.
+    he = np.asarray(table.open(core, "he"))
     row = table.he[core]
     layout = str(row["layout"])
     white = scales.white("he", he.dtype)
-    picture = he_thumbnail(table, scales, core, THUMBNAIL)
+    picture = _picture(_channels_last(he, layout), white, THUMBNAIL)
     registration = None
     if nuclear is not None:
         top, left = _densest_window(he, layout, white)
         density = haematoxylin(_channels_last(he, layout)[top : top + WINDOW, left : left + WINDOW] / np.float32(white))
-        orion = _channels_last(table.open(core, "orion"), str(table.orion[core]["layout"]))
-        marker = orion[top : top + WINDOW, left : left + WINDOW, nuclear].astype(np.float32)
+        orion = table.image(core, "orion")
+        marker = orion[top : top + WINDOW, left : left + WINDOW, nuclear : nuclear + 1][..., 0].astype(np.float32)
         registration = register(density, marker)
     return CoreView(
         name=str(table.names[core]),
@@ -84,24 +85,20 @@ def thinned(rows: np.ndarray, pixels: int) -> np.ndarray:
 
 def marker_rows(table: PairTable, scales: Scales, core: int, channels: list[int], count: int) -> np.ndarray:
     """Intensities (C, R, W) float32 of stored channels on up to ``count`` rows, evenly spaced over the core."""
-    stored, row = table.open(core, "orion"), table.orion[core]
-    height = int(row["height"])
+    height = table.shape(core, "orion")[0]
     count = max(1, min(count, height))
     rows = (np.arange(count) + 0.5) * height / count
-    kept = rows.astype(int)
-    values = (
-        stored[kept][:, :, channels].transpose(2, 0, 1)
-        if row["layout"] == "hwc"
-        else stored[np.array(channels)[:, None], kept]
-    )
-    return values.astype(np.float32) / np.float32(scales.white("orion", stored.dtype))
+    values = table.marker_rows(core, rows.astype(int), channels)
+    return values.astype(np.float32) / np.float32(scales.white("orion", values.dtype))
 
 
 def he_thumbnail(table: PairTable, scales: Scales, core: int, side: int) -> np.ndarray:
     """The H&E (h, w, 3) float32 in [0, 1], block means, its longer side at most ``side`` pixels."""
-    he = table.open(core, "he")
-    image = _channels_last(he, str(table.he[core]["layout"]))
-    white = scales.white("he", he.dtype)
+    image = np.asarray(table.image(core, "he"))
+    return _picture(image, scales.white("he", image.dtype), side)
+
+
+def _picture(image: np.ndarray, white: float, side: int) -> np.ndarray:
     return np.clip(_smaller(image, side) / white, 0, 1)
 
 

@@ -69,18 +69,18 @@ class Registered:
 def register_pair(table: PairTable, scales: Scales, core: int, judgement: Judgement, output: Path) -> Registered:
     """Register one core, and write NAME_HE.npy and NAME_ORION.npy into ``output`` where it is kept.
 
-    The H&E is moved onto the markers, which are cropped and never interpolated; both keep their dtype and axis order.
+    The H&E is moved onto the markers, which are cropped and never interpolated; both keep their dtype and axis order,
+    whatever format they are stored in.
     Files appear under their names only when they are complete. Raises InputError if a file has changed, and OSError
     where the disk fails.
     """
     torch.set_num_threads(1)
     name = str(table.names[core])
-    he = channels_last(table.open(core, "he"), str(table.he[core]["layout"]))
-    orion = channels_last(table.open(core, "orion"), str(table.orion[core]["layout"]))
+    he, orion = (np.asarray(table.image(core, modality)) for modality in ("he", "orion"))
     white = scales.white("he", he.dtype)
     density = haematoxylin(he / np.float32(white))
     marker = orion[..., judgement.nuclear].astype(np.float32)
-    tissue = tissue_fraction(table.open(core, "he"), str(table.he[core]["layout"]), white)
+    tissue = tissue_fraction(he, "hwc", white)
     found = refine(density, marker)
     reason = found.reason and (_other_way_round(density, marker) or found.reason)
     shift = found.affine.points(_centre(marker)) - _centre(marker)
@@ -164,11 +164,6 @@ def largest_inside(inside: np.ndarray) -> tuple[int, int, int, int]:
     return 0, 0, 0, 0
 
 
-def channels_last(stored: np.ndarray, layout: str) -> np.ndarray:
-    """An image as (H, W, C), without a copy."""
-    return stored if layout == "hwc" else stored.transpose(1, 2, 0)
-
-
 def _reader(he: np.ndarray) -> Any:
     return lambda y, x, height, width: he[y : y + height, x : x + width]
 
@@ -184,7 +179,7 @@ def _number(value: float, measured: bool = True) -> float | None:
 def _write(table: PairTable, core: int, modality: str, image: np.ndarray, output: Path) -> None:
     row = getattr(table, modality)[core]
     stored = image if row["layout"] == "hwc" else image.transpose(2, 0, 1)
-    target = output / table.path(core, modality).name
+    target = output / table.npy_name(core, modality)
     temporary = target.with_name(f".{target.name}.partial")
     try:
         with open(temporary, "wb") as file:

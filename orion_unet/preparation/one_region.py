@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from orion_unet.config import PrepareOptions
+from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.preparation.one_pair import KEPT, REJECTED, largest_inside
 from orion_unet.preparation.regions import Region
 from orion_unet.preparation.slide_plan import SlidePlan
-from orion_unet.preparation.writing import BAND, pair_paths, resampled_bands, write_npy, write_zarr
+from orion_unet.preparation.writing import BAND, pair_paths, resampled_bands, write_npy
 from orion_unet.registration.fine import Fine, refine
 from orion_unet.registration.shift import LEAST_SIDE
 from orion_unet.registration.stains import haematoxylin

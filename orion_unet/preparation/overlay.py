@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from orion_unet.errors import RunError
-from orion_unet.preparation.one_pair import KEPT, Registered, channels_last
+from orion_unet.preparation.one_pair import KEPT, Registered
 from orion_unet.preparation.register_pairs import RegisteredFolder
 from orion_unet.registration.stains import haematoxylin
 from orion_unet.run_log import write_atomic
@@ -90,17 +90,17 @@ def _words(row: Registered) -> str:
 def _pictures(folder: RegisteredFolder, core: int, row: Registered, output: Path) -> list[np.ndarray | None]:
     """The middle of the core before and, where it was kept, after: (h, w, 3) in [0, 1]."""
     table = folder.table
-    he = channels_last(table.open(core, "he"), str(table.he[core]["layout"]))
-    orion = channels_last(table.open(core, "orion"), str(table.orion[core]["layout"]))
+    he, orion = table.image(core, "he"), table.image(core, "orion")
     white = np.float32(folder.scales.white("he", he.dtype))
     y, x = (start + max(0, (side - PICTURE) // 2)
             for start, side in ((row.top, row.height), (row.left, row.width)))  # fmt: skip
     rows, columns = slice(y, y + min(PICTURE, row.height)), slice(x, x + min(PICTURE, row.width))
-    marker = orion[rows, columns, folder.nuclear].astype(np.float32)
+    marker = orion[rows, columns, folder.nuclear : folder.nuclear + 1][..., 0].astype(np.float32)
     found: list[np.ndarray | None] = [_overlaid(haematoxylin(he[rows, columns] / white), marker), None]
     if row.state == KEPT:
-        moved = channels_last(np.load(output / table.path(core, "he").name, mmap_mode="r", allow_pickle=False),
-                              str(table.he[core]["layout"]))  # fmt: skip
+        moved = np.load(output / table.npy_name(core, "he"), mmap_mode="r", allow_pickle=False)
+        if table.he[core]["layout"] == "chw":
+            moved = moved.transpose(1, 2, 0)
         part = moved[y - row.top :, x - row.left :][: marker.shape[0], : marker.shape[1]]
         found[1] = _overlaid(haematoxylin(part / white), marker)
     return found

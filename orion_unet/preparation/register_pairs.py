@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orion_unet.config import DataOptions, RegisterOptions
 from orion_unet.data.channels import NAMES_FILE, nuclear_channel
-from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX, PairTable, find_pairs
+from orion_unet.data.measured import file_state
+from orion_unet.data.pairs import PairTable, find_pairs, pair_file
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.errors import InputError, RunError
@@ -111,8 +112,8 @@ def _make(output: Path, table: PairTable, overwrite: bool) -> None:
         raise InputError(f"--output_dir {output}: cannot be used ({error.strerror or error})") from None
     if itself:
         raise InputError(f"--output_dir {output}: is the folder of the pairs itself; choose another one")
-    cores = {name for name in there if name.endswith((HE_SUFFIX, ORION_SUFFIX)) and not name.startswith(".")}
-    expected = {table.path(core, modality).name for core in range(len(table)) for modality in ("he", "orion")}
+    cores = {name for name in there if pair_file(name)}
+    expected = {table.npy_name(core, modality) for core in range(len(table)) for modality in ("he", "orion")}
     if cores - expected or (cores and RECORD not in there and not overwrite):
         raise InputError.listing(
             f"--output_dir {output} has pairs that were not registered from {table.folder}:",
@@ -129,11 +130,8 @@ def _origin(table: PairTable, core: int, judgement: Judgement) -> dict[str, Any]
     """What a result depends on: the source files, by size and modification time, and the options."""
     files = {}
     for modality in ("he", "orion"):
-        try:
-            found = table.path(core, modality).stat()
-        except OSError as error:
-            raise InputError(f"{table.path(core, modality)}: cannot be read any more ({error.strerror})") from None
-        files[modality] = [found.st_size, found.st_mtime_ns]
+        size, modified_ns, _ = file_state(table.path(core, modality))
+        files[modality] = [size, modified_ns]
     options = [judgement.nuclear, judgement.min_correlation, judgement.max_shift]
     return {"folder": str(table.folder.resolve()), "files": files, "options": options}
 
@@ -155,7 +153,7 @@ def _done(output: Path, table: PairTable, judgement: Judgement) -> dict[str, Reg
             registered = Registered(**row)
         except TypeError:
             continue
-        paths = [output / table.path(core, modality).name for modality in ("he", "orion")]
+        paths = [output / table.npy_name(core, modality) for modality in ("he", "orion")]
         if registered.state != KEPT or all(path.is_file() for path in paths):
             found[registered.core] = registered
     return found
@@ -165,13 +163,13 @@ def _note(output: Path, table: PairTable, core: int, judgement: Judgement, row: 
     if row.state != KEPT:
         # An earlier call, with other options, may have kept it.
         for modality in ("he", "orion"):
-            (output / table.path(core, modality).name).unlink(missing_ok=True)
+            (output / table.npy_name(core, modality)).unlink(missing_ok=True)
     origin = _origin(table, core, judgement)
     append_line(output / RECORD, {"core": row.core, "origin": origin, "row": row.record()})
 
 
 def _check_space(output: Path, table: PairTable, missing: list[int]) -> None:
-    needed = sum(table.path(core, modality).stat().st_size for core in missing for modality in ("he", "orion"))
+    needed = replace(table, names=table.names[missing], he=table.he[missing], orion=table.orion[missing]).nbytes
     free = shutil.disk_usage(output).free
     if needed > free:
         raise RunError(

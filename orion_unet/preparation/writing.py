@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
 from orion_unet.run_log import fsync_folder
 
-# Rows at a time, and side of the chunks of an OME-Zarr.
+# Rows at a time.
 BAND = 512
 ZARR_SUFFIXES = {"he": "_HE.ome.zarr", "orion": "_ORION.ome.zarr"}
 
@@ -41,43 +39,6 @@ def write_npy(path: Path, shape: tuple[int, int, int], dtype: np.dtype, bands: I
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
-
-
-def write_zarr(
-    path: Path, shape: tuple[int, int, int], dtype: np.dtype, bands: Iterator[np.ndarray], about: dict[str, Any]
-) -> None:
-    """Write bands of rows (h, W, C) as an OME-Zarr image (C, H, W) of one level. Raises OSError.
-
-    ``about`` has ``pixel_size_um`` and ``names`` of the channels.
-    """
-    import zarr
-
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        group = zarr.open_group(str(temporary), mode="w", zarr_format=3)
-        height, width, channels = shape
-        chunks = (1, min(BAND, height), min(BAND, width))
-        array = group.create_array("0", shape=(channels, height, width), dtype=dtype, chunks=chunks)
-        top = 0
-        for band in bands:
-            array[:, top : top + len(band)] = band.transpose(2, 0, 1)
-            top += len(band)
-        group.attrs["ome"] = _ngff(about["pixel_size_um"], about["names"])
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    fsync_folder(path.parent)
-
-
-def _ngff(side_um: float, names: Sequence[str]) -> dict[str, Any]:
-    """Metadata of NGFF 0.5."""
-    axes = [{"name": "c", "type": "channel"}, *({"name": n, "type": "space", "unit": "micrometer"} for n in "yx")]
-    scale = [{"type": "scale", "scale": [1.0, side_um, side_um]}]
-    datasets = [{"path": "0", "coordinateTransformations": scale}]
-    labels = {"channels": [{"label": name} for name in names]}
-    return {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}], "omero": labels}
 
 
 def area_weights(start: float, step: float, count: int, first: int, length: int) -> np.ndarray:

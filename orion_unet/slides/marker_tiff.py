@@ -14,7 +14,8 @@ from orion_unet.errors import InputError
 from orion_unet.slides.markers import ArrayMarkers, MarkerImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize
 from orion_unet.slides.segments import Segments
-from orion_unet.slides.tiff import LOOSE, first_page, mapped_array, smaller_levels, tiff_pixel_size
+from orion_unet.slides.tiff import LOOSE, mapped_array, parsed_tiff, smaller_levels, tiff_pixel_size
+from orion_unet.slides.tiff_tiles import TiffTiles
 
 
 class TiffMarkers(MarkerImage):
@@ -28,10 +29,11 @@ class TiffMarkers(MarkerImage):
         names: Sequence[str] = (),
         pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE,
         levels: Sequence[list[Any]] = (),
+        level: int = 0,
     ) -> None:
-        self._segments = Segments(path, tiff, planes, 0)
-        shape = (self._segments.channels, *self._segments.shape)
-        super().__init__(path, shape, self._segments.dtype, names, pixel_size)
+        tiles = TiffTiles(path, tiff, planes, 0, level)
+        self._segments = Segments(tiles)
+        super().__init__(path, (tiles.channels, *tiles.shape), tiles.dtype, names, pixel_size)
         self._tiff, self._levels = tiff, levels
         self._opened: list[Segments] = []
 
@@ -39,10 +41,10 @@ class TiffMarkers(MarkerImage):
         return np.ascontiguousarray(self._segments.read(channels, y, x, height, width).transpose(2, 0, 1), self.dtype)
 
     def nearest_level(self, factor: float) -> MarkerImage:
-        for planes in reversed(self._levels):
+        for number, planes in reversed(list(enumerate(self._levels, 1))):
             if self.shape[1] / planes[0].keyframe.imagelength <= factor * LOOSE:
                 with suppress(InputError):
-                    level = TiffMarkers(self.path, self._tiff, planes)
+                    level = TiffMarkers(self.path, self._tiff, planes, level=number)
                     self._opened.append(level._segments)
                     return level
         return self
@@ -55,27 +57,24 @@ class TiffMarkers(MarkerImage):
 
 def open_marker_tiff(path: Path) -> MarkerImage:
     """Open the markers of a TIFF at full resolution; raises InputError if it is damaged or a stack of another kind."""
-    import tifffile
-
-    try:
-        tiff = tifffile.TiffFile(path)
-    except Exception as error:
-        # On damaged bytes tifffile can raise almost anything.
-        raise InputError(f"{path}: is damaged, truncated or no TIFF ({error})") from None
-    try:
-        try:
-            series = tiff.series[0].levels[0]
-        except Exception:
-            series = first_page(tiff)
-        return _open(path, tiff, series)
-    except Exception as error:
-        tiff.close()
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: is damaged or of a kind that cannot be read ({error})") from None
+    return parsed_tiff(path, _open)
 
 
 def _open(path: Path, tiff: Any, series: Any) -> MarkerImage:
+    page, planes = series.keyframe, marker_planes(path, series)
+    names = marker_names(tiff, planes)
+    pixel_size = tiff_pixel_size(tiff, page)
+    levels = smaller_levels(tiff, series, len(planes))
+    if series.dataoffset is not None and not levels:
+        layout, shape = contiguous_shape(planes)
+        opener = mapped_array(path, tiff, series, shape)
+        tiff.close()
+        return ArrayMarkers(path, opener, layout, names, pixel_size)
+    return TiffMarkers(path, tiff, planes, names, pixel_size, levels)
+
+
+def marker_planes(path: Path, series: Any) -> list[Any]:
+    """A page per channel, or one page of all channels; raises InputError if it is a stack of another kind."""
     planes = list(series.pages)
     page = series.keyframe
     if page.imagedepth > 1 or None in planes or (len(planes) > 1 and page.samplesperpixel > 1):
@@ -84,21 +83,24 @@ def _open(path: Path, tiff: Any, series: Any) -> MarkerImage:
     stacked = [axis for axis, side in zip(series.axes, series.shape, strict=True) if axis in "TZ" and side > 1]
     if stacked and (len(stacked) > 1 or "C" in series.axes):
         raise InputError(f"{path}: has axes {series.axes} of shape {series.shape}; markers are one plane per channel")
-    names = _ome_channel_names(tiff.ome_metadata) if tiff.is_ome else []
+    return planes
+
+
+def contiguous_shape(planes: list[Any]) -> tuple[str, tuple[int, int, int]]:
+    """Axis order and shape of pixels that are stored in one piece."""
+    page = planes[0].keyframe
     count = len(planes) if len(planes) > 1 else int(page.samplesperpixel)
-    if len(names) != count:
-        names = []
-    pixel_size = tiff_pixel_size(tiff, page)
-    if series.dataoffset is not None:
-        planar = len(planes) > 1 or page.planarconfig == 2 or page.samplesperpixel == 1
-        size = (page.imagelength, page.imagewidth)
-        shape = (count, *size) if planar else (*size, count)
-        opener = mapped_array(path, tiff, series, shape)
-        levels = smaller_levels(tiff, series, len(planes))
-        if not levels:
-            tiff.close()
-            return ArrayMarkers(path, opener, "chw" if planar else "hwc", names, pixel_size)
-    return TiffMarkers(path, tiff, planes, names, pixel_size, smaller_levels(tiff, series, len(planes)))
+    size = (int(page.imagelength), int(page.imagewidth))
+    if len(planes) > 1 or page.planarconfig == 2 or page.samplesperpixel == 1:
+        return "chw", (count, *size)
+    return "hwc", (*size, count)
+
+
+def marker_names(tiff: Any, planes: list[Any]) -> list[str]:
+    """Names of the channels in the OME-XML; empty where they are not those of the planes."""
+    names = _ome_channel_names(tiff.ome_metadata) if tiff.is_ome else []
+    count = len(planes) if len(planes) > 1 else int(planes[0].keyframe.samplesperpixel)
+    return names if len(names) == count else []
 
 
 def _ome_channel_names(xml: str | None) -> list[str]:

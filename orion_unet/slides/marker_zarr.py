@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,49 +12,53 @@ from orion_unet.errors import InputError
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
 from orion_unet.slides.tiff import LOOSE
+from orion_unet.slides.tiles import TiledArray
+from orion_unet.slides.zarr_tiles import ZarrTiles
 
 UNITS_UM = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6}
 
 
 class ZarrMarkers(MarkerImage):
-    """One level of an OME-Zarr image with the axes c, y, x; others must have one position."""
+    """One level of an OME-Zarr image with the axes c, y, x."""
 
     def __init__(
         self,
-        path: Path,
-        array: Any,
-        axes: str,
+        tiles: ZarrTiles,
         names: Sequence[str] = (),
         pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE,
-        levels: Sequence[Any] = (),
+        levels: Sequence[ZarrTiles] = (),
     ) -> None:
-        sides = dict(zip(axes, array.shape, strict=True))
-        if any(side > 1 for axis, side in sides.items() if axis not in "cyx"):
-            raise InputError(f"{path}: has axes {axes} of shape {array.shape}; markers are one plane per channel")
-        super().__init__(path, (sides.get("c", 1), sides["y"], sides["x"]), array.dtype, names, pixel_size)
-        self._array, self._axes, self._levels = array, axes, levels
+        super().__init__(tiles.path, (tiles.channels, *tiles.shape), tiles.dtype, names, pixel_size)
+        self._array, self._levels = TiledArray(tiles, "chw"), levels
 
     def read(self, channels: Sequence[int], y: int, x: int, height: int, width: int) -> np.ndarray:
-        where = {"y": slice(y, y + height), "x": slice(x, x + width)}
-        region = np.empty((len(channels), height, width), self.dtype)
-        try:
-            for place, channel in enumerate(channels):
-                index = tuple({**where, "c": channel}.get(axis, 0) for axis in self._axes)
-                region[place] = self._array[index]
-        except Exception as error:
-            # On damaged chunks a decoder can raise almost anything.
-            raise InputError(f"{self.path}: is damaged at row {y}, column {x} ({error})") from None
-        return region
+        region = self._array.read(y, x, height, width, channels)
+        return np.ascontiguousarray(region.transpose(2, 0, 1))
 
     def nearest_level(self, factor: float) -> MarkerImage:
-        fitting = [
-            array for array in self._levels if self.shape[1] / array.shape[self._axes.index("y")] <= factor * LOOSE
-        ]
-        return ZarrMarkers(self.path, fitting[-1], self._axes) if fitting else self
+        fitting = [tiles for tiles in self._levels if self.shape[1] / tiles.shape[0] <= factor * LOOSE]
+        return ZarrMarkers(fitting[-1]) if fitting else self
+
+
+class ZarrImage(NamedTuple):
+    """What an OME-Zarr folder says of itself: its arrays, the largest first, their axes, names, and a pixel's size."""
+
+    arrays: list[Any]
+    axes: str
+    names: list[str]
+    pixel_size: PixelSize
 
 
 def open_marker_zarr(path: Path) -> MarkerImage:
     """Open the markers of an OME-Zarr folder; raises InputError if it is damaged or no image."""
+    image = zarr_image(path)
+    tiles, *levels = [ZarrTiles(path, array, image.axes, level) for level, array in enumerate(image.arrays)]
+    return ZarrMarkers(tiles, image.names, image.pixel_size, levels)
+
+
+def zarr_image(path: Path) -> ZarrImage:
+    """Read the metadata of an OME-Zarr folder; raises InputError if it is damaged or no image of y and x and at most
+    one other axis of several positions, that of the channels."""
     import zarr
 
     try:
@@ -64,18 +68,42 @@ def open_marker_zarr(path: Path) -> MarkerImage:
         multiscale = attributes["multiscales"][0]
         axes = "".join(axis["name"] for axis in multiscale["axes"])
         datasets = multiscale["datasets"]
-        arrays = [group[dataset["path"]] for dataset in datasets]
-        sides = _sides_um(multiscale, datasets[0])
-        channels = (attributes.get("omero") or {}).get("channels") or []
-        names = [str(channel.get("label") or "").strip() for channel in channels]
     except Exception as error:
         # Metadata of unknown origin can lack anything.
         raise InputError(f"{path}: is damaged or no OME-Zarr image ({type(error).__name__}: {error})") from None
+    arrays = [_array(path, group, dataset, level) for level, dataset in enumerate(datasets)]
+    try:
+        pixel_size = square_pixel(*_sides_um(multiscale, datasets[0]))
+        channels = (attributes.get("omero") or {}).get("channels") or []
+        names = [str(channel.get("label") or "").strip() for channel in channels]
+        sides = dict(zip(axes, arrays[0].shape, strict=True))
+    except Exception as error:
+        raise InputError(f"{path}: is damaged or no OME-Zarr image ({type(error).__name__}: {error})") from None
     if not {"y", "x"} <= set(axes):
         raise InputError(f"{path}: has axes {axes}; an image has y and x")
-    if len(names) != dict(zip(axes, arrays[0].shape, strict=True)).get("c", 1) or not all(names):
+    if any(side > 1 for axis, side in sides.items() if axis not in "cyx"):
+        raise InputError(f"{path}: has axes {axes} of shape {arrays[0].shape}; markers are one plane per channel")
+    if len(names) != sides.get("c", 1) or not all(names):
         names = []
-    return ZarrMarkers(path, arrays[0], axes, names, square_pixel(*sides), arrays[1:])
+    return ZarrImage(arrays, axes, names, pixel_size)
+
+
+def _array(path: Path, group: Any, dataset: dict[str, Any], level: int) -> Any:
+    name = dataset.get("path")
+    try:
+        return group[name]
+    except KeyError:
+        raise InputError(
+            f"{path}: lacks the array {name} of level {level}, which its metadata lists; copy it again"
+        ) from None
+    except Exception as error:
+        kind, reason = type(error).__name__, str(error).splitlines()[0] if str(error) else ""
+        if "codec" in f"{kind} {reason}".lower():
+            raise InputError(
+                f"{path}: level {level} is compressed with a codec that is not installed ({reason}): update the "
+                "readers with pip install -U zarr numcodecs, or save the image with zstd or blosc"
+            ) from None
+        raise InputError(f"{path}: level {level} is damaged or no OME-Zarr image ({kind}: {reason})") from None
 
 
 def _sides_um(multiscale: dict[str, Any], dataset: dict[str, Any]) -> tuple[float | None, float | None]:

@@ -7,14 +7,17 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from orion_unet.errors import InputError
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.pixel_size import MICROMETRES, UNKNOWN_PIXEL_SIZE, PixelSize, positive, square_pixel
-from orion_unet.slides.segments import JPEGS, Segments
+from orion_unet.slides.segments import Segments
+from orion_unet.slides.tiff_tiles import JPEGS, TiffTiles
+
+T = TypeVar("T")
 
 # TIFF's codes for colours and a compression.
 GRAY, RGB, YCBCR = 1, 2, 6
@@ -34,12 +37,17 @@ class TiffImage(HeImage):
     is_slide = True
 
     def __init__(
-        self, path: Path, tiff: Any, planes: list[Any], pixel_size: PixelSize, levels: Sequence[list[Any]] = ()
+        self,
+        path: Path,
+        tiff: Any,
+        planes: list[Any],
+        pixel_size: PixelSize,
+        levels: Sequence[list[Any]] = (),
+        level: int = 0,
     ) -> None:
-        white = float(np.iinfo(planes[0].keyframe.dtype).max)
-        # Scanners leave out tiles of empty glass.
-        self._segments = Segments(path, tiff, planes, int(white))
-        super().__init__(path, self._segments.shape, white, pixel_size)
+        tiles = TiffTiles(path, tiff, planes, blank_glass(planes), level)
+        self._segments = Segments(tiles)
+        super().__init__(path, tiles.shape, tiles.blank, pixel_size)
         self._tiff, self._levels = tiff, levels
         self._opened: list[Segments] = []
 
@@ -47,11 +55,11 @@ class TiffImage(HeImage):
         return self._segments.read((0, 1, 2), y, x, height, width)
 
     def nearest_level(self, factor: float) -> HeImage:
-        for planes in reversed(self._levels):
+        for number, planes in reversed(list(enumerate(self._levels, 1))):
             if self.shape[0] / planes[0].keyframe.imagelength <= factor * LOOSE:
                 # A damaged level is left out; a larger one serves.
                 with suppress(InputError):
-                    level = TiffImage(self.path, self._tiff, planes, UNKNOWN_PIXEL_SIZE)
+                    level = TiffImage(self.path, self._tiff, planes, UNKNOWN_PIXEL_SIZE, level=number)
                     self._opened.append(level._segments)
                     return level
         return self
@@ -64,6 +72,14 @@ class TiffImage(HeImage):
 
 def open_tiff(path: Path) -> HeImage:
     """Open a TIFF at full resolution; raises InputError if it is damaged or not an RGB image."""
+    return parsed_tiff(path, _open)
+
+
+def parsed_tiff(path: Path, use: Callable[[Path, Any, Any], T]) -> T:
+    """What ``use`` makes of the path, the open TIFF and its first series at full resolution.
+
+    ``use`` closes the TIFF, or hands it on; where it fails, it is closed here. Raises InputError if it is damaged.
+    """
     import tifffile
 
     try:
@@ -79,7 +95,7 @@ def open_tiff(path: Path) -> HeImage:
             tiff.close()
             tiff = tifffile.TiffFile(path)
             series = first_page(tiff)
-        return _open(path, tiff, series)
+        return use(path, tiff, series)
     except Exception as error:
         tiff.close()
         if isinstance(error, InputError):
@@ -98,17 +114,28 @@ def first_page(tiff: Any) -> Any:
 
 
 def _open(path: Path, tiff: Any, series: Any) -> HeImage:
-    page = series.keyframe
-    planes = [page] if len(series.pages) == 1 else list(series.pages)
-    refused = _refusal(series, page, planes)
-    if refused:
-        raise InputError(f"{path}: {refused}")
+    page, planes = series.keyframe, he_planes(path, series)
     pixel_size = tiff_pixel_size(tiff, page)
     if series.dataoffset is not None and (len(planes) == 3 or page.samplesperpixel == 3):
         image = _mapped(path, tiff, series, page, planes, pixel_size)
         tiff.close()
         return image
     return TiffImage(path, tiff, planes, pixel_size, smaller_levels(tiff, series, len(planes)))
+
+
+def he_planes(path: Path, series: Any) -> list[Any]:
+    """The one page or three pages of an H&E; raises InputError if it is none."""
+    page = series.keyframe
+    planes = [page] if len(series.pages) == 1 else list(series.pages)
+    refused = _refusal(series, page, planes)
+    if refused:
+        raise InputError(f"{path}: {refused}")
+    return planes
+
+
+def blank_glass(planes: list[Any]) -> int:
+    """Value of the tiles that a scanner leaves out: those of empty glass."""
+    return int(np.iinfo(planes[0].keyframe.dtype).max)
 
 
 def smaller_levels(tiff: Any, series: Any, planes: int) -> list[list[Any]]:

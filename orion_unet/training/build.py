@@ -239,7 +239,7 @@ def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -
     """Loaders and transforms of this rank."""
     data, optimisation = config.data, config.optimisation
     on_gpu = device.type == "cuda"
-    reader = PatchReader(prepared.table, prepared.scales, data.patch_size)
+    reader = PatchReader(prepared.table, prepared.scales, data.patch_size, int(data.cache_mb * 1e6))
     transform = BatchTransform(
         prepared.table,
         reader.formats,
@@ -255,7 +255,14 @@ def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -
         if on_gpu:
             workers = max(1, min(workers, pin_bytes // slots_bytes(reader, optimisation.batch_size)))
     training = TrainingSamples(reader, prepared.split.train, data.patches_per_image, optimisation.seed, data.augment)
-    order = TrainingOrder(len(training), optimisation.batch_size, rank(), world_size(), optimisation.seed)
+    order = TrainingOrder(
+        len(training),
+        optimisation.batch_size,
+        rank(),
+        world_size(),
+        optimisation.seed,
+        (data.patches_per_image, data.mixed_cores),
+    )
     validation = ValidationSamples(reader, prepared.validation)
     val_order = ValidationOrder(len(validation), optimisation.val_batch_size, rank(), world_size())
     train_loader = BatchLoader(training, order, optimisation.batch_size, workers, pin_bytes)

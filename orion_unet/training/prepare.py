@@ -60,7 +60,7 @@ def prepare_data(
     """
     data = config.data
     table = find_pairs(data)
-    size_um = pixel_size(table.folder, data.pixel_size_um)
+    size_um = pixel_size(table, data.pixel_size_um)
     split, warnings = make_split(table, data, config.optimisation.seed, earlier["split"] if earlier else None)
     channel_weights = parse_channel_weights(config.loss.channel_weights, table.kept_names)
     _check_batches(config, split, ranks)

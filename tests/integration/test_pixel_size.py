@@ -1,6 +1,7 @@
 """The pixel size goes with the data: from dataset.json into the run, and from the run to what it predicts."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,13 +68,14 @@ def test_a_dataset_json_that_cannot_be_used_is_refused(content, problem, tmp_pat
 
 
 def test_option_and_file_may_differ_by_rounding_only(tmp_path):
-    assert pixel_size(tmp_path, None) is None and pixel_size(tmp_path, 0.5) == 0.5
+    table = SimpleNamespace(folder=tmp_path, factor=1.0, pixel_size_um=None)
+    assert pixel_size(table, None) is None and pixel_size(table, 0.5) == 0.5
     (tmp_path / "dataset.json").write_text('{"schema": 1, "pixel_size_um": 0.325, "source": "x"}')
-    assert pixel_size(tmp_path, None) == 0.325 and pixel_size(tmp_path, 0.3249) == 0.3249
+    assert pixel_size(table, None) == 0.325 and pixel_size(table, 0.3249) == 0.3249
     with pytest.raises(InputError, match=r"--pixel_size_um 0.5 contradicts the 0.325 of .*dataset.json"):
-        pixel_size(tmp_path, 0.5)
+        pixel_size(table, 0.5)
     (tmp_path / "dataset.json").write_text('{"schema": 1, "source": "x"}')
-    assert pixel_size(tmp_path, None) is None
+    assert pixel_size(table, None) is None
 
 
 def test_the_pixel_size_goes_into_run_and_checkpoint(trained):

@@ -222,7 +222,7 @@ def test_a_slide_found_damaged_halfway_leaves_nothing_behind(predict, tmp_path):
     path.write_bytes(content)
     done = predict(path, tile=48, overlap=16)
     assert done.code == 2
-    assert "slide.tif: is damaged or truncated at row 256" in done.err
+    assert "slide.tif: is damaged or truncated at level 0, row 256" in done.err
     assert sorted(contents(done.dir)) == ["channel_names.txt"]
 
 

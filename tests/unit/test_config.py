@@ -25,6 +25,7 @@ DEFAULTS = {
         "pixel_size_um": None,
         "he_layout": "auto",
         "orion_layout": "auto",
+        "level": 0,
         "patch_size": 256,
         "patches_per_image": 12,
         "patches_per_image_val": 8,
@@ -34,6 +35,8 @@ DEFAULTS = {
         "noise_removal": False,
         "augment": True,
         "num_workers": None,
+        "mixed_cores": 0,
+        "cache_mb": 256.0,
     },
     "model": {
         "base_features": 32,

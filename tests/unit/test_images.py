@@ -446,7 +446,7 @@ def test_a_picture_too_large_to_decode_whole_is_refused_with_advice(tmp_path, mo
 
 
 def test_a_slide_compressed_in_one_huge_piece_is_refused_with_advice(tmp_path, monkeypatch):
-    monkeypatch.setattr("orion_unet.slides.segments.LARGEST_SEGMENT", LEVELS.nbytes - 1)
+    monkeypatch.setattr("orion_unet.slides.tiff_tiles.LARGEST_SEGMENT", LEVELS.nbytes - 1)
     write_tiff(tmp_path / "slide.tif", LEVELS, {**RGB, "rowsperstrip": 150, "compression": "deflate"})
     with pytest.raises(InputError, match="tiled TIFF"):
         open_he(tmp_path / "slide.tif")

@@ -22,10 +22,12 @@ from orion_unet.data.loaders import (
     ValidationOrder,
     ValidationSamples,
     automatic_workers,
+    epoch_order,
     slots_bytes,
 )
 from orion_unet.data.normalization import fit_normalization
 from orion_unet.data.patches import PatchPlace, validation_patches
+from orion_unet.data.randomness import ORDER, counter_rng
 from orion_unet.data.transforms import BatchTransform
 
 # The tests ask for more workers than small machines have cores.
@@ -361,3 +363,20 @@ def test_workers_end_with_their_process_at_once_and_close_what_they_share_with_i
     )
     assert code == -signal.SIGKILL
     assert time.time() - float(out) < 3.5
+
+
+def test_a_mixed_order_has_every_sample_once_and_few_cores_at_a_time():
+    for cores, mixed in ((12, 4), (10, 4), (5, 8), (6, 6)):
+        orders = [epoch_order(cores * 3, 7, epoch, 3, mixed) for epoch in (1, 1, 2)]
+        assert sorted(orders[0].tolist()) == list(range(cores * 3))
+        np.testing.assert_array_equal(orders[0], orders[1])
+        assert (orders[0] != orders[2]).any()
+        drawn = (orders[0] // 3).tolist()
+        windows = [set(drawn[start : start + 3 * mixed]) for start in range(0, cores * 3, 3 * mixed)]
+        assert [len(window) for window in windows] == [min(mixed, cores - start) for start in range(0, cores, mixed)]
+        # Within a window the samples of different cores are mixed.
+        assert len(set(drawn[:6])) > 2
+
+
+def test_the_order_of_all_cores_is_that_of_a_permutation():
+    np.testing.assert_array_equal(epoch_order(40, 3, 2), counter_rng(3, ORDER, 2).permutation(40))

@@ -180,8 +180,8 @@ def test_open_memory_maps_are_few_and_those_in_use_stay(write_pairs, open_pairs,
     maps = []
     plain_open = PairTable.open
 
-    def watched_open(table, core, modality):
-        found = plain_open(table, core, modality)
+    def watched_open(table, core, modality, cache):
+        found = plain_open(table, core, modality, cache)
         maps.append((core, weakref.ref(found)))
         return found
 

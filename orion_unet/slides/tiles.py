@@ -1,0 +1,252 @@
+"""Images stored in tiles: decoded one tile at a time, kept in a bounded cache, read like a memory map."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from orion_unet.errors import InputError
+
+# Row, group of channels and column of a tile.
+Place = tuple[int, int, int]
+# Cache of an array that is opened for itself [bytes].
+OWN_CACHE_BYTES = 32 << 20
+
+
+class Tiles(ABC):
+    """One level of an image that is stored in tiles (or strips) of ``side`` (rows, columns) and ``depth`` channels.
+
+    ``shape`` is (H, W), ``channels`` their number. Tiles that the file leaves out have the value ``blank``.
+    """
+
+    def __init__(self, path: Path, level: int, blank: float) -> None:
+        self.path, self.level, self.blank = path, level, blank
+        self.shape: tuple[int, int]
+        self.channels: int
+        self.dtype: np.dtype[Any]
+        self.side: tuple[int, int]
+        self.depth: int
+
+    @abstractmethod
+    def tile(self, place: Place) -> np.ndarray | None:
+        """A decoded tile (h, w, depth), which may reach beyond the image; None if the file leaves it out.
+
+        Raises InputError if it is damaged.
+        """
+
+    def damaged(self, place: Place, error: Exception) -> InputError:
+        """What to raise for a tile that cannot be decoded."""
+        row, _, column = place
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return InputError(
+            f"{self.path}: is damaged or truncated at level {self.level}, row {row * self.side[0]}, column "
+            f"{column * self.side[1]} ({reason})"
+        )
+
+
+class Group(NamedTuple):
+    """Channels that are stored together, the ``number``-th of them: their places in a region and in the tile."""
+
+    number: int
+    in_region: slice | list[int]
+    in_tile: slice | list[int]
+
+
+def groups(channels: Sequence[int], depth: int) -> list[Group]:
+    """The groups of ``depth`` stored channels in which the given ones are."""
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for place, channel in enumerate(channels):
+        in_region, in_tile = found.setdefault(channel // depth, ([], []))
+        in_region.append(place)
+        in_tile.append(channel % depth)
+    return [Group(index, _run(in_region), _run(in_tile)) for index, (in_region, in_tile) in found.items()]
+
+
+def _run(places: list[int]) -> slice | list[int]:
+    """Consecutive places as a slice, which copies faster."""
+    consecutive = places == list(range(places[0], places[0] + len(places)))
+    return slice(places[0], places[-1] + 1) if consecutive else places
+
+
+def touched(tiles: Tiles, y: int, x: int, height: int, width: int) -> tuple[range, range]:
+    """Rows and columns of the tiles that a region touches."""
+    return (
+        range(y // tiles.side[0], -(-(y + height) // tiles.side[0])),
+        range(x // tiles.side[1], -(-(x + width) // tiles.side[1])),
+    )
+
+
+def paste(
+    tiles: Tiles, place: Place, pixels: np.ndarray | None, group: Group, region: np.ndarray, y: int, x: int
+) -> None:
+    """Copy what a tile has of a region (h, w, C) that begins at row ``y`` and column ``x``."""
+    row, _, column = place
+    top, left = row * tiles.side[0], column * tiles.side[1]
+    length, width = tiles.side if pixels is None else pixels.shape[:2]
+    up, down = max(top, y), min(top + length, y + region.shape[0])
+    start, end = max(left, x), min(left + width, x + region.shape[1])
+    target = region[up - y : down - y, start - x : end - x]
+    if pixels is None:
+        target[..., group.in_region] = tiles.blank
+    else:
+        target[..., group.in_region] = pixels[up - top : down - top, start - left : end - left, group.in_tile]
+
+
+class TileCache:
+    """The decoded tiles that were used last, at most ``limit`` bytes of them; ``decoded_bytes`` were decoded so far."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.decoded_bytes = 0
+        self._held = 0
+        self._tiles: OrderedDict[tuple[Hashable, Place], np.ndarray | None] = OrderedDict()
+
+    @property
+    def kept(self) -> list[tuple[Hashable, Place]]:
+        """Owner and place of every tile."""
+        return list(self._tiles)
+
+    def clear(self) -> None:
+        """Forget every tile."""
+        self._tiles.clear()
+        self._held = 0
+
+    def get(self, owner: Hashable, tiles: Tiles, place: Place) -> np.ndarray | None:
+        """A tile of ``tiles``, known here as ``owner``: kept, or decoded now."""
+        key = (owner, place)
+        if key in self._tiles:
+            self._tiles.move_to_end(key)
+            return self._tiles[key]
+        pixels = tiles.tile(place)
+        size = 0 if pixels is None else pixels.nbytes
+        self.decoded_bytes += size
+        self._tiles[key] = pixels
+        self._held += size
+        while self._held > self.limit and len(self._tiles) > 1:
+            dropped = self._tiles.popitem(last=False)[1]
+            self._held -= 0 if dropped is None else dropped.nbytes
+        return pixels
+
+
+class TiledArray:
+    """Tiles that read like a memory map: ``array[rows, columns]``, ``shape`` and ``dtype`` in the axis order ``layout``
+    (``hwc`` or ``chw``), and numpy.asarray() for the whole."""
+
+    ndim = 3
+
+    def __init__(
+        self,
+        tiles: Tiles,
+        layout: str,
+        channels: int | None = None,
+        cache: TileCache | None = None,
+        owner: Hashable = None,
+    ) -> None:
+        self.tiles, self.layout = tiles, layout
+        self.channels = channels or tiles.channels
+        self.dtype = tiles.dtype
+        self._cache, self._owner = cache or TileCache(OWN_CACHE_BYTES), owner
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) or (C, H, W)."""
+        height, width = self.tiles.shape
+        return (height, width, self.channels) if self.layout == "hwc" else (self.channels, height, width)
+
+    def read(
+        self,
+        y: int,
+        x: int,
+        height: int,
+        width: int,
+        channels: Sequence[int] | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """A region inside the image as stored, (h, w, C) in memory of the array's axis order, or in ``out``.
+
+        Only the tiles of the given ``channels`` are decoded; with ``out``, which has all of them, the others stay as
+        they are. Raises InputError if a tile is damaged.
+        """
+        chosen = range(self.channels) if channels is None else channels
+        if out is None:
+            region = self._empty(height, width, len(chosen))
+            found = groups(chosen, self.tiles.depth)
+        else:
+            region = out
+            found = [
+                Group(group.number, _placed(group, chosen), group.in_tile) for group in groups(chosen, self.tiles.depth)
+            ]
+        rows, columns = touched(self.tiles, y, x, height, width)
+        for row in rows:
+            for group in found:
+                for column in columns:
+                    place = (row, group.number, column)
+                    paste(self.tiles, place, self._cache.get(self._owner, self.tiles, place), group, region, y, x)
+        return region
+
+    def rows(self, rows: np.ndarray, channels: Sequence[int]) -> np.ndarray:
+        """Whole rows of pixels of some channels, (len(channels), len(rows), W), in the memory of a row of tiles."""
+        width = self.tiles.shape[1]
+        found = np.empty((len(channels), len(rows), width), self.dtype)
+        of_tiles = rows // self.tiles.side[0]
+        for tile_row in np.unique(of_tiles).tolist():
+            here = np.flatnonzero(of_tiles == tile_row)
+            top, bottom = int(rows[here].min()), int(rows[here].max())
+            band = self.read(top, 0, bottom + 1 - top, width, channels)
+            found[:, here] = band[rows[here] - top].transpose(2, 0, 1)
+        return found
+
+    def bands(self) -> Iterator[np.ndarray]:
+        """The whole image (h, W, C), a row of tiles at a time."""
+        height, width = self.tiles.shape
+        for top in range(0, height, self.tiles.side[0]):
+            yield self.read(top, 0, min(self.tiles.side[0], height - top), width)
+
+    def _empty(self, height: int, width: int, channels: int) -> np.ndarray:
+        if self.layout == "hwc":
+            return np.empty((height, width, channels), self.dtype)
+        return np.empty((channels, height, width), self.dtype).transpose(1, 2, 0)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A box of slices without steps, as of a memory map."""
+        index = index if isinstance(index, tuple) else (index,)
+        sides = [part.indices(side) for part, side in zip((*index, *[slice(None)] * 3), self.shape, strict=False)]
+        if len(index) > 3 or any(step != 1 for _, _, step in sides):
+            raise IndexError("tiles are read in boxes: slices without steps")
+        y, x, c = (0, 1, 2) if self.layout == "hwc" else (1, 2, 0)
+        size = [max(0, stop - start) for start, stop, _ in sides]
+        channels = range(sides[c][0], max(sides[c][:2]))
+        box = (
+            self.read(sides[y][0], sides[x][0], size[y], size[x], channels)
+            if min(size)
+            else np.empty((size[y], size[x], size[c]), self.dtype)
+        )
+        return box if self.layout == "hwc" else box.transpose(2, 0, 1)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("tiles cannot be had without a copy")
+        whole = self._empty(*self.tiles.shape, self.channels)
+        top = 0
+        for band in self.bands():
+            whole[top : top + len(band)] = band
+            top += len(band)
+        whole = whole if self.layout == "hwc" else whole.transpose(2, 0, 1)
+        return whole if dtype is None else whole.astype(dtype)
+
+    def channels_last(self) -> TiledArray:
+        """The same image as (H, W, C)."""
+        return TiledArray(self.tiles, "hwc", self.channels, self._cache, self._owner)
+
+
+def _placed(group: Group, channels: Sequence[int]) -> slice | list[int]:
+    """Places of a group in a region that has all channels, of which some are read."""
+    places = group.in_region
+    if isinstance(places, slice):
+        places = list(range(places.start, places.stop))
+    return _run([channels[place] for place in places])

@@ -1,0 +1,195 @@
+"""The chunks of one level of an OME-Zarr image, of version 2 or 3, plain or in shards.
+
+Chunks of the common codecs (blosc, zstd, gzip and those of numcodecs) are read and decoded here, in a fraction of the
+time that zarr takes for one; any other array is read through zarr. The formats: https://zarr-specs.readthedocs.io.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orion_unet.errors import InputError
+from orion_unet.slides.tiles import Place, Tiles
+
+# In the index of a shard: a chunk that is left out.
+LEFT_OUT = 2**64 - 1
+
+Decode = Callable[[bytes], bytes]
+
+
+class ZarrTiles(Tiles):
+    """One level of an image with the axes c, y, x; others must have one position.
+
+    Chunks that are left out have the array's fill value. ``channels_last`` is True where c is the last axis. Raises
+    InputError if not one chunk is there.
+    """
+
+    def __init__(self, path: Path, array: Any, axes: str, level: int = 0) -> None:
+        sides = dict(zip(axes, array.shape, strict=True))
+        fill = array.fill_value
+        super().__init__(path, level, 0 if fill is None else fill)
+        self.shape, self.channels = (sides["y"], sides["x"]), sides.get("c", 1)
+        self.dtype = np.dtype(array.dtype).newbyteorder("=")
+        chunk = dict(zip(axes, array.chunks, strict=True))
+        self.side, self.depth = (chunk["y"], chunk["x"]), chunk.get("c", 1)
+        self.channels_last = axes.endswith("c")
+        self._array, self._axes, self._chunk = array, axes, tuple(array.chunks)
+        self._shard = None if array.shards is None else tuple(array.shards)
+        self._folder = Path(str(array.store_path.store.root)) / array.store_path.path
+        self._key: Callable[[tuple[int, ...]], str] = array.metadata.encode_chunk_key
+        self._codecs = _codecs(array)
+        self._indices: dict[str, np.ndarray] = {}
+        if not _has_chunks(self._folder):
+            raise InputError(
+                f"{path}: has no pixels at level {level}: not one chunk of the array {array.path or '.'} is there; "
+                "copy it again"
+            )
+
+    def tile(self, place: Place) -> np.ndarray | None:
+        row, group, column = place
+        position = {"y": row, "x": column, "c": group}
+        coordinates = tuple(position.get(axis, 0) for axis in self._axes)
+        try:
+            chunk = self._through_zarr(coordinates) if self._codecs is None else self._chunk_at(coordinates)
+        except Exception as error:
+            # On damaged bytes a decoder can raise almost anything.
+            raise self.damaged(place, error) from None
+        return None if chunk is None else self._as_tile(chunk)
+
+    def _as_tile(self, chunk: np.ndarray) -> np.ndarray:
+        """A chunk in the array's axes as (h, w, depth)."""
+        kept = [axis for axis in self._axes if axis in "yxc"]
+        chunk = chunk.reshape([side for axis, side in zip(self._axes, chunk.shape, strict=True) if axis in "yxc"])
+        if "c" not in kept:
+            chunk, kept = chunk[..., None], [*kept, "c"]
+        return chunk.transpose([kept.index(axis) for axis in "yxc"])
+
+    def _through_zarr(self, coordinates: tuple[int, ...]) -> np.ndarray:
+        box = tuple(slice(at * side, (at + 1) * side) for at, side in zip(coordinates, self._chunk, strict=True))
+        return np.asarray(self._array[box], self.dtype)
+
+    def _chunk_at(self, coordinates: tuple[int, ...]) -> np.ndarray | None:
+        assert self._codecs is not None
+        data = self._encoded(coordinates)
+        if data is None:
+            return None
+        for decode in self._codecs.decoders:
+            data = decode(data)
+        chunk = np.frombuffer(data, self._codecs.dtype).reshape(self._chunk)
+        return chunk.astype(self.dtype, copy=False)
+
+    def _encoded(self, coordinates: tuple[int, ...]) -> bytes | None:
+        """The bytes of a chunk as stored; None if it is left out."""
+        try:
+            if self._shard is None:
+                return (self._folder / self._key(coordinates)).read_bytes()
+            per_shard = [outer // inner for outer, inner in zip(self._shard, self._chunk, strict=True)]
+            key = self._key(tuple(at // count for at, count in zip(coordinates, per_shard, strict=True)))
+            inside = tuple(at % count for at, count in zip(coordinates, per_shard, strict=True))
+            handle = os.open(self._folder / key, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            if key not in self._indices:
+                self._indices[key] = self._index(handle, per_shard)
+            offset, length = (int(value) for value in self._indices[key][inside])
+            if LEFT_OUT in (offset, length):
+                return None
+            return _exactly(handle, offset, length)
+        finally:
+            os.close(handle)
+
+    def _index(self, handle: int, per_shard: list[int]) -> np.ndarray:
+        """Offset and length of every chunk of a shard, (..., 2)."""
+        import google_crc32c
+
+        count = int(np.prod(per_shard))
+        size = os.fstat(handle).st_size
+        at_end = self._codecs is None or self._codecs.index_at_end
+        stored = _exactly(handle, size - (16 * count + 4) if at_end else 0, 16 * count + 4)
+        if google_crc32c.value(stored[:-4]) != int.from_bytes(stored[-4:], "little"):
+            raise ValueError("the index of the shard is damaged")
+        return np.frombuffer(stored[:-4], "<u8").reshape(*per_shard, 2)
+
+
+def _exactly(handle: int, offset: int, length: int) -> bytes:
+    data = os.pread(handle, length, offset) if offset >= 0 else b""
+    if len(data) < length:
+        raise ValueError("the file ends here")
+    return data
+
+
+def _has_chunks(folder: Path) -> bool:
+    """Whether an array has a chunk or shard: a file that is no metadata."""
+    for where, _, files in os.walk(folder):
+        if any(not name.startswith(".") and not (name == "zarr.json" and Path(where) == folder) for name in files):
+            return True
+    return False
+
+
+class _Codecs:
+    """How a chunk is decoded: the decoders in turn, then the dtype of the bytes."""
+
+    def __init__(self, dtype: np.dtype[Any], decoders: list[Decode], index_at_end: bool = True) -> None:
+        self.dtype, self.decoders, self.index_at_end = dtype, decoders, index_at_end
+
+
+def _codecs(array: Any) -> _Codecs | None:
+    """How the chunks of an array are decoded; None if only zarr can."""
+    stored = array.metadata.to_dict()
+    if stored["zarr_format"] == 2:
+        if stored["order"] != "C" or stored["filters"]:
+            return None
+        compressors = [_blosc if codec.codec_id == "blosc" else codec.decode for codec in array.compressors]
+        return _Codecs(np.dtype(stored["dtype"]), compressors)
+    codecs, at_end = list(stored["codecs"]), True
+    if array.shards is not None:
+        outer = codecs.pop(0)["configuration"]
+        index = [codec["name"] for codec in outer["index_codecs"]]
+        if codecs or index != ["bytes", "crc32c"] or outer["index_codecs"][0]["configuration"]["endian"] != "little":
+            return None
+        codecs, at_end = list(outer["codecs"]), outer["index_location"] == "end"
+    decoders = _decoders(codecs[1:])
+    if not codecs or codecs[0]["name"] != "bytes" or decoders is None:
+        return None
+    endian = (codecs[0].get("configuration") or {}).get("endian")
+    return _Codecs(np.dtype(array.dtype).newbyteorder(">" if endian == "big" else "<"), decoders, at_end)
+
+
+def _decoders(codecs: list[dict[str, Any]]) -> list[Decode] | None:
+    """Decoders of the codecs from bytes to bytes, the last first; None if one is not among the common ones."""
+    import numcodecs
+
+    known: dict[str, Callable[[], Decode]] = {
+        "zstd": lambda: numcodecs.Zstd().decode,
+        "blosc": lambda: _blosc,
+        "gzip": lambda: numcodecs.GZip().decode,
+        "crc32c": lambda: _checked,
+    }
+    if any(codec["name"] not in known for codec in codecs):
+        return None
+    return [known[codec["name"]]() for codec in reversed(codecs)]
+
+
+def _blosc(data: bytes) -> bytes:
+    import numcodecs
+
+    # The decoder trusts the length in the header, and would read past the end of a truncated chunk.
+    if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):
+        raise ValueError("its length is not that in its header")
+    decoded: bytes = numcodecs.Blosc().decode(data)
+    return decoded
+
+
+def _checked(data: bytes) -> bytes:
+    """Bytes without the checksum behind them."""
+    import google_crc32c
+
+    if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise ValueError("its checksum is another")
+    return data[:-4]
