@@ -22,6 +22,9 @@ from orion_unet.monitor.noise import WINDOW, noise_window, recent_level, validat
 from orion_unet.options import option
 from orion_unet.run_log import METRICS_FILE
 
+# How much higher the limit for the noise is where few epochs make the estimate uncertain.
+FEW_EPOCHS = 0.7
+
 
 def _threshold(default: float, text: str) -> Any:
     return option(default, text, minimum=0)
@@ -96,12 +99,12 @@ def diagnose(
 
 def noise_and_limit(train: np.ndarray, val: np.ndarray, limits: Thresholds) -> tuple[float, float]:
     """Noise of V and the limit for it, both in units of the loss; nan where there are too few epochs."""
-    noise, now = validation_noise(val), recent_level(val)
+    noise, now = validation_noise(val, train), recent_level(val)
     if not (math.isfinite(noise) and math.isfinite(now)):
         return math.nan, math.nan
     relative = max(limits.max_noise_of_loss * abs(now), limits.max_noise_of_gain * _gain(val))
-    # Few epochs make an uncertain estimate: the limit is 50 % higher at eight epochs, 5 % higher at thirty.
-    relative *= 1 + 1 / (len(noise_window(val)) - 4)
+    # Few epochs make an uncertain estimate: the limit is 23 % higher at eight epochs, 3 % higher at thirty.
+    relative *= 1 + FEW_EPOCHS / (len(noise_window(val)) - 3)
     return noise, min(limits.max_noise * loss_scale(train), relative)
 
 
@@ -197,7 +200,7 @@ def _overfitting(
     if now <= 0 or gap <= limits.max_relative_gap * now:
         return None
     # V must have risen, and the gap widened, by more than the noise of a median of three epochs.
-    noise = validation_noise(val)
+    noise = validation_noise(val, train)
     margin = max(0.04 * now, min(2 * noise, 0.12 * now) if math.isfinite(noise) else 0.0)
     if len(smooth) - best < 3 or now - smooth[best] < margin or gap - gaps[best] < margin:
         return None

@@ -157,7 +157,7 @@ class Report:
     @property
     def noise(self) -> float:
         """Noise of the validation loss around its trend; nan where there are too few epochs."""
-        return validation_noise(self.val)
+        return validation_noise(self.val, self.train)
 
     @property
     def gap(self) -> float:

@@ -83,6 +83,38 @@ def test_neither_descent_nor_bend_nor_a_single_blip_is_noise():
     assert "unstable_validation" not in find(steep * 0.95, blip)
 
 
+def test_in_short_runs_what_v_shares_with_the_training_loss_is_no_noise():
+    epochs = np.arange(10)
+    train = 0.2 + 0.8 * np.exp(-epochs / 4)
+    # A fall that no straight line or parabola follows, in both losses, and a slow drift of V alone.
+    train[6:] *= 0.8
+    val = 1.1 * train**0.9 * np.exp(0.01 * epochs)
+    assert validation_noise(val) > 0.02 * val[-1]
+    assert validation_noise(val, train) < 1e-9
+    # The same by least squares, for every epoch left out once.
+    noisy = val * np.exp(0.05 * np.random.default_rng(0).standard_normal(10))
+    columns = np.stack([np.ones(8), epochs[2:], np.log(train[2:])], axis=1)
+    sums = []
+    for out in range(8):
+        kept = np.delete(np.arange(8), out)
+        sums.append(np.linalg.lstsq(columns[kept], np.log(noisy[2:])[kept], rcond=None)[1][0])
+    expected = math.sqrt(min(sums) / 4) * np.median(noisy[-5:])
+    assert validation_noise(noisy, train) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, 0.0, -1.0])
+def test_a_training_loss_that_tells_nothing_changes_no_noise(loss):
+    rng = np.random.default_rng(1)
+    val = 0.5 + 0.03 * rng.standard_normal(11)
+    train = np.linspace(1, 0.5, 11)
+    train[5] = loss
+    assert validation_noise(val, train) == validation_noise(val)
+    for straight in (np.full(11, 0.3), np.exp(-np.arange(11.0))):
+        assert validation_noise(val, straight) == validation_noise(val)
+    longer = np.tile(val, 2)
+    assert validation_noise(longer, rng.uniform(0.1, 1, 22)) == validation_noise(longer)
+
+
 def test_noise_that_has_died_away_is_no_warning():
     rng = np.random.default_rng(3)
     val = 0.3 * (1 + 0.2 * rng.standard_normal(40))
