@@ -28,8 +28,9 @@ class TiffMarkers(MarkerImage):
         names: Sequence[str] = (),
         pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE,
         levels: Sequence[list[Any]] = (),
+        level: int = 0,
     ) -> None:
-        self._segments = Segments(path, tiff, planes, 0)
+        self._segments = Segments(path, tiff, planes, 0, level)
         shape = (self._segments.channels, *self._segments.shape)
         super().__init__(path, shape, self._segments.dtype, names, pixel_size)
         self._tiff, self._levels = tiff, levels
@@ -39,10 +40,10 @@ class TiffMarkers(MarkerImage):
         return np.ascontiguousarray(self._segments.read(channels, y, x, height, width).transpose(2, 0, 1), self.dtype)
 
     def nearest_level(self, factor: float) -> MarkerImage:
-        for planes in reversed(self._levels):
+        for number, planes in reversed(list(enumerate(self._levels, 1))):
             if self.shape[1] / planes[0].keyframe.imagelength <= factor * LOOSE:
                 with suppress(InputError):
-                    level = TiffMarkers(self.path, self._tiff, planes)
+                    level = TiffMarkers(self.path, self._tiff, planes, level=number)
                     self._opened.append(level._segments)
                     return level
         return self

@@ -43,7 +43,8 @@ class ZarrMarkers(MarkerImage):
                 region[place] = self._array[index]
         except Exception as error:
             # On damaged chunks a decoder can raise almost anything.
-            raise InputError(f"{self.path}: is damaged at row {y}, column {x} ({error})") from None
+            where_it_is = f"level {self._array.name.strip('/')}, row {y}, column {x}"
+            raise InputError(f"{self.path}: is damaged at {where_it_is} ({error})") from None
         return region
 
     def nearest_level(self, factor: float) -> MarkerImage:

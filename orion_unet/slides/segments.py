@@ -26,12 +26,13 @@ Place = tuple[int, int, int]
 class Segments:
     """Pixels in one page (interleaved or planar), or in one page per channel.
 
-    ``shape`` is (H, W), ``channels`` their number. Tiles that the file leaves out have the value ``blank``.
+    ``shape`` is (H, W), ``channels`` their number. Tiles that the file leaves out have the value ``blank``. ``level``
+    is the number of this level in its pyramid, 0 for full resolution.
     """
 
-    def __init__(self, path: Path, tiff: Any, planes: list[Any], blank: float) -> None:
+    def __init__(self, path: Path, tiff: Any, planes: list[Any], blank: float, level: int = 0) -> None:
         page = self._page = planes[0].keyframe
-        self.path, self.blank = path, blank
+        self.path, self.blank, self.level = path, blank, level
         self.dtype = np.dtype(page.dtype)
         self.shape = (int(page.imagelength), int(page.imagewidth))
         self._tiff, self._planes = tiff, planes
@@ -61,8 +62,13 @@ class Segments:
             offsets, counts = plane.dataoffsets, plane.databytecounts
             if min(len(offsets), len(counts)) < per_page:
                 raise InputError(f"{self.path}: is damaged, it lists {len(offsets)} of its {per_page} tiles or strips")
-            if max(map(sum, zip(offsets, counts, strict=False))) > size:
-                raise InputError(f"{self.path}: is truncated, its pixels continue past the end of the file")
+            ends = map(sum, zip(offsets, counts, strict=False))
+            if (cut := next((index for index, end in enumerate(ends) if end > size), None)) is not None:
+                row, column = divmod(cut % (self._grid[0] * self._grid[1]), self._grid[1])
+                raise InputError(
+                    f"{self.path}: is truncated, its pixels continue past the end of the file from "
+                    f"{self._words(row, column)} on"
+                )
 
     def read(self, channels: Sequence[int], y: int, x: int, height: int, width: int) -> np.ndarray:
         """A region inside the image as stored, (h, w, len(channels)); raises InputError if it is damaged."""
@@ -112,10 +118,14 @@ class Segments:
         except Exception as error:
             # On damaged bytes a decoder can raise almost anything.
             raise InputError(
-                f"{self.path}: is damaged or truncated at row {row * self._side[0]}, column "
-                f"{column * self._side[1]} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+                f"{self.path}: is damaged or truncated at {self._words(row, column)} "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
             ) from None
         return None if pixels is None else pixels[0]
+
+    def _words(self, row: int, column: int) -> str:
+        """The place of a tile or strip, in pixels of its level."""
+        return f"level {self.level}, row {row * self._side[0]}, column {column * self._side[1]}"
 
     def _keep(self, decoded: dict[Place, np.ndarray]) -> None:
         """Keep the lowest tiles of this region, at least one: the next region begins among them."""

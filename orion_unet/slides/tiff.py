@@ -34,11 +34,17 @@ class TiffImage(HeImage):
     is_slide = True
 
     def __init__(
-        self, path: Path, tiff: Any, planes: list[Any], pixel_size: PixelSize, levels: Sequence[list[Any]] = ()
+        self,
+        path: Path,
+        tiff: Any,
+        planes: list[Any],
+        pixel_size: PixelSize = UNKNOWN_PIXEL_SIZE,
+        levels: Sequence[list[Any]] = (),
+        level: int = 0,
     ) -> None:
         white = float(np.iinfo(planes[0].keyframe.dtype).max)
         # Scanners leave out tiles of empty glass.
-        self._segments = Segments(path, tiff, planes, int(white))
+        self._segments = Segments(path, tiff, planes, int(white), level)
         super().__init__(path, self._segments.shape, white, pixel_size)
         self._tiff, self._levels = tiff, levels
         self._opened: list[Segments] = []
@@ -47,11 +53,11 @@ class TiffImage(HeImage):
         return self._segments.read((0, 1, 2), y, x, height, width)
 
     def nearest_level(self, factor: float) -> HeImage:
-        for planes in reversed(self._levels):
+        for number, planes in reversed(list(enumerate(self._levels, 1))):
             if self.shape[0] / planes[0].keyframe.imagelength <= factor * LOOSE:
                 # A damaged level is left out; a larger one serves.
                 with suppress(InputError):
-                    level = TiffImage(self.path, self._tiff, planes, UNKNOWN_PIXEL_SIZE)
+                    level = TiffImage(self.path, self._tiff, planes, level=number)
                     self._opened.append(level._segments)
                     return level
         return self
