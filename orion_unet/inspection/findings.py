@@ -37,8 +37,8 @@ def find_all(
     ]
 
 
-def _warning(code: str, message: str, advice: str) -> Finding:
-    return Finding(code, WARNING, message, advice=(advice,))
+def _warning(code: str, message: str, *advice: str) -> Finding:
+    return Finding(code, WARNING, message, advice=advice)
 
 
 def _twins(twins: Sequence[Twins]) -> Iterator[Finding]:
@@ -117,8 +117,9 @@ def _registration(cores: Sequence[CoreView], nuclear: str, command: str) -> Iter
             "shifted",
             f"In {len(moved)} of {len(cores)} cores {nuclear} is displaced against the haematoxylin. Moving it down "
             f"and right by these pixels would align it: {named(moved)}.",
-            f"Register the pairs: {command}. A network cannot learn a shift that differs from core to core, and one "
-            "that is the same everywhere blurs its predictions.",
+            "A network cannot learn a shift that differs from core to core, and one that is the same everywhere blurs "
+            "its predictions. Register the pairs:",
+            command,
         )
     wrong = [core.name for core in cores if mismatched(core)]
     if wrong:

@@ -60,7 +60,12 @@ def show(inspection: Inspection, file: TextIO) -> None:
         console.print(
             Text("warning: ", style="bold yellow").append(clean(finding.message, None), style="not bold default")
         )
-        console.print(Padding(Text(clean(" ".join(finding.advice), None)), (0, 0, 0, 9), expand=False))
+        for advice in finding.advice:
+            if advice.startswith("python "):
+                # In one line, so that it can be pasted.
+                console.print(Text(" " * 9 + clean(advice, None)), soft_wrap=True)
+            else:
+                console.print(Padding(Text(clean(advice, None)), (0, 0, 0, 9), expand=False))
     if not inspection.findings:
         console.print(Text("Nothing wrong was found.", style="green"))
 

@@ -72,7 +72,9 @@ def prepare_region(
 
     # From the centre of a pixel of the region to the markers, and on to the H&E.
     lies = Affine.scaling(plan.step).then(Affine.shift(region.y, region.x)).then(plan.affine)
-    moved, inside = move(he.stored, he.shape, lies, None, (0, 0, *size))
+    # What is only measured, and then moved again, need not be interpolated as well as what is written.
+    mode = "bilinear" if options.register == "auto" else "bicubic"
+    moved, inside = move(he.stored, he.shape, lies, None, (0, 0, *size), mode)
     found: Fine | None = None
     reason, final = "", lies
     if options.register != "off":

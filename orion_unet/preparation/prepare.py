@@ -100,7 +100,11 @@ def prepare_slides(options: PrepareOptions, progress: Progress | None = None) ->
         for plan in plans:
             of_slide = OverviewOf(plan, [row for row in rows if row.slide == plan.slide.name], options)
             if plan.slide.name in changed or not of_slide.path.exists():
-                write_overview(of_slide)
+                try:
+                    write_overview(of_slide)
+                except InputError as error:
+                    # A tile that no region needed.
+                    damaged.setdefault(plan.slide.name, f"has no overview: {error}")
     except OSError as error:
         raise RunError(
             f"--output_dir {output}: cannot be written ({error.strerror or error}); what is prepared is kept, and the "

@@ -31,8 +31,8 @@ SMOOTHING, PRIOR = 1.0, 0.3
 # The longest displacement of the field [pixels]: nuclei are moved and never stretched.
 LARGEST_DISPLACEMENT = 4.0
 ROUNDS = 3
-# A round that moves 95 % of the blocks by less is the last [pixels].
-SETTLED = 0.1
+# A round that moves 95 % of the blocks by less is the last [pixels]: the next one would move them by a fifth of that.
+SETTLED = 0.25
 
 
 @dataclass(frozen=True)

@@ -133,13 +133,19 @@ Reader = Callable[[int, int, int, int], np.ndarray]
 
 
 def move(
-    read: Reader, he_shape: tuple[int, int], affine: Affine, field: Field | None, region: tuple[int, int, int, int]
+    read: Reader,
+    he_shape: tuple[int, int],
+    affine: Affine,
+    field: Field | None,
+    region: tuple[int, int, int, int],
+    mode: str = "bicubic",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The H&E as it lies on a region (y, x, height, width) of the marker image.
 
     ``read`` returns regions (y, x, height, width) of the H&E as stored, (h, w, 3); only what is needed is read. A
     ``field`` has the upper left corner of the region as its origin. Interpolation is bicubic (Keys, IEEE Transactions
-    on Acoustics, Speech, and Signal Processing 1981); where the H&E is finer than the markers, it is smoothed first.
+    on Acoustics, Speech, and Signal Processing 1981), or with the ``mode`` bilinear, which is faster; where the H&E is
+    finer than the markers, it is smoothed first.
 
     Returns the moved region (h, w, 3) in the dtype that was read, and where it is inside the H&E (h, w) bool. Outside
     is white for integers, and 1 for floats.
@@ -151,7 +157,7 @@ def move(
         rows = np.arange(top, min(top + ROWS, height), dtype=np.float64)
         columns = np.arange(width, dtype=np.float64)
         points = grid_points(Affine.shift(y, x).then(affine), field, rows, columns)
-        band, covered = _sampled(read, he_shape, points, affine.scale)
+        band, covered = _sampled(read, he_shape, points, affine.scale, mode)
         if moved is None:
             moved = np.empty((height, width, 3), band.dtype)
         moved[top : top + len(rows)], inside[top : top + len(rows)] = band, covered
@@ -160,7 +166,7 @@ def move(
 
 
 def _sampled(
-    read: Reader, he_shape: tuple[int, int], points: tuple[np.ndarray, np.ndarray], scale: float
+    read: Reader, he_shape: tuple[int, int], points: tuple[np.ndarray, np.ndarray], scale: float, mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The H&E (h, w, 3) at points of it (y and x, (h, w) each), and which of them are inside."""
     inside = within(points, he_shape, 0.5)
@@ -178,7 +184,7 @@ def _sampled(
     image = torch.from_numpy(stored.transpose(2, 0, 1).astype(np.float32, order="C"))[None]
     image = _smoothed(image, sigma)
     grid = sampling_grid((points[0] - low[0], points[1] - low[1]), (image.shape[-2], image.shape[-1]))
-    found = F.grid_sample(image, grid, mode="bicubic", padding_mode="border", align_corners=True)[0]
+    found = F.grid_sample(image, grid, mode=mode, padding_mode="border", align_corners=True)[0]
     if dtype.kind in "iu":
         found = found.clamp_(0, np.iinfo(dtype).max).round_()
     moved = found.permute(1, 2, 0).numpy().astype(dtype, order="C")

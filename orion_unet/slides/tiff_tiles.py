@@ -72,7 +72,7 @@ class TiffTiles(Tiles):
                 row, column = divmod(beyond % (self._grid[0] * self._grid[1]), self._grid[1])
                 raise InputError(
                     f"{self.path}: is truncated, its pixels continue past the end of the file from level {self.level}, "
-                    f"row {row * self.side[0]}, column {column * self.side[1]}"
+                    f"row {row * self.side[0]}, column {column * self.side[1]} on"
                 )
 
     def tile(self, place: Place) -> np.ndarray | None:

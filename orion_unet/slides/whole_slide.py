@@ -66,8 +66,8 @@ class WholeSlide(HeImage):
             pixels = np.asarray(self._slide.read_region(corner, self._level, (piece.shape[1], piece.shape[0])))
         except Exception as error:
             raise InputError(
-                f"{self.path}: is damaged at rows {y} to {y + piece.shape[0]}, columns {x + left} to "
-                f"{x + left + piece.shape[1]} ({error})"
+                f"{self.path}: is damaged at level {self._level}, rows {y} to {y + piece.shape[0]}, columns "
+                f"{x + left} to {x + left + piece.shape[1]} ({error})"
             ) from None
         opacity = pixels[..., 3:].astype(np.uint16)
         piece[:] = (pixels[..., :3] * opacity + 255 * (255 - opacity)) // 255

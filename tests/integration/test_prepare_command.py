@@ -3,11 +3,15 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from orion_unet.__main__ import dispatch
 from orion_unet.cli import prepare
+from orion_unet.cli.arguments import run_command
 from orion_unet.config import DataOptions
 from orion_unet.data.pairs import find_pairs
 from orion_unet.demo.make import MARKERS, draw_core
@@ -232,6 +236,107 @@ def test_every_slide_at_fault_is_listed_and_the_others_go_on_when_asked(slides, 
     with pytest.raises(InputError, match="these slides failed, the others are done"):
         run(slides, *QUICK, "--skip_bad")
     assert {row["slide"] for row in rows_of(tmp_path)} == {"A"}
+
+
+def write_pyramid(path, planes, shape, kind, about):
+    """Two levels; returns offset and length of the tile at (row 1, column 1) of each, in the first page."""
+    with tifffile.TiffWriter(path, ome=True) as file:
+        file.write(planes, subifds=1, tile=(128, 128), metadata=about, **kind)
+        file.write(np.ascontiguousarray(planes[shape]), subfiletype=1, tile=(128, 128), metadata=None, **kind)
+    with tifffile.TiffFile(path) as file:
+        pages = [level.pages[0].keyframe for level in file.series[0].levels]
+        tiles = [SIDE // 128 + 1, SIDE // 256 + 1]
+        return [(page.dataoffsets[at], page.databytecounts[at]) for page, at in zip(pages, tiles, strict=True)]
+
+
+def damage(path, place):
+    content = bytearray(path.read_bytes())
+    content[place[0] : sum(place)] = b"\xff" * place[1]
+    path.write_bytes(content)
+
+
+def test_a_damaged_tile_is_named_with_its_level_and_place_and_everything_else_is_done(slides, tmp_path, core, capsys):
+    kind = {"photometric": "minisblack", "compression": "deflate"}
+    about = {"axes": "CYX", "Channel": {"Name": list(MARKERS)}, **UM}
+    places = write_pyramid(tmp_path / "bad.ome.tif", core[1], np.s_[:, ::2, ::2], kind, about)
+    damage(tmp_path / "bad.ome.tif", places[0])
+    kind = {"photometric": "rgb", "compression": "deflate"}
+    places = write_pyramid(tmp_path / "badhe.ome.tif", core[0], np.s_[::2, ::2], kind, {"axes": "YXS", **UM})
+    damage(tmp_path / "badhe.ome.tif", places[1])
+    listed(tmp_path, "A,he.ome.tif,orion.ome.tif", "B,he.ome.tif,bad.ome.tif", "C,badhe.ome.tif,orion.ome.tif")
+    words = [str(slides), "--output_dir", str(tmp_path / "pairs"), *QUICK[:4], "--regions", "whole"]
+    # Thumbnails of half the side, which are made from the second level.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orion_unet.preparation.slide_plan.THUMBNAIL", SIDE // 2)
+        assert run_command(dispatch, ["prepare", *words, "--region_size", "384"]) == 2
+        said = capsys.readouterr().err
+        assert "badhe.ome.tif: is damaged or truncated at level 1, row 128, column 128" in said
+        assert "--skip_bad" in said and not (tmp_path / "pairs").exists()
+        assert run_command(dispatch, ["prepare", *words, "--region_size", "384", "--skip_bad"]) == 2
+    said = capsys.readouterr().err
+    assert "slide C: " in said and "these slides failed, the others are done" in said
+    assert "slide B: " in said and "bad.ome.tif: is damaged or truncated at level 0, row 128, column 128" in said
+    rows = {(row["slide"], int(row["y"]), int(row["x"])) for row in rows_of(tmp_path)}
+    everywhere = {(y, x) for y in (0, 384) for x in (0, 384)}
+    assert rows == {("A", *place) for place in everywhere} | {("B", *place) for place in everywhere - {(0, 0)}}
+
+
+def test_nineteen_channels_listed_in_another_order_get_their_own_names_and_a_short_list_is_refused(tmp_path, core):
+    write_he(tmp_path / "he.ome.tif", core[0])
+    write_orion(tmp_path / "orion.ome.tif", core[1][:19], MARKERS[:19])
+    order = np.random.default_rng(0).permutation(19)
+    lines = [f"{index},{MARKERS[index]},1" for index in order]
+    (tmp_path / "markers.csv").write_text("\n".join(["channel_number,marker_name,cycle_number", *lines]))
+    slides = listed(tmp_path, "A,he.ome.tif,orion.ome.tif")
+    assert run(slides, *QUICK, "--markers", str(tmp_path / "markers.csv")) == 0
+    row = rows_of(tmp_path)[0]
+    assert (tmp_path / "pairs" / "channel_names.txt").read_text().split() == [MARKERS[index] for index in order]
+    np.testing.assert_array_equal(stored(tmp_path, row)[1], core[1][order].transpose(1, 2, 0)[place(row)])
+    (tmp_path / "markers.csv").write_text("\n".join(["marker_name", "DNA", *MARKERS[1:18]]))
+    with pytest.raises(InputError, match="has 19 channels, but its list of markers has 18"):
+        run(slides, *QUICK, "--markers", str(tmp_path / "markers.csv"), "--overwrite")
+
+
+def test_no_region_is_taken_from_under_a_pen_mark(tmp_path, core):
+    he = core[0].copy()
+    he[: SIDE // 2] = (30, 60, 190)
+    write_he(tmp_path / "he.ome.tif", he)
+    write_orion(tmp_path / "orion.ome.tif", core[1])
+    slides = listed(tmp_path, "A,he.ome.tif,orion.ome.tif")
+    assert run(slides, *QUICK[:4], "--region_size", "128") == 0
+    assert len(rows_of(tmp_path)) >= 4 and min(int(row["y"]) for row in rows_of(tmp_path)) >= SIDE // 2 - 64
+
+
+def test_a_section_is_no_microarray(slides):
+    with pytest.raises(InputError, match=r"slide A: .*use --regions tissue for a section"):
+        run(slides, *QUICK[:4], "--regions", "tma")
+
+
+def test_a_killed_prepare_goes_on(slides, tmp_path):
+    """Killed where the second region is half written: nothing is lost, and nothing half written is left."""
+    code = (
+        "import os, sys; from orion_unet.preparation import one_region, writing\n"
+        "genuine = writing.write_npy\n"
+        "def killed(path, shape, dtype, bands):\n"
+        "    def half():\n"
+        "        for band in bands:\n"
+        "            yield band[:100]\n"
+        "            os.kill(os.getpid(), 9)\n"
+        "    genuine(path, shape, dtype, half() if 'r0002' in path.name else bands)\n"
+        "one_region.write_npy = killed\n"
+        "from orion_unet.cli.prepare import main; main(sys.argv[1:])"
+    )
+    words = [str(slides), "--output_dir", str(tmp_path / "pairs"), *QUICK]
+    assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True).returncode == -9
+    pairs = tmp_path / "pairs"
+    assert sorted(path.name for path in pairs.glob("*.npy")) == ["A_r0001_HE.npy", "A_r0001_ORION.npy"]
+    with open(pairs / ".prepare" / "regions.jsonl", "a") as record:
+        record.write('{"core": "A_r0002", "sl')
+    first = (pairs / "A_r0001_HE.npy").stat().st_mtime_ns
+    assert run(slides, *QUICK) == 0
+    assert (pairs / "A_r0001_HE.npy").stat().st_mtime_ns == first
+    assert len(rows_of(tmp_path)) == 2 and len(list(pairs.glob("*.npy"))) == 4
+    assert not list(pairs.glob(".*.partial"))
 
 
 def test_pairs_of_another_pixel_size_are_means_over_areas(slides, tmp_path, core):

@@ -173,7 +173,9 @@ def test_training_and_check_data_name_the_command_that_registers(pairs, tmp_path
     assert warning.endswith(command)
     assert run_command(dispatch, ["check-data", str(pairs), "--patch_size", "64", "--json"]) == 0
     (found,) = [w for w in json.loads(capsys.readouterr().out)["warnings"] if w["code"] == "shifted"]
-    assert f"Register the pairs: {command}." in found["advice"]
+    assert found["advice"].endswith(f"Register the pairs: {command}")
+    assert run_command(dispatch, ["check-data", str(pairs), "--patch_size", "64"]) == 0
+    assert f" {command}\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not REAL_PAIRS.is_dir(), reason="the optional real pairs are not there (ORION_SHARED_DATA)")

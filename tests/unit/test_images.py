@@ -322,7 +322,7 @@ def test_damage_inside_a_tiff_names_the_file_and_the_place(tmp_path):
     path.write_bytes(content)
     with open_he(path) as image:
         image.read(0, 0, 64, 131)
-        with pytest.raises(InputError, match=r"slide\.tif: .*row 64, column 32"):
+        with pytest.raises(InputError, match=r"slide\.tif: .*level 0, row 64, column 32"):
             image.read(60, 0, 10, 131)
 
 
@@ -415,7 +415,7 @@ def test_a_slide_that_openslide_finds_damaged_is_refused_by_name(tmp_path):
         open_he(path)
     content[start : start + count] = bytes(count)
     path.write_bytes(content)
-    with open_he(path) as image, pytest.raises(InputError, match=r"slide\.ndpi: is damaged at rows 60 to 70"):
+    with open_he(path) as image, pytest.raises(InputError, match=r"slide\.ndpi: is damaged at level 0, rows 60 to 70"):
         image.read(60, 0, 10, 131)
     path.write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"slide\.ndpi: cannot be read by OpenSlide"):

@@ -127,6 +127,31 @@ def test_a_truncated_marker_file_is_refused_when_it_is_opened(tmp_path):
         open_markers(path)
 
 
+def test_damage_in_a_smaller_level_names_the_level_and_the_place(tmp_path):
+    path = write_flat_pyramid(tmp_path / "m.ome.tif")
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[5 + 2]
+        start, count = page.dataoffsets[4], page.databytecounts[4]
+    content = bytearray(path.read_bytes())
+    content[start : start + count] = b"\xff" * count
+    path.write_bytes(content)
+    with open_markers(path) as image, pytest.raises(InputError, match=r"m\.ome\.tif: .*level 1, row 64, column 32"):
+        marker_thumbnail(image, [2], 33)
+
+
+def test_a_damaged_chunk_of_an_ome_zarr_names_its_place(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    group = zarr.open_group(str(tmp_path / "m.ome.zarr"), mode="w", zarr_format=3)
+    group.create_array("0", data=MARKERS, chunks=(1, 64, 64))
+    axes = [{"name": name} for name in "cyx"]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [{"path": "0"}]}]}
+    (tmp_path / "m.ome.zarr" / "0" / "c" / "1" / "1" / "0").write_bytes(b"nonsense")
+    with open_markers(tmp_path / "m.ome.zarr") as image:
+        assert image.read([1], 0, 0, 64, 131).shape == (1, 64, 131)
+        with pytest.raises(InputError, match=r"m\.ome\.zarr: is damaged or truncated at level 0, row 64, column 0"):
+            image.read([1], 64, 0, 10, 10)
+
+
 def test_a_thumbnail_of_an_he_has_its_colours(tmp_path):
     he = np.kron(RNG.integers(0, 255, (20, 25, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
     tifffile.imwrite(tmp_path / "he.tif", he, tile=(64, 64), photometric="rgb", compression="deflate")
