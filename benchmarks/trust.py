@@ -61,12 +61,15 @@ from orion_unet.slides.images import ArrayImage
 from orion_unet.training.loop import train
 
 Sizes = dict[str, Any]
+# Partitions of the held-out groups into calibration and test.
+PARTITIONS = 40
 USUAL: Sizes = {
     "train": 24, "held": 16, "fresh": 40, "side": 192, "seeds": 3, "scored": 8, "groups": (4, 6, 8, 12, 24),
-    "draws": 20, "shifts": 10,
+    "draws": 20, "shifts": 10, "partitions": PARTITIONS,
 }  # fmt: skip
 QUICK: Sizes = {
-    "train": 5, "held": 4, "fresh": 2, "side": 64, "seeds": 2, "scored": 1, "groups": (4, 5), "draws": 2, "shifts": 2,
+    "train": 4, "held": 2, "fresh": 2, "side": 64, "seeds": 2, "scored": 1, "groups": (4,), "draws": 1, "shifts": 1,
+    "partitions": 1,
 }  # fmt: skip
 SMALL: dict[str, Any] = {
     **find_recipe("stable").values, "patch_size": 96, "patches_per_image": 4, "patches_per_image_val": 1,
@@ -81,8 +84,8 @@ VECTORS = np.array(STAINS) / np.linalg.norm(STAINS, axis=1, keepdims=True)
 # A tenth of the correlation.
 COST = 0.9
 # Coverage that is aimed at; cores that are predicted of each group at most, and pixels sampled of each; bins of the
-# prediction with intervals of their own; partitions of the groups.
-LEVEL, CORES, PIXELS, BINS, PARTITIONS = 0.9, 8, 4000, 20, 40
+# prediction with intervals of their own.
+LEVEL, CORES, PIXELS, BINS = 0.9, 8, 4000, 20
 
 
 def turned(degrees: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -152,7 +155,7 @@ def main(argv: list[str]) -> int:
         )
         report_stain(folders, sizes)
         report_verdicts(folders)
-        report_coverage(folders)
+        report_coverage(folders, sizes["partitions"])
     return 0
 
 
@@ -222,10 +225,9 @@ def report_stain(folders: Sequence[ScoredFolder], sizes: Sizes) -> None:
     costs = {kind: strength_of_cost(models, some, kind) for kind in list(SHIFTS)[-sizes["shifts"] :]}
     moved = {kind: _features([shifted(he, kind, cost[0]) for he in images]) for kind, cost in costs.items()}
     base = _distances(profile, usual)
-    print(
-        f"\n## Foreign stains\n\nLimit {profile.limit:.2f}. Warned of without a shift: {_share(base, profile)} of the"
-    )
-    print(f"held-out cores, {_share(_distances(profile, others), profile)} of the cores of further patients.\n")
+    alarms = [_share(values, profile) for values in (base, _distances(profile, others))]
+    print(f"\n## Foreign stains\n\nLimit {profile.limit:.2f}. Warned of without a shift: {alarms[0]} held-out cores,")
+    print(f"{alarms[1]} cores of further patients.\n")
     print("| shift | strength | correlation left | AUROC | warned of |\n| --- | --- | --- | --- | --- |")
     for kind, (strength, left) in costs.items():
         found = _distances(profile, moved[kind])
@@ -301,7 +303,7 @@ def report_verdicts(folders: Sequence[ScoredFolder]) -> None:
         print(f"| {name} | {' | '.join(f'{trust[name].verdict} ({trust[name].low:.2f})' for trust in found)} |")
 
 
-def report_coverage(folders: Sequence[ScoredFolder]) -> None:
+def report_coverage(folders: Sequence[ScoredFolder], partitions: int = PARTITIONS) -> None:
     """Coverage of intervals per pixel over random partitions of the held-out groups, and over models."""
     methods = {"one width": 1, f"by {BINS} bins of the prediction": BINS}
     rows: dict[str, list[np.ndarray]] = {name: [] for name in methods}
@@ -311,7 +313,7 @@ def report_coverage(folders: Sequence[ScoredFolder]) -> None:
         predicted, measured, unit = _sample(folder)
         rng = np.random.default_rng(0)
         units = np.unique(unit)
-        for _ in range(PARTITIONS):
+        for _ in range(partitions):
             calibration = np.isin(unit, rng.permutation(units)[: len(units) // 2])
             for name, bins in methods.items():
                 covered = np.stack(
@@ -329,7 +331,7 @@ def report_coverage(folders: Sequence[ScoredFolder]) -> None:
                 single[name] += [covered[:, unit == one].mean(axis=1) for one in tested]
     count = len({group for _, group in _scored(folders[0])})
     print(f"\n## Coverage of intervals of 90 %\n\n{count} held-out groups, half of them for calibration, "
-          f"{PARTITIONS} partitions, {len(folders)} models. Empty markers are left out.\n")  # fmt: skip
+          f"{partitions} partitions, {len(folders)} models. Empty markers are left out.\n")  # fmt: skip
     print("| intervals | mean | lowest and highest marker | marker and partition within 90 ± 3 | single groups, 5 to "
           "95 % | pixels above half of the range |")  # fmt: skip
     print(f"|{' --- |' * 6}")
