@@ -26,8 +26,8 @@ import numpy as np
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from orion_unet.evaluation.intervals import LEVEL, interval, leave_one_out
 from orion_unet.evaluation.scores import RankBins, pearson
+from orion_unet.intervals import LEVEL, interval, leave_one_out
 
 UNITS = (3, 4, 5, 6, 8, 10, 15, 20, 30, 50)
 METHODS = ("percentile", "BCa", "t", "t, Fisher")

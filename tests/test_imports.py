@@ -22,7 +22,8 @@ LAYERS = (
     ("data", "checkpoint", "metrics"),
     (
         *("slides", "registration", "models", "losses", "config", "recipes", "distributed", "run_log"),
-        *("correlation", "patch_sums", "errors", "extras", "findings", "options", "text", "__init__"),
+        *("correlation", "patch_sums", "cell_metrics", "intervals"),
+        *("errors", "extras", "findings", "options", "text", "__init__"),
     ),
 )
 ROOMS_APART = {"training", "evaluation", "quantification", "inspection", "preparation", "monitor", "demo"}

@@ -111,9 +111,12 @@ def fold_parts(groups: Sequence[str], count: int, seed: int, folder: str) -> lis
 def core_groups(table: PairTable, given: str | None) -> list[str]:
     """Group of every core, from the CSV; without one, each core is its own group."""
     path = Path(given) if given else table.folder / GROUPS_FILE
-    names = table.names.tolist()
-    if not given and not path.is_file():
-        return list(names)
+    names: list[str] = table.names.tolist()
+    return read_groups(path, names) if given or path.is_file() else names
+
+
+def read_groups(path: Path, names: Sequence[str]) -> list[str]:
+    """Group of each of the named cores, from a CSV with the columns core and group; raises InputError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, skipinitialspace=True))

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orion_unet.correlation import pearson
+from orion_unet.cell_metrics import CELL_METRICS, counted_scores
 from orion_unet.data.scale import Progress
 from orion_unet.evaluation.cells import CellFinder, Cells
-from orion_unet.evaluation.intervals import interval
-from orion_unet.evaluation.scores import BOUNDS, RankBins, overall, rank_scores
+from orion_unet.evaluation.scores import BOUNDS, overall, rank_scores
+from orion_unet.intervals import interval
 
-CELL_METRICS = ("pearson", "auc", "average_precision", "f1", "fraction_positive")
 # The predicted cut-off of positive cells is chosen on so many training cores, evenly spaced among all.
 CUTOFF_CORES = 20
 
@@ -95,30 +94,11 @@ def score_cells(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, left_
 
 def _scores(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
     """All metrics (N, C) with cores counted as ``counts`` (N, K) says."""
-    columns: dict[str, list[np.ndarray]] = {metric: [] for metric in CELL_METRICS}
-    cores = counts.shape[1]
-
-    def total(values: np.ndarray) -> np.ndarray:
-        counted: np.ndarray = counts @ np.bincount(cells.core, values, cores)
-        return counted
-
-    ones = np.ones(len(cells.core))
-    for marker, (threshold, cutoff) in enumerate(zip(thresholds, cutoffs, strict=True)):
-        p, t = cells.predicted[:, marker], cells.measured[:, marker]
-        sums = np.stack([total(values) for values in (ones, p, t, p * p, t * t, p * t)], axis=1)
-        columns["pearson"].append(pearson(sums[:, :, None])[:, 0])
-        undefined = np.full(len(counts), np.nan)
-        positive, called = t > threshold, p > cutoff
-        bins = RankBins(p, positive, cells.core, cores)
-        columns["auc"].append(bins.auc(counts))
-        columns["average_precision"].append(bins.average_precision(counts))
-        number, positives = total(ones), total(positive)
-        both = total(called) + positives
-        f1 = np.divide(2 * total(called & positive), both, out=undefined.copy(), where=positives > 0)
-        columns["f1"].append(f1 if np.isfinite(cutoff) else undefined)
-        fraction = np.divide(positives, number, out=undefined.copy(), where=number > 0)
-        columns["fraction_positive"].append(fraction if np.isfinite(threshold) else undefined)
-    return {metric: np.stack(found, axis=1) for metric, found in columns.items()}
+    rows = [
+        counted_scores(p, t, threshold, cutoff, cells.core, counts)
+        for p, t, threshold, cutoff in zip(cells.predicted.T, cells.measured.T, thresholds, cutoffs, strict=True)
+    ]
+    return {metric: np.stack([found[metric] for found in rows], axis=1) for metric in CELL_METRICS}
 
 
 def _exact_curves(cells: Cells, thresholds: np.ndarray) -> dict[str, np.ndarray]:

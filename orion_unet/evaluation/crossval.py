@@ -21,13 +21,13 @@ from orion_unet.evaluation.evaluate import require_packages
 from orion_unet.evaluation.figures import draw_markers
 from orion_unet.evaluation.files import interval_document, json_scores, score_columns, score_rows, versions
 from orion_unet.evaluation.gathering import GatheredCores
-from orion_unet.evaluation.intervals import leave_one_out, why_no_interval
 from orion_unet.evaluation.scorecard import MEAN, MODEL, Scorecard, trust_of, verdicts
 from orion_unet.evaluation.scored_folder import FolderOptions, ScoredFolder, open_folder
 from orion_unet.evaluation.scores import POSITIVE_THRESHOLD, sampled_share, sum_scores
 from orion_unet.evaluation.tables import marker_table, show
 from orion_unet.inference.model import load_trained
 from orion_unet.inference.trust import RULE, summary, write_scorecard
+from orion_unet.intervals import leave_one_out, why_no_interval
 from orion_unet.run_log import utc_now, write_atomic, write_json
 from orion_unet.text import clean, csv_bytes
 

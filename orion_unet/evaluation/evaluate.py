@@ -19,7 +19,6 @@ from orion_unet.evaluation.cell_scores import judge_cells
 from orion_unet.evaluation.cells import CellFinder, Cells, reads_images
 from orion_unet.evaluation.files import FILES, write_files
 from orion_unet.evaluation.gathering import GatheredCores
-from orion_unet.evaluation.intervals import leave_one_out, why_no_interval
 from orion_unet.evaluation.patches import PatchGallery
 from orion_unet.evaluation.results import Evaluation
 from orion_unet.evaluation.scorecard import MODEL, trust_of, verdicts
@@ -29,6 +28,7 @@ from orion_unet.evaluation.tables import cell_table, marker_table, show
 from orion_unet.extras import needed
 from orion_unet.inference.ensemble import load_models, members_of
 from orion_unet.inference.trust import run_folder_of, summary, write_scorecard
+from orion_unet.intervals import leave_one_out, why_no_interval
 from orion_unet.text import clean
 
 OUTPUT_FOLDER = "evaluation"

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from orion_unet import __version__
-from orion_unet.evaluation.cell_scores import CELL_METRICS, CellResult
+from orion_unet.cell_metrics import CELL_METRICS
+from orion_unet.evaluation.cell_scores import CellResult
 from orion_unet.evaluation.figures import draw_markers, draw_patches, draw_scatter
-from orion_unet.evaluation.intervals import COVERAGE, LEAST_UNITS, LEVEL
 from orion_unet.evaluation.results import Evaluation
 from orion_unet.evaluation.scorecard import DUELS, MEAN, MODEL, OVERALL, REGRESSION, Scorecard, trust_of, verdicts
 from orion_unet.evaluation.scores import BOX_PIXELS, METRICS, RANK_METRICS, SAMPLE_SEED, overall
 from orion_unet.inference.ensemble import members_of
 from orion_unet.inference.trust import RULE
+from orion_unet.intervals import COVERAGE, LEAST_UNITS, LEVEL
 from orion_unet.run_log import fsync_folder, utc_now, write_atomic, write_json
 from orion_unet.text import csv_bytes
 

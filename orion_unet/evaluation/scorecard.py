@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from orion_unet.evaluation.intervals import interval
 from orion_unet.evaluation.scores import (
     BOUNDS,
     RANK_METRICS,
@@ -18,6 +17,7 @@ from orion_unet.evaluation.scores import (
     sum_scores,
 )
 from orion_unet.inference.trust import MarkerTrust, judge_marker
+from orion_unet.intervals import interval
 
 MODEL, MEAN, REGRESSION = "model", "mean", "regression"
 BASELINE_NAMES = {MEAN: "the training mean", REGRESSION: "the regression from colours"}

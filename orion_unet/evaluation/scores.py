@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orion_unet.cell_metrics import CELL_BOUNDS, RankBins
 from orion_unet.correlation import pearson
 from orion_unet.data.randomness import SCORED_PIXELS, counter_rng
 from orion_unet.errors import InputError
@@ -23,7 +24,7 @@ RANK_METRICS = ("spearman", "auc", "average_precision")
 METRICS = (*SUM_METRICS, *RANK_METRICS, "fraction_positive")
 BOUNDS = {
     **dict.fromkeys(("pearson", "pearson_boxes", "ssim", "spearman"), (-1.0, 1.0)),
-    **dict.fromkeys(("auc", "average_precision", "f1", "fraction_positive"), (0.0, 1.0)),
+    **CELL_BOUNDS,
 }
 """Smallest and largest value of a score over pixels or cells; the others have no bounds that matter."""
 # GigaTIME (Valanarasu et al., Cell) correlates means over boxes of this many pixels a side.
@@ -34,8 +35,6 @@ POSITIVE_THRESHOLD = 0.5
 # Pixels drawn over all scored cores for what needs sorting; values bound the memory where markers are many.
 SAMPLED_PIXELS, SAMPLED_VALUES = 500_000, 20_000_000
 SAMPLE_SEED = 0
-# Steps of the ROC and precision-recall curves, over the positive values and over the negative ones.
-CURVE_STEPS = 512
 
 
 @dataclass(frozen=True)
@@ -137,46 +136,6 @@ def counted_rank_scores(
         "auc": bins.auc(counts),
         "average_precision": bins.average_precision(counts),
     }
-
-
-class RankBins:
-    """Predictions sorted into bins, counted by core and class: ROC and precision-recall curves whichever cores count.
-
-    The bin edges are quantiles of the positive and of the negative predictions, so that a rare class is followed
-    as finely as a common one. Equal predictions share a bin, and count half against each other, as in an exact
-    area under the curve.
-    """
-
-    def __init__(self, predicted: np.ndarray, positive: np.ndarray, core: np.ndarray, cores: int) -> None:
-        steps = np.linspace(0, 1, CURVE_STEPS + 1)
-        sides = [
-            np.quantile(side, steps, method="lower")
-            for side in (predicted[positive], predicted[~positive])
-            if side.size
-        ]
-        edges = np.unique(np.concatenate(sides)) if sides else np.zeros(1)
-        bins = np.searchsorted(edges, predicted, side="right")
-        size = len(edges) + 1
-        self.positive, self.negative = (
-            np.bincount(core[side] * size + bins[side], minlength=cores * size).reshape(cores, size).astype(np.float64)
-            for side in (positive, ~positive)
-        )
-
-    def auc(self, counts: np.ndarray) -> np.ndarray:
-        """Area under the ROC curve (N,) with cores counted as ``counts`` (N, K) says; NaN without both classes."""
-        positive, negative = counts @ self.positive, counts @ self.negative
-        below = np.cumsum(negative, axis=1) - negative / 2
-        pairs = positive.sum(axis=1) * negative.sum(axis=1)
-        return np.divide((positive * below).sum(axis=1), pairs, out=np.full(len(counts), np.nan), where=pairs > 0)
-
-    def average_precision(self, counts: np.ndarray) -> np.ndarray:
-        """Average precision (N,), Σ (Rₙ − Rₙ₋₁) Pₙ over the bins from the top; NaN without both classes."""
-        positive, negative = (np.flip(counts @ side, axis=1) for side in (self.positive, self.negative))
-        hits, all_called = np.cumsum(positive, axis=1), np.cumsum(positive + negative, axis=1)
-        precision = np.divide(hits, all_called, out=np.zeros_like(hits), where=all_called > 0)
-        total = hits[:, -1]
-        defined = (total > 0) & (all_called[:, -1] > total)
-        return np.divide((positive * precision).sum(axis=1), total, out=np.full(len(counts), np.nan), where=defined)
 
 
 def overall(values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from orion_unet.evaluation.cell_scores import CELL_METRICS, CellScores
+from orion_unet.cell_metrics import CELL_METRICS
+from orion_unet.evaluation.cell_scores import CellScores
 from orion_unet.evaluation.scorecard import MEAN, MODEL, OVERALL, REGRESSION, Scorecard, number
 from orion_unet.text import clean
 

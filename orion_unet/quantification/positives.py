@@ -1,5 +1,4 @@
-"""Which cells are positive for which marker: cut-offs from an evaluation or the command line, and how well they agree
-with measured markers."""
+"""Which cells are positive for which marker: cut-offs from an evaluation or the command line."""
 
 from __future__ import annotations
 
@@ -170,35 +169,3 @@ def _read_evaluation(given: Path, names: Sequence[str]) -> tuple[TrainingRange, 
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
-
-
-def agreement(
-    names: Sequence[str], predicted: CellMeans, measured: CellMeans, columns: Sequence[int], positives: Positives
-) -> dict[str, dict[str, float]]:
-    """How well predicted and measured means of the same cells agree, by marker.
-
-    ``columns`` are the predicted columns of the measured ones. ``pearson`` needs no cut-off; ``auc``,
-    ``average_precision`` and ``fraction_positive`` need a measured one, ``f1`` both. NaN where undefined.
-    """
-    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
-
-    found = {}
-    for place, column in enumerate(columns):
-        name = names[column]
-        p, t = positives.compared(name, predicted, column), positives.compared(name, measured, place)
-        valid = np.isfinite(p) & np.isfinite(t)
-        p, t = p[valid], t[valid]
-        scores = dict.fromkeys(("pearson", "auc", "average_precision", "f1", "fraction_positive"), math.nan)
-        if len(p) > 1 and np.ptp(p) > 0 and np.ptp(t) > 0:
-            scores["pearson"] = float(np.corrcoef(p, t)[0, 1])
-        threshold, cutoff = positives.value(name, "measured"), positives.value(name, "predicted")
-        if math.isfinite(threshold) and len(t):
-            truth = t > threshold
-            scores["fraction_positive"] = float(truth.mean())
-            if truth.any() and not truth.all():
-                scores["auc"] = float(roc_auc_score(truth, p))
-                scores["average_precision"] = float(average_precision_score(truth, p))
-            if truth.any() and math.isfinite(cutoff):
-                scores["f1"] = float(f1_score(truth, p > cutoff))
-        found[name] = scores
-    return found

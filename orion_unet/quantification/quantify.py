@@ -20,6 +20,8 @@ from orion_unet.inference.progress import Progress
 from orion_unet.inference.stain_table import stain_warning
 from orion_unet.quantification.cell_labels import CellLabels, bands
 from orion_unet.quantification.cells import INSTEAD, ImageCells
+from orion_unet.quantification.comparison import COLUMNS, Comparison, compare
+from orion_unet.quantification.comparison_figure import draw_comparison
 from orion_unet.quantification.files import CSV, H5AD, JSON, write_csv, write_geojson, write_h5ad
 from orion_unet.quantification.measure import Step, ToUnit, measure_geometry, measure_means
 from orion_unet.quantification.nuclei import Scaled, find_nuclei, own_range, tile_steps
@@ -30,12 +32,16 @@ from orion_unet.quantification.sources import (
     Source,
     check_sources,
     find_sources,
+    image_groups,
     measured_channels,
 )
 from orion_unet.run_log import fsync_folder, write_json
 from orion_unet.segmentation import nuclear_marker
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.open import open_labels, open_markers
+from orion_unet.text import csv_bytes
+
+COMPARISON_CSV, COMPARISON_PNG = "comparison.csv", "comparison.png"
 
 
 def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
@@ -50,6 +56,7 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
     needed("scipy")
     needed("skimage", "scikit-image")
     names = check_sources(sources, options.channel_names)
+    groups = image_groups(sources, options.measured)
     positives = find_positives(names, options.evaluation, options.positive, options.measured_positive)
     nuclear = _check_nuclear(options, sources, names)
     h5ad = options.h5ad if options.h5ad is not None else find_spec("anndata") is not None
@@ -58,7 +65,8 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
     if options.measured is not None:
         needed("sklearn", "scikit-learn")
     job = _Job(options, names, positives, nuclear, progress)
-    possible = [*(name for source in sources for name in job.possible_files(source)), CSV, H5AD, JSON]
+    tables = [CSV, COMPARISON_CSV, COMPARISON_PNG, H5AD, JSON]
+    possible = [*(name for source in sources for name in job.possible_files(source)), *tables]
     _refuse_existing(options, possible)
     new_folder = not options.output_dir.exists()
     prepare_folder(options.output_dir)
@@ -66,7 +74,8 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
         with tempfile.TemporaryDirectory(prefix=".quantify-", dir=options.output_dir) as scratch:
             images = [job.run(source, Path(scratch)) for source in sources]
             _require_cells(options, images)
-            written = job.write_tables(images, Path(scratch), h5ad)
+            comparison = compare(names, positives, images, groups)
+            written = job.write_tables(images, comparison, Path(scratch), h5ad)
             for name in written:
                 os.replace(Path(scratch) / name, options.output_dir / name)
         # What an earlier call left and this one did not replace belongs to other cells.
@@ -79,7 +88,7 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
         progress.end()
         if new_folder and not any(options.output_dir.iterdir()):
             options.output_dir.rmdir()
-    report(names, positives, images, progress.say)
+    report(names, positives, images, comparison, progress.say)
     if not h5ad and options.h5ad is None:
         progress.say('note: no cells.h5ad, because anndata is not installed: pip install "orion-unet[cells]"')
     return options.output_dir
@@ -251,12 +260,21 @@ class _Job:
         if self.options.overview:
             (scratch / overview).write_bytes(draw_positives(image, cells, self.names, self.positives, unit))
 
-    def write_tables(self, images: Sequence[ImageCells], scratch: Path, h5ad: bool) -> list[str]:
+    def write_tables(
+        self, images: Sequence[ImageCells], comparison: Comparison | None, scratch: Path, h5ad: bool
+    ) -> list[str]:
         """Write the tables of all images into the scratch folder; returns all files there that are results."""
         with open(scratch / CSV, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             write_csv(file, images, self.names, self.positives)
         if h5ad:
             write_h5ad(scratch / H5AD, images, self.names, self.positives)
-        write_json(scratch / JSON, document(self.options, self.names, self.positives, images))
+        compared = []
+        if comparison is not None:
+            compared.append(COMPARISON_CSV)
+            (scratch / COMPARISON_CSV).write_bytes(csv_bytes(COLUMNS, comparison.table()))
+            if self.options.overview and comparison.rows:
+                compared.append(COMPARISON_PNG)
+                (scratch / COMPARISON_PNG).write_bytes(draw_comparison(comparison))
+        write_json(scratch / JSON, document(self.options, self.names, self.positives, images, comparison))
         own = sorted(path.name for path in scratch.iterdir() if path.name.endswith(("cells.geojson", "overview.png")))
-        return [*own, CSV, *([H5AD] if h5ad else []), JSON]
+        return [*own, CSV, *compared, *([H5AD] if h5ad else []), JSON]

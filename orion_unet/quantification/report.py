@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from orion_unet import __version__
 from orion_unet.config import QuantifyOptions
 from orion_unet.quantification.cells import ImageCells
-from orion_unet.quantification.files import measured_columns
-from orion_unet.quantification.measure import CellMeans
-from orion_unet.quantification.positives import Positives, agreement
+from orion_unet.quantification.comparison import Comparison
+from orion_unet.quantification.positives import Positives
 from orion_unet.run_log import utc_now
 from orion_unet.text import clean, short_number
 
@@ -21,7 +18,11 @@ SCORES = {"pearson": "Pearson", "auc": "AUC", "average_precision": "AP", "f1": "
 
 
 def document(
-    options: QuantifyOptions, names: Sequence[str], positives: Positives, images: Sequence[ImageCells]
+    options: QuantifyOptions,
+    names: Sequence[str],
+    positives: Positives,
+    images: Sequence[ImageCells],
+    comparison: Comparison | None,
 ) -> dict[str, Any]:
     """Content of quantify.json; what is undefined is null."""
     counts = positive_counts(names, positives, images)
@@ -57,7 +58,8 @@ def document(
             }
             for name, cutoff in positives.cutoffs.items()
         },
-        "agreement": compare(names, positives, images),
+        "agreement": None if comparison is None else comparison.document(),
+        "intervals": None if comparison is None else comparison.interval_document(),
     }
 
 
@@ -70,39 +72,16 @@ def positive_counts(names: Sequence[str], positives: Positives, images: Sequence
     return counts
 
 
-def compare(
-    names: Sequence[str], positives: Positives, images: Sequence[ImageCells]
-) -> dict[str, dict[str, float]] | None:
-    """How well predicted and measured cells of all images together agree; None without measured markers."""
-    columns = measured_columns(images)
-    if not columns:
-        return None
-    measured = []
-    for cells in images:
-        assert cells.measured is not None, "--measured is for all images"
-        own = cells.measured_columns
-        places = [own.index(column) if column in own else -1 for column in columns]
-        unit = None if cells.measured.unit is None else _chosen(cells.measured.unit, places)
-        measured.append(CellMeans(_chosen(cells.measured.mean, places), None, unit))
-    return agreement(names, _joined([cells.means for cells in images]), _joined(measured), columns, positives)
-
-
-def _joined(parts: Sequence[CellMeans]) -> CellMeans:
-    units = [part.unit for part in parts if part.unit is not None]
-    return CellMeans(np.concatenate([part.mean for part in parts]), None, np.concatenate(units) if units else None)
-
-
-def _chosen(values: np.ndarray, places: Sequence[int]) -> np.ndarray:
-    """Columns of an array (n, C) by their places, NaN for -1."""
-    return np.concatenate([values, np.full((len(values), 1), np.nan)], axis=1)[:, list(places)]
-
-
 def report(
-    names: Sequence[str], positives: Positives, images: Sequence[ImageCells], say: Callable[[str], None]
+    names: Sequence[str],
+    positives: Positives,
+    images: Sequence[ImageCells],
+    comparison: Comparison | None,
+    say: Callable[[str], None],
 ) -> None:
     """Show positive cells, agreement and the origin of the cut-offs on the terminal."""
     counts = positive_counts(names, positives, images)
-    scores = compare(names, positives, images) or {}
+    scores = {} if comparison is None else {name: found.scores for name, found in comparison.markers.items()}
     if scores or counts:
         _show(names, positives, counts, scores)
     origins = sorted({cutoff.origin for cutoff in positives.cutoffs.values()})

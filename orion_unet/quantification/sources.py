@@ -9,6 +9,7 @@ from pathlib import Path
 from orion_unet.config import QuantifyOptions
 from orion_unet.data.channels import NAMES_FILE, channel_names
 from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
+from orion_unet.data.split import GROUPS_FILE, read_groups
 from orion_unet.data.stain import StainJudgement
 from orion_unet.errors import InputError
 from orion_unet.inference.outputs import RESULT_SUFFIX
@@ -97,6 +98,15 @@ def image_name(path: Path) -> str:
     if name.lower().endswith(".ome"):
         name = name[: -len(".ome")]
     return name.removesuffix(MEASURED_ENDING) or name
+
+
+def image_groups(sources: Sequence[Source], measured: Path | None) -> list[str]:
+    """Patient or slide of each image, from the groups.csv in the folder of the measured markers; without one, each
+    image is its own group. Raises InputError where it does not name every image."""
+    names = [source.name for source in sources]
+    if measured is None or not (measured / GROUPS_FILE).is_file():
+        return names
+    return read_groups(measured / GROUPS_FILE, names)
 
 
 def names_of(image: MarkerImage, given: str | None) -> tuple[str, ...]:

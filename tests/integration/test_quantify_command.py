@@ -246,7 +246,31 @@ def test_measured_markers_are_measured_in_the_same_cells_and_compared(quantify, 
         assert scores["average_precision"] == pytest.approx(average_precision_score(positive, predicted))
         assert scores["pearson"] == pytest.approx(np.corrcoef(predicted, truth[:, index])[0, 1])
         assert document(done.dir)["cutoffs"][name]["unit"] == "as stored"
+        assert np.sum(scores["confusion"]) == len(truth)
+        assert scores["confusion"][1][1] == (positive & (predicted > cutoff)).sum()
+    with open(done.dir / "comparison.csv", newline="") as file:
+        assert [row["marker"] for row in csv.DictReader(file)] == ["CD3e", "CD20"]
+    assert (done.dir / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert document(done.dir)["intervals"]["missing_because"].startswith("too few images (1)")
     assert document(done.dir)["agreement"]["DAPI"]["f1"] is None
+    # Another call without --measured leaves nothing of this one.
+    assert quantify("--labels", files / "core_LABELS.npy", "--overwrite").code == 0
+    assert not (done.dir / "comparison.csv").exists()
+
+
+def test_the_groups_of_measured_images_must_name_every_image(quantify, files, image):
+    np.save(files / "core_ORION.npy", image)
+    (files / "channel_names.txt").write_text("\n".join(NAMES))
+    (files / "groups.csv").write_text("core,group\nother,a\n")
+    done = quantify("--labels", files / "core_LABELS.npy", "--measured", files, "--positive", "CD3e=20000")
+    assert done.code == 2
+    assert "does not assign every core to one group" in done.err
+    assert not done.dir.exists()
+    (files / "groups.csv").write_text("core,group\ncore,a\n")
+    done = quantify("--labels", files / "core_LABELS.npy", "--measured", files, "--positive", "CD3e=20000")
+    assert done.code == 0, done.err
+    with open(done.dir / "comparison.csv", newline="") as file:
+        assert [row["group"] for row in csv.DictReader(file)] == ["a"]
 
 
 def scores_json(folder, transform="linear", **changes):

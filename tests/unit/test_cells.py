@@ -18,7 +18,7 @@ from orion_unet.evaluation.cells import (
     load_labels,
     measure_cells,
 )
-from orion_unet.evaluation.intervals import leave_one_out
+from orion_unet.intervals import leave_one_out
 from orion_unet.segmentation import nuclear_marker, segment_nuclei
 
 CENTRES = [(20, 20), (20, 60), (50, 40), (80, 20), (80, 75)]

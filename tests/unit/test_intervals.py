@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from orion_unet.evaluation.intervals import LEAST_UNITS, interval, leave_one_out, why_no_interval
+from orion_unet.intervals import LEAST_UNITS, interval, leave_one_out, why_no_interval
 
 
 def test_every_unit_is_left_out_once_with_all_its_cores():

@@ -9,7 +9,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from orion_unet.errors import InputError
-from orion_unet.evaluation.intervals import leave_one_out
 from orion_unet.evaluation.scorecard import MEAN, MODEL, REGRESSION, make_scorecard, verdicts
 from orion_unet.evaluation.scores import (
     RankBins,
@@ -22,6 +21,7 @@ from orion_unet.evaluation.scores import (
     score_core,
     sum_scores,
 )
+from orion_unet.intervals import leave_one_out
 
 THRESHOLDS = np.array([0.5, 0.8, 0.5])
 
