@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(argv)
     if options.formats:
-        rows = measure_formats(options, interleaved)
+        rows = measure_formats(options)
         print(json.dumps(rows, indent=2) if options.json else formats_table(rows))
         return 0
     if options.pairs_dir:

@@ -2,8 +2,10 @@
 
 Writes the same cores in each format, and measures, in turns in one process:
 
-- patches/s of one loader process that mixes ``--mixed_cores`` cores, its cache empty at first, and of a plain copy of the same crops from .npy;
-- the bare decoder: every tile that the epoch needs is read and decoded once, and nothing is done with it;
+- patches/s of one loader process that mixes ``--mixed_cores`` cores, its cache empty at first;
+- a plain copy of the same crops from .npy;
+- the bare decoder: every tile that the epoch needs is read and decoded once, and nothing is done with it (rates of all
+  three are per second of processor time, so that other work on the machine changes them little);
 - bytes on disk, bytes read from an empty page cache, and how often a tile that is needed is decoded.
 """
 
@@ -45,11 +47,10 @@ FORMATS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "OME-Zarr zstd 512": ("zarr", 512, {}),
     "OME-Zarr blosc 128, shards": ("zarr", 128, {"shards": True, "blosc": True}),
 }
-Rates = Callable[[dict[str, Callable[[], None]], int, int], dict[str, float]]
 
 
-def measure_formats(options: argparse.Namespace, interleaved: Rates) -> dict[str, Any]:
-    """A row of results for each of the formats asked for; ``interleaved`` measures rates in turns."""
+def measure_formats(options: argparse.Namespace) -> dict[str, Any]:
+    """A row of results for each of the formats asked for."""
     names = list(FORMATS) if options.formats == "all" else options.formats.split(";")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="orion_formats_", dir=os.environ.get("TMPDIR")) as folder:
@@ -59,7 +60,7 @@ def measure_formats(options: argparse.Namespace, interleaved: Rates) -> dict[str
         copied = samples_of(plain, options)
         for name in names:
             write_set(target, cores, *FORMATS[name])
-            found[name] = measure_set(target, copied, options, interleaved)
+            found[name] = measure_set(target, copied, options)
             shutil.rmtree(target)
             if not options.json:
                 print(formats_table({name: found[name]}).splitlines()[-1], flush=True)
@@ -137,9 +138,7 @@ def samples_of(folder: Path, options: argparse.Namespace, cache_bytes: int | Non
     return TrainingSamples(reader, np.arange(len(table)), DataOptions().patches_per_image, SEED, augment=True)
 
 
-def measure_set(
-    folder: Path, copied: TrainingSamples, options: argparse.Namespace, interleaved: Rates
-) -> dict[str, Any]:
+def measure_set(folder: Path, copied: TrainingSamples, options: argparse.Namespace) -> dict[str, Any]:
     """One row: rates of one worker, of the bare decoder and of a plain copy, and bytes."""
     samples = samples_of(folder, options)
     reader, per_core = samples.reader, samples.patches_per_image
@@ -150,6 +149,8 @@ def measure_set(
     order = orders[options.mixed_cores]
     batches = [copied.places(request) for request in order]
     count = sum(map(len, batches))
+    # First, while no memory map keeps pages of the set in memory.
+    cold = read_cold(folder, options, order, count)
     buffers = {
         name: np.empty(copied.reader.batch_shape(name, options.batch_size), form.dtype)
         for name, form in copied.reader.formats.items()
@@ -173,7 +174,7 @@ def measure_set(
             pass
 
     subjects: dict[str, Callable[[], None]] = {"copy": copy, "worker": load, **({"decoder": decode} if needed else {})}
-    rates = interleaved(subjects, count, options.repeats)
+    rates = processor_rates(subjects, count, options.repeats)
     loader.close()
     patch_bytes = sum(buffer[0].nbytes for buffer in buffers.values())
     row: dict[str, Any] = {
@@ -190,7 +191,19 @@ def measure_set(
             for request in orders[mixed]:
                 fresh.reader.read(fresh.places(request))
             row[name] = fresh.reader.cache.decoded_bytes / tile_bytes
-    return row | read_cold(folder, options, order, count)
+    return row | cold
+
+
+def processor_rates(subjects: dict[str, Callable[[], None]], count: int, repeats: int) -> dict[str, float]:
+    """Median rate of each subject per second of processor time, over passes in turns after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for repeat in range(repeats + 1):
+        for name, subject in subjects.items():
+            started = time.process_time()
+            subject()
+            if repeat:
+                seconds[name].append(time.process_time() - started)
+    return {name: count / median(taken) for name, taken in seconds.items()}
 
 
 def needed_tiles(samples: TrainingSamples, order: TrainingOrder) -> list[tuple[Tiles, list[Place]]]:
