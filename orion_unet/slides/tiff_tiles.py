@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 
 from orion_unet.errors import InputError
-from orion_unet.slides.tiles import Place, Tiles
+from orion_unet.slides.tiles import LARGEST_SEGMENT, Place, Tiles
 
-# A larger tile or strip means that the slide is one compressed piece, which cannot be read by region.
-LARGEST_SEGMENT = 1 << 29
 # TIFF's codes for compressions whose tables are kept apart from the tiles.
 JPEGS = (6, 7, 34892, 33007)
 

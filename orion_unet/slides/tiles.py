@@ -14,6 +14,8 @@ from orion_unet.errors import InputError
 
 # Row, group of channels and column of a tile.
 Place = tuple[int, int, int]
+# A larger tile, strip or chunk means that the slide is one compressed piece, which cannot be read by region [bytes].
+LARGEST_SEGMENT = 1 << 29
 # Cache of an array that is opened for itself [bytes].
 OWN_CACHE_BYTES = 32 << 20
 

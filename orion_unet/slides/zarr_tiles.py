@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.errors import InputError
-from orion_unet.slides.tiles import Place, Tiles
+from orion_unet.slides.tiles import LARGEST_SEGMENT, Place, Tiles
 
 # In the index of a shard: a chunk that is left out.
 LEFT_OUT = 2**64 - 1
@@ -26,7 +26,7 @@ class ZarrTiles(Tiles):
     """One level of an image with the axes c, y, x; others must have one position.
 
     Chunks that are left out have the array's fill value. ``channels_last`` is True where c is the last axis. Raises
-    InputError if not one chunk is there.
+    InputError if not one chunk is there, or if one is too large for memory.
     """
 
     def __init__(self, path: Path, array: Any, axes: str, level: int = 0) -> None:
@@ -40,6 +40,11 @@ class ZarrTiles(Tiles):
         self.channels_last = axes.endswith("c")
         self._array, self._axes, self._chunk = array, axes, tuple(array.chunks)
         self._shard = None if array.shards is None else tuple(array.shards)
+        if int(np.prod(self._chunk)) * self.dtype.itemsize > LARGEST_SEGMENT:
+            raise InputError(
+                f"{path}: level {level} is stored in chunks of {self._chunk}, too large to be read by region: save it "
+                "in smaller ones"
+            )
         # Text: joining paths would take longer than reading a small chunk.
         self._folder = str(Path(str(array.store_path.store.root)) / array.store_path.path)
         self._key: Callable[[tuple[int, ...]], str] = array.metadata.encode_chunk_key
