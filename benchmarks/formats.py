@@ -39,15 +39,16 @@ SEED = 0
 FORMATS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "npy (C, H, W)": ("npy", 0, {"axes": (2, 0, 1)}),
     "npy (H, W, C), packed": ("npy", 0, {"axes": (0, 1, 2)}),
-    "OME-TIFF zstd 256": ("tiff", 256, {"compression": "zstd"}),
     "OME-TIFF deflate 256": ("tiff", 256, {"compression": "zlib"}),
-    "OME-TIFF zstd 128": ("tiff", 128, {"compression": "zstd"}),
-    "OME-Zarr zstd 64, shards": ("zarr", 64, {"shards": True}),
+    "OME-TIFF zstd 256": ("tiff", 256, {"compression": "zstd"}),
+    "OME-TIFF zstd 256, predictor": ("tiff", 256, {"compression": "zstd", "predictor": True}),
+    "OME-TIFF zstd 128, predictor": ("tiff", 128, {"compression": "zstd", "predictor": True}),
     "OME-Zarr zstd 128, shards": ("zarr", 128, {"shards": True}),
-    "OME-Zarr zstd 128": ("zarr", 128, {}),
-    "OME-Zarr zstd 256, shards": ("zarr", 256, {"shards": True}),
-    "OME-Zarr zstd 512": ("zarr", 512, {}),
+    "OME-Zarr blosc 64, shards": ("zarr", 64, {"shards": True, "blosc": True}),
     "OME-Zarr blosc 128, shards": ("zarr", 128, {"shards": True, "blosc": True}),
+    "OME-Zarr blosc 128": ("zarr", 128, {"blosc": True}),
+    "OME-Zarr blosc 256, shards": ("zarr", 256, {"shards": True, "blosc": True}),
+    "OME-Zarr blosc 512": ("zarr", 512, {"blosc": True}),
 }
 
 
@@ -136,12 +137,12 @@ def write_set(
             if kind == "npy":
                 np.save(path.with_name(f"{path.name}.npy"), np.ascontiguousarray(image.transpose(more["axes"])))
             elif kind == "tiff":
-                write_tiff(path.with_name(f"{path.name}.ome.tif"), image, side, more["compression"])
+                write_tiff(path.with_name(f"{path.name}.ome.tif"), image, side, **more)
             else:
                 write_zarr(path.with_name(f"{path.name}.ome.zarr"), image, side, **more)
 
 
-def write_tiff(path: Path, image: np.ndarray, side: int, compression: str) -> None:
+def write_tiff(path: Path, image: np.ndarray, side: int, compression: str, predictor: bool = False) -> None:
     """The H&E interleaved, markers a page each."""
     import tifffile
 
@@ -151,6 +152,7 @@ def write_tiff(path: Path, image: np.ndarray, side: int, compression: str) -> No
         image if he else np.ascontiguousarray(image.transpose(2, 0, 1)),
         tile=(side, side),
         compression=compression,
+        predictor=predictor,
         photometric="rgb" if he else "minisblack",
         metadata={"axes": "YXS" if he else "CYX"},
         ome=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,10 @@ class TiffTiles(Tiles):
             # On damaged bytes a decoder can raise almost anything.
             raise self.damaged(place, error) from None
         return None if pixels is None else np.asarray(pixels[0])
+
+    def expect_single_tiles(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):

@@ -41,6 +41,10 @@ class Tiles(ABC):
         Raises InputError if it is damaged.
         """
 
+    @abstractmethod
+    def expect_single_tiles(self) -> None:
+        """Switch off read-ahead, which reads several times a tile around each one of a set larger than memory."""
+
     def damaged(self, place: Place, error: Exception) -> InputError:
         """What to raise for a tile that cannot be decoded."""
         row, _, column = place

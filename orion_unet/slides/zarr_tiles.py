@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ class ZarrTiles(Tiles):
         self._key: Callable[[tuple[int, ...]], str] = array.metadata.encode_chunk_key
         self._codecs = _codecs(array)
         self._indices: dict[str, np.ndarray] = {}
+        self._single_tiles = False
         if not _has_chunks(Path(self._folder)):
             raise InputError(
                 f"{path}: has no pixels at level {level}: not one chunk of the array {array.path or '.'} is there; "
                 "copy it again"
             )
+
+    def expect_single_tiles(self) -> None:
+        self._single_tiles = True
 
     def tile(self, place: Place) -> np.ndarray | None:
         row, group, column = place
@@ -102,6 +107,9 @@ class ZarrTiles(Tiles):
         except FileNotFoundError:
             return None
         try:
+            if self._single_tiles:
+                with suppress(AttributeError, OSError):
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
             if key not in self._indices:
                 self._indices[key] = self._index(handle, per_shard)
             offset, length = (int(value) for value in self._indices[key][inside])
