@@ -22,10 +22,11 @@ def write_zarr(
     """Write bands of rows (h, W, C) as an OME-Zarr image (C, H, W) of one level. Raises OSError.
 
     Chunks are of one channel, of an image of three channels (the H&E) of all of them, so that training decodes only
-    what it keeps; their bytes are shuffled and compressed by zstd (blosc), and they are stored in shards. ``about`` has ``pixel_size_um``, None if unknown,
-    and ``names`` of the channels. Memory is that of one row of shards.
+    what it keeps; their bytes are shuffled and compressed by zstd (blosc), and they are stored in shards. ``about`` has
+    ``pixel_size_um``, None if unknown, and ``names`` of the channels. Memory is that of one row of shards.
     """
     import zarr
+    import zarr.codecs
 
     temporary = path.with_name(f".{path.name}.partial")
     try:
