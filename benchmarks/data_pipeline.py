@@ -32,7 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from formats import bytes_read, formats_table, measure_formats
+from formats import bytes_read, formats_table, measure_formats, measure_start, start_table
 
 from orion_unet.cli.arguments import Parser, run_command
 from orion_unet.config import DataOptions
@@ -63,11 +63,16 @@ def main(argv: list[str]) -> int:
         "--mixed_cores", type=int, default=4, metavar="N", help="as in training; with --formats; default: 4"
     )
     parser.add_argument("--cache_mb", type=float, default=512, metavar="X", help="as in training; default: 512")
+    parser.add_argument("--start_up", type=int, metavar="N", help="with --formats: only the headers of so many cores")
     parser.add_argument("--cold", action="store_true", help="also read from the disk")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(argv)
+    if options.formats and options.start_up:
+        rows = measure_start(options)
+        print(json.dumps(rows, indent=2) if options.json else start_table(rows))
+        return 0
     if options.formats:
-        rows = measure_formats(options, interleaved)
+        rows = measure_formats(options)
         print(json.dumps(rows, indent=2) if options.json else formats_table(rows))
         return 0
     if options.pairs_dir:

@@ -2,10 +2,13 @@
 
 Writes the same cores in each format, and measures, in turns in one process:
 
-- patches/s of one loader process that mixes ``--mixed_cores`` cores, its cache empty at first, and of a plain copy of
-  the same crops from .npy;
-- the bare decoder: every tile that the epoch needs is read and decoded once, and nothing is done with it;
+- patches/s of one loader process that mixes ``--mixed_cores`` cores, its cache empty at first;
+- a plain copy of the same crops from .npy;
+- the bare decoder: every tile that the epoch needs is read and decoded once, and nothing is done with it (rates of all
+  three are per second of processor time, so that other work on the machine changes them little);
 - bytes on disk, bytes read from an empty page cache, and how often a tile that is needed is decoded.
+
+With --start_up N, only how long it takes to check the headers of N cores, at first and again.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.config import DataOptions
-from orion_unet.data.loaders import BatchLoader, TrainingOrder, TrainingSamples
+from orion_unet.data.loaders import BatchLoader, BatchRequest, TrainingOrder, TrainingSamples
 from orion_unet.data.measured import file_state
 from orion_unet.data.pairs import find_pairs
 from orion_unet.data.patches import PatchReader
@@ -36,21 +39,21 @@ SEED = 0
 FORMATS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "npy (C, H, W)": ("npy", 0, {"axes": (2, 0, 1)}),
     "npy (H, W, C), packed": ("npy", 0, {"axes": (0, 1, 2)}),
-    "OME-TIFF zstd 256": ("tiff", 256, {"compression": "zstd"}),
     "OME-TIFF deflate 256": ("tiff", 256, {"compression": "zlib"}),
-    "OME-TIFF zstd 128": ("tiff", 128, {"compression": "zstd"}),
-    "OME-Zarr zstd 64, shards": ("zarr", 64, {"shards": True}),
+    "OME-TIFF zstd 256": ("tiff", 256, {"compression": "zstd"}),
+    "OME-TIFF zstd 256, predictor": ("tiff", 256, {"compression": "zstd", "predictor": True}),
+    "OME-TIFF zstd 128, predictor": ("tiff", 128, {"compression": "zstd", "predictor": True}),
     "OME-Zarr zstd 128, shards": ("zarr", 128, {"shards": True}),
-    "OME-Zarr zstd 128": ("zarr", 128, {}),
-    "OME-Zarr zstd 256, shards": ("zarr", 256, {"shards": True}),
-    "OME-Zarr zstd 512": ("zarr", 512, {}),
+    "OME-Zarr blosc 64, shards": ("zarr", 64, {"shards": True, "blosc": True}),
     "OME-Zarr blosc 128, shards": ("zarr", 128, {"shards": True, "blosc": True}),
+    "OME-Zarr blosc 128": ("zarr", 128, {"blosc": True}),
+    "OME-Zarr blosc 256, shards": ("zarr", 256, {"shards": True, "blosc": True}),
+    "OME-Zarr blosc 512": ("zarr", 512, {"blosc": True}),
 }
-Rates = Callable[[dict[str, Callable[[], None]], int, int], dict[str, float]]
 
 
-def measure_formats(options: argparse.Namespace, interleaved: Rates) -> dict[str, Any]:
-    """A row of results for each of the formats asked for; ``interleaved`` measures rates in turns."""
+def measure_formats(options: argparse.Namespace) -> dict[str, Any]:
+    """A row of results for each of the formats asked for."""
     names = list(FORMATS) if options.formats == "all" else options.formats.split(";")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="orion_formats_", dir=os.environ.get("TMPDIR")) as folder:
@@ -60,11 +63,56 @@ def measure_formats(options: argparse.Namespace, interleaved: Rates) -> dict[str
         copied = samples_of(plain, options)
         for name in names:
             write_set(target, cores, *FORMATS[name])
-            found[name] = measure_set(target, copied, options, interleaved)
+            found[name] = measure_set(target, copied, options)
             shutil.rmtree(target)
             if not options.json:
                 print(formats_table({name: found[name]}).splitlines()[-1], flush=True)
     return found
+
+
+def measure_start(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds until the headers of ``--start_up`` cores are checked, at first and again, for each format: the same
+    core under many names, so that the disk needs room for one."""
+    found: dict[str, Any] = {}
+    names = list(FORMATS) if options.formats == "all" else options.formats.split(";")
+    with tempfile.TemporaryDirectory(prefix="orion_formats_", dir=os.environ.get("TMPDIR")) as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        cores = [draw_stack(0, options)]
+        for name in names:
+            one, many = Path(folder) / "one", Path(folder) / "many"
+            write_set(one, cores, *FORMATS[name])
+            many.mkdir()
+            for image in one.iterdir():
+                for core in range(options.start_up):
+                    named = many / image.name.replace("core_0", f"core_{core:05d}")
+                    shutil.copytree(image, named, copy_function=os.link) if image.is_dir() else os.link(image, named)
+            seconds = []
+            for _ in range(2):
+                started = time.perf_counter()
+                find_pairs(DataOptions(pairs_dir=str(many)))
+                seconds.append(time.perf_counter() - started)
+            files = sum(1 for path in one.rglob("*") if path.is_file())
+            found[name] = {
+                "cores": options.start_up,
+                "files_per_core": files,
+                "first_s": seconds[0],
+                "again_s": seconds[1],
+            }
+            if not options.json:
+                print(start_table({name: found[name]}).splitlines()[-1], flush=True)
+            for path in (one, many):
+                shutil.rmtree(path)
+    return found
+
+
+def start_table(rows: dict[str, Any]) -> str:
+    """The results as a table of Markdown."""
+    lines = ["| format | cores | files a core | first [s] | again [s] |", "| --- | --- | --- | --- | --- |"]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['cores']} | {row['files_per_core']} | {row['first_s']:.1f} | {row['again_s']:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def draw_stack(core: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -89,12 +137,12 @@ def write_set(
             if kind == "npy":
                 np.save(path.with_name(f"{path.name}.npy"), np.ascontiguousarray(image.transpose(more["axes"])))
             elif kind == "tiff":
-                write_tiff(path.with_name(f"{path.name}.ome.tif"), image, side, more["compression"])
+                write_tiff(path.with_name(f"{path.name}.ome.tif"), image, side, **more)
             else:
                 write_zarr(path.with_name(f"{path.name}.ome.zarr"), image, side, **more)
 
 
-def write_tiff(path: Path, image: np.ndarray, side: int, compression: str) -> None:
+def write_tiff(path: Path, image: np.ndarray, side: int, compression: str, predictor: bool = False) -> None:
     """The H&E interleaved, markers a page each."""
     import tifffile
 
@@ -104,6 +152,7 @@ def write_tiff(path: Path, image: np.ndarray, side: int, compression: str) -> No
         image if he else np.ascontiguousarray(image.transpose(2, 0, 1)),
         tile=(side, side),
         compression=compression,
+        predictor=predictor,
         photometric="rgb" if he else "minisblack",
         metadata={"axes": "YXS" if he else "CYX"},
         ome=True,
@@ -138,19 +187,15 @@ def samples_of(folder: Path, options: argparse.Namespace, cache_bytes: int | Non
     return TrainingSamples(reader, np.arange(len(table)), DataOptions().patches_per_image, SEED, augment=True)
 
 
-def measure_set(
-    folder: Path, copied: TrainingSamples, options: argparse.Namespace, interleaved: Rates
-) -> dict[str, Any]:
+def measure_set(folder: Path, copied: TrainingSamples, options: argparse.Namespace) -> dict[str, Any]:
     """One row: rates of one worker, of the bare decoder and of a plain copy, and bytes."""
     samples = samples_of(folder, options)
     reader, per_core = samples.reader, samples.patches_per_image
-    orders = {
-        mixed: TrainingOrder(len(samples), options.batch_size, 0, 1, SEED, (per_core, mixed))
-        for mixed in (options.mixed_cores, 0)
-    }
-    order = orders[options.mixed_cores]
+    order = TrainingOrder(len(samples), options.batch_size, 0, 1, SEED, (per_core, options.mixed_cores))
     batches = [copied.places(request) for request in order]
     count = sum(map(len, batches))
+    # First, while no memory map keeps pages of the set in memory.
+    cold = read_cold(folder, options, order, count)
     buffers = {
         name: np.empty(copied.reader.batch_shape(name, options.batch_size), form.dtype)
         for name, form in copied.reader.formats.items()
@@ -174,7 +219,7 @@ def measure_set(
             pass
 
     subjects: dict[str, Callable[[], None]] = {"copy": copy, "worker": load, **({"decoder": decode} if needed else {})}
-    rates = interleaved(subjects, count, options.repeats)
+    rates = processor_rates(subjects, count, options.repeats)
     loader.close()
     patch_bytes = sum(buffer[0].nbytes for buffer in buffers.values())
     row: dict[str, Any] = {
@@ -186,12 +231,28 @@ def measure_set(
     if needed:
         tile_bytes = sum(tile_size(tiles) * len(places) for tiles, places in needed)
         row |= {"decoder_patches_per_s": rates["decoder"], "tiles_per_patch_byte": tile_bytes / (count * patch_bytes)}
-        for mixed, name in ((options.mixed_cores, "times_decoded"), (0, "times_decoded_all_mixed")):
+        for alone in (False, True):
             fresh = samples_of(folder, options)
-            for request in orders[mixed]:
-                fresh.reader.read(fresh.places(request))
-            row[name] = fresh.reader.cache.decoded_bytes / tile_bytes
-    return row | read_cold(folder, options, order, count)
+            for request in order:
+                for indices in np.split(request.indices, len(request.indices) if alone else 1):
+                    # Of a set much larger than the cache, whose cores are all mixed, no tile is still there.
+                    if alone:
+                        fresh.reader.cache.clear()
+                    fresh.reader.read(fresh.places(BatchRequest(request.epoch, indices)))
+            row["decoded_alone" if alone else "decoded"] = fresh.reader.cache.decoded_bytes / tile_bytes
+    return row | cold
+
+
+def processor_rates(subjects: dict[str, Callable[[], None]], count: int, repeats: int) -> dict[str, float]:
+    """Median rate of each subject per second of processor time, over passes in turns after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for repeat in range(repeats + 1):
+        for name, subject in subjects.items():
+            started = time.process_time()
+            subject()
+            if repeat:
+                seconds[name].append(time.process_time() - started)
+    return {name: count / median(taken) for name, taken in seconds.items()}
 
 
 def needed_tiles(samples: TrainingSamples, order: TrainingOrder) -> list[tuple[Tiles, list[Place]]]:
@@ -217,7 +278,7 @@ def tile_size(tiles: Tiles) -> int:
 def read_cold(folder: Path, options: argparse.Namespace, order: TrainingOrder, count: int) -> dict[str, Any]:
     """Patches per second and bytes read per patch with an empty page cache."""
     rates, read = [], []
-    for _ in range(3):
+    for _ in range(2):
         samples = samples_of(folder, options)
         samples.reader.from_disk = True
         for path in folder.rglob("*"):
@@ -243,7 +304,7 @@ def formats_table(rows: dict[str, Any]) -> str:
     """The results as a table of Markdown."""
     lines = [
         "| format | size / raw | 1 loader [patches/s] | / plain copy | / decoder | needed / patches | "
-        "decoded / needed | decoded / needed, all mixed | cold [patches/s] | read / patch [MB] |",
+        "decoded / needed | decoded / needed, all cores mixed | cold [patches/s] | read / patch [MB] |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
@@ -251,7 +312,7 @@ def formats_table(rows: dict[str, Any]) -> str:
         cells.append(f"{row['patches_per_s'] / row['copy_patches_per_s']:.2f}")
         if "decoder_patches_per_s" in row:
             cells.append(f"{row['patches_per_s'] / row['decoder_patches_per_s']:.2f}")
-            cells += [f"{row[key]:.2f}" for key in ("tiles_per_patch_byte", "times_decoded", "times_decoded_all_mixed")]
+            cells += [f"{row[key]:.2f}" for key in ("tiles_per_patch_byte", "decoded", "decoded_alone")]
         else:
             cells += ["", "", "", ""]
         cells += [f"{row['cold_patches_per_s']:.0f}", f"{row['cold_bytes_read_per_patch'] / 1e6:.2f}"]

@@ -116,8 +116,8 @@ class PatchReader:
         found = self._maps.get(key)
         if found is None:
             stored = self.table.open(core, modality, self.cache)
-            if self.from_disk and isinstance(stored, np.memmap):
-                expect_single_rows(stored)
+            if self.from_disk:
+                stored.tiles.expect_single_tiles() if isinstance(stored, TiledArray) else expect_single_rows(stored)
             found = self._maps[key] = (stored, stored if isinstance(stored, TiledArray) else np.asarray(stored))
             if len(self._maps) > OPEN_MAPS:
                 self._maps.popitem(last=False)

@@ -22,10 +22,11 @@ def write_zarr(
     """Write bands of rows (h, W, C) as an OME-Zarr image (C, H, W) of one level. Raises OSError.
 
     Chunks are of one channel, of an image of three channels (the H&E) of all of them, so that training decodes only
-    what it keeps; they are compressed by zstd and stored in shards. ``about`` has ``pixel_size_um``, None if unknown,
-    and ``names`` of the channels. Memory is that of one row of shards.
+    what it keeps; their bytes are shuffled and compressed by zstd (blosc), and they are stored in shards. ``about`` has
+    ``pixel_size_um``, None if unknown, and ``names`` of the channels. Memory is that of one row of shards.
     """
     import zarr
+    import zarr.codecs
 
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -37,7 +38,12 @@ def write_zarr(
             min(CHUNK * most, -(-side // CHUNK) * CHUNK) for side, most in zip((height, width), SHARD, strict=True)
         ]
         array = group.create_array(
-            "0", shape=(channels, height, width), dtype=dtype, chunks=(depth, CHUNK, CHUNK), shards=(depth, *shard)
+            "0",
+            shape=(channels, height, width),
+            dtype=dtype,
+            chunks=(depth, CHUNK, CHUNK),
+            shards=(depth, *shard),
+            compressors=zarr.codecs.BloscCodec(cname="zstd"),
         )
         top = 0
         for rows in _joined(bands, shard[0]):

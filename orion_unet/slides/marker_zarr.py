@@ -52,8 +52,18 @@ class ZarrImage(NamedTuple):
 def open_marker_zarr(path: Path) -> MarkerImage:
     """Open the markers of an OME-Zarr folder; raises InputError if it is damaged or no image."""
     image = zarr_image(path)
-    tiles, *levels = [ZarrTiles(path, array, image.axes, level) for level, array in enumerate(image.arrays)]
+    tiles, *levels = [zarr_tiles(path, image, level) for level in range(len(image.arrays))]
     return ZarrMarkers(tiles, image.names, image.pixel_size, levels)
+
+
+def zarr_tiles(path: Path, image: ZarrImage, level: int) -> ZarrTiles:
+    """The chunks of a level; raises InputError if they cannot be used."""
+    try:
+        return ZarrTiles(path, image.arrays[level], image.axes, level)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: level {level} is damaged ({type(error).__name__}: {error})") from None
 
 
 def zarr_image(path: Path) -> ZarrImage:

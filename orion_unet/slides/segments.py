@@ -9,7 +9,7 @@ import numpy as np
 
 from orion_unet.distributed import usable_cores
 from orion_unet.slides.tiff_tiles import TiffTiles
-from orion_unet.slides.tiles import Place, groups, paste, touched
+from orion_unet.slides.tiles import Place, groups, overlap, paste, touched
 
 # The next region overlaps this one, so some of its decoded tiles are kept. A single tile or strip may exceed it.
 CACHE_BYTES = 1 << 27
@@ -39,7 +39,8 @@ class Segments:
         for (place, group), pixels in zip(places.items(), self._decoders.map(self._segment, places), strict=True):
             if pixels is not None:
                 decoded[place] = pixels
-                paste(self.tiles, place, pixels, group, region, y, x)
+                common = overlap(self.tiles, place[0], place[2], y, x, height, width)
+                paste(self.tiles, pixels, common, group, region)
         self._keep(decoded)
         return region
 

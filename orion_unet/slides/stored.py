@@ -13,12 +13,11 @@ from orion_unet.errors import InputError
 from orion_unet.extras import needed
 from orion_unet.run_log import open_regular
 from orion_unet.slides.marker_tiff import contiguous_shape, marker_names, marker_planes
-from orion_unet.slides.marker_zarr import zarr_image
+from orion_unet.slides.marker_zarr import zarr_image, zarr_tiles
 from orion_unet.slides.pixel_size import PixelSize
 from orion_unet.slides.tiff import blank_glass, he_planes, mapped_array, parsed_tiff, smaller_levels, tiff_pixel_size
 from orion_unet.slides.tiff_tiles import TiffTiles
 from orion_unet.slides.tiles import Tiles
-from orion_unet.slides.zarr_tiles import ZarrTiles
 
 TIFF_SUFFIXES = (".ome.tif", ".ome.tiff", ".tif", ".tiff")
 ZARR_SUFFIXES = (".ome.zarr", ".zarr")
@@ -113,7 +112,7 @@ def _tiff(path: Path, tiff: Any, series: Any, modality: str, level: int) -> tupl
 
 def _zarr(path: Path, modality: str, level: int) -> tuple[StoredImage, Tiles]:
     image = zarr_image(path)
-    tiles = ZarrTiles(path, _chosen(path, image.arrays, level), image.axes, level)
+    tiles = zarr_tiles(path, image, _chosen(path, list(range(len(image.arrays))), level))
     if modality == "he" and tiles.channels != 3:
         raise InputError(f"{path}: has {tiles.channels} channels; an H&E has the three channels red, green, blue")
     layout = "hwc" if tiles.channels_last else "chw"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from orion_unet.errors import InputError
-from orion_unet.slides.tiles import Place, Tiles
+from orion_unet.slides.tiles import LARGEST_SEGMENT, Place, Tiles
 
-# A larger tile or strip means that the slide is one compressed piece, which cannot be read by region.
-LARGEST_SEGMENT = 1 << 29
 # TIFF's codes for compressions whose tables are kept apart from the tiles.
 JPEGS = (6, 7, 34892, 33007)
 
@@ -93,6 +92,10 @@ class TiffTiles(Tiles):
             # On damaged bytes a decoder can raise almost anything.
             raise self.damaged(place, error) from None
         return None if pixels is None else np.asarray(pixels[0])
+
+    def expect_single_tiles(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):

@@ -14,6 +14,8 @@ from orion_unet.errors import InputError
 
 # Row, group of channels and column of a tile.
 Place = tuple[int, int, int]
+# A larger tile, strip or chunk means that the slide is one compressed piece, which cannot be read by region [bytes].
+LARGEST_SEGMENT = 1 << 29
 # Cache of an array that is opened for itself [bytes].
 OWN_CACHE_BYTES = 32 << 20
 
@@ -38,6 +40,10 @@ class Tiles(ABC):
 
         Raises InputError if it is damaged.
         """
+
+    @abstractmethod
+    def expect_single_tiles(self) -> None:
+        """Switch off read-ahead, which reads several times a tile around each one of a set larger than memory."""
 
     def damaged(self, place: Place, error: Exception) -> InputError:
         """What to raise for a tile that cannot be decoded."""
@@ -81,20 +87,28 @@ def touched(tiles: Tiles, y: int, x: int, height: int, width: int) -> tuple[rang
     )
 
 
-def paste(
-    tiles: Tiles, place: Place, pixels: np.ndarray | None, group: Group, region: np.ndarray, y: int, x: int
-) -> None:
-    """Copy what a tile has of a region (h, w, C) that begins at row ``y`` and column ``x``."""
-    row, _, column = place
+class Overlap(NamedTuple):
+    """Rows and columns that a tile and a region have in common, in the region and in the tile."""
+
+    in_region: tuple[slice, slice]
+    in_tile: tuple[slice, slice]
+
+
+def overlap(tiles: Tiles, row: int, column: int, y: int, x: int, height: int, width: int) -> Overlap:
+    """What a tile has of a region that begins at row ``y`` and column ``x``."""
     top, left = row * tiles.side[0], column * tiles.side[1]
-    length, width = tiles.side if pixels is None else pixels.shape[:2]
-    up, down = max(top, y), min(top + length, y + region.shape[0])
-    start, end = max(left, x), min(left + width, x + region.shape[1])
-    target = region[up - y : down - y, start - x : end - x]
-    if pixels is None:
-        target[..., group.in_region] = tiles.blank
-    else:
-        target[..., group.in_region] = pixels[up - top : down - top, start - left : end - left, group.in_tile]
+    up, down = max(top, y), min(top + tiles.side[0], y + height)
+    start, end = max(left, x), min(left + tiles.side[1], x + width)
+    return Overlap(
+        (slice(up - y, down - y), slice(start - x, end - x)),
+        (slice(up - top, down - top), slice(start - left, end - left)),
+    )
+
+
+def paste(tiles: Tiles, pixels: np.ndarray | None, common: Overlap, group: Group, region: np.ndarray) -> None:
+    """Copy what a tile has of a region (h, w, C)."""
+    target = (*common.in_region, group.in_region)
+    region[target] = tiles.blank if pixels is None else pixels[(*common.in_tile, group.in_tile)]
 
 
 class TileCache:
@@ -183,10 +197,11 @@ class TiledArray:
             ]
         rows, columns = touched(self.tiles, y, x, height, width)
         for row in rows:
-            for group in found:
-                for column in columns:
-                    place = (row, group.number, column)
-                    paste(self.tiles, place, self._cache.get(self._owner, self.tiles, place), group, region, y, x)
+            for column in columns:
+                common = overlap(self.tiles, row, column, y, x, height, width)
+                for group in found:
+                    pixels = self._cache.get(self._owner, self.tiles, (row, group.number, column))
+                    paste(self.tiles, pixels, common, group, region)
         return region
 
     def rows(self, rows: np.ndarray, channels: Sequence[int]) -> np.ndarray:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from orion_unet.errors import InputError
-from orion_unet.slides.tiles import Place, Tiles
+from orion_unet.slides.tiles import LARGEST_SEGMENT, Place, Tiles
 
 # In the index of a shard: a chunk that is left out.
 LEFT_OUT = 2**64 - 1
@@ -26,7 +27,7 @@ class ZarrTiles(Tiles):
     """One level of an image with the axes c, y, x; others must have one position.
 
     Chunks that are left out have the array's fill value. ``channels_last`` is True where c is the last axis. Raises
-    InputError if not one chunk is there.
+    InputError if not one chunk is there, or if one is too large for memory.
     """
 
     def __init__(self, path: Path, array: Any, axes: str, level: int = 0) -> None:
@@ -40,15 +41,25 @@ class ZarrTiles(Tiles):
         self.channels_last = axes.endswith("c")
         self._array, self._axes, self._chunk = array, axes, tuple(array.chunks)
         self._shard = None if array.shards is None else tuple(array.shards)
-        self._folder = Path(str(array.store_path.store.root)) / array.store_path.path
+        if int(np.prod(self._chunk)) * self.dtype.itemsize > LARGEST_SEGMENT:
+            raise InputError(
+                f"{path}: level {level} is stored in chunks of {self._chunk}, too large to be read by region: save it "
+                "in smaller ones"
+            )
+        # Text: joining paths would take longer than reading a small chunk.
+        self._folder = str(Path(str(array.store_path.store.root)) / array.store_path.path)
         self._key: Callable[[tuple[int, ...]], str] = array.metadata.encode_chunk_key
         self._codecs = _codecs(array)
         self._indices: dict[str, np.ndarray] = {}
-        if not _has_chunks(self._folder):
+        self._single_tiles = False
+        if not _has_chunks(Path(self._folder)):
             raise InputError(
                 f"{path}: has no pixels at level {level}: not one chunk of the array {array.path or '.'} is there; "
                 "copy it again"
             )
+
+    def expect_single_tiles(self) -> None:
+        self._single_tiles = True
 
     def tile(self, place: Place) -> np.ndarray | None:
         row, group, column = place
@@ -87,14 +98,18 @@ class ZarrTiles(Tiles):
         """The bytes of a chunk as stored; None if it is left out."""
         try:
             if self._shard is None:
-                return (self._folder / self._key(coordinates)).read_bytes()
+                with open(f"{self._folder}/{self._key(coordinates)}", "rb", buffering=0) as file:
+                    return file.readall()
             per_shard = [outer // inner for outer, inner in zip(self._shard, self._chunk, strict=True)]
             key = self._key(tuple(at // count for at, count in zip(coordinates, per_shard, strict=True)))
             inside = tuple(at % count for at, count in zip(coordinates, per_shard, strict=True))
-            handle = os.open(self._folder / key, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(f"{self._folder}/{key}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
+            if self._single_tiles:
+                with suppress(AttributeError, OSError):
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
             if key not in self._indices:
                 self._indices[key] = self._index(handle, per_shard)
             offset, length = (int(value) for value in self._indices[key][inside])
@@ -182,6 +197,8 @@ def _blosc(data: bytes) -> bytes:
     # The decoder trusts the length in the header, and would read past the end of a truncated chunk.
     if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):
         raise ValueError("its length is not that in its header")
+    # One thread: loader processes are forked, and each has a core.
+    numcodecs.blosc.use_threads = False
     decoded: bytes = numcodecs.Blosc().decode(data)
     return decoded
 

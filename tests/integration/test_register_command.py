@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from pair_formats import write_tiff
 
 from orion_unet.__main__ import dispatch
 from orion_unet.cli.arguments import run_command
@@ -101,6 +102,24 @@ def test_displaced_cores_are_moved_and_those_that_do_not_match_are_rejected(pair
     table = find_pairs(DataOptions(pairs_dir=str(output), patch_size=64))
     assert table.names.tolist() == list(SHIFTS)
     assert alignment_warning(table, measure_scales(table, False)) == ""
+
+
+def test_pairs_in_tiles_are_registered_as_their_arrays_are(pairs, tmp_path):
+    tiled = tmp_path / "tiled"
+    tiled.mkdir()
+    for path in pairs.glob("*.npy"):
+        if not path.name.startswith("core_0"):
+            path.unlink()
+            continue
+        image = np.load(path)
+        write_tiff(tiled / f"{path.stem}.ome.tif", image if "_HE" in path.name else image.transpose(1, 2, 0), "zstd")
+    (tiled / "channel_names.txt").write_text("\n".join(NAMES) + "\n")
+    for folder in (pairs, tiled):
+        assert register(folder, "--output_dir", tmp_path / f"{folder.name}_fixed", "--jobs", 1) == 0
+    assert rows_of(tmp_path / "tiled_fixed") == rows_of(tmp_path / "pairs_fixed")
+    for kind in ("HE", "ORION"):
+        found = [np.load(tmp_path / f"{name}_fixed" / f"core_0_{kind}.npy") for name in ("pairs", "tiled")]
+        np.testing.assert_array_equal(*found)
 
 
 def test_an_interrupted_registration_goes_on_and_a_finished_one_does_nothing(pairs, tmp_path, capsys):

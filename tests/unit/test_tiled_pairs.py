@@ -1,6 +1,7 @@
 """Pairs in tiles: sliced like a memory map, the same values in every format, and every bad file named."""
 
 import json
+import pickle
 import shutil
 import sys
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from orion_unet.data.pairs import find_pairs
 from orion_unet.data.patches import PatchPlace, PatchReader
 from orion_unet.data.scale import measure_scales
 from orion_unet.errors import InputError
+from orion_unet.slides.open import open_markers
 from orion_unet.slides.tiles import TileCache, TiledArray
 
 PLACE = PatchPlace(1, 9, 21)
@@ -307,3 +309,42 @@ def test_a_packed_level_has_the_pixel_size_of_that_level(write_pairs, tmp_path):
     table = opened(tmp_path / "packed")
     assert pixel_size(table, None) == 1.0
     np.testing.assert_array_equal(table.image(0, "orion"), arrays(source, "core_00")[1][::2, ::2])
+
+
+class Malicious:
+    """What pickle would run."""
+
+    def __reduce__(self):
+        return (exec, ("import sys; sys.orion_was_run = True",))
+
+
+@pytest.mark.parametrize("place", ["compressor", "filters"])
+def test_pickled_chunks_are_refused_and_never_loaded(one_zarr, pairs, place):
+    path = one_zarr.dir / "core_00_ORION.ome.zarr"
+    shutil.rmtree(path)
+    write_zarr(path, arrays(pairs, "core_00")[1], 2, "zlib")
+    described = json.loads((path / "0" / ".zarray").read_text())
+    described |= {"compressor": None, place: {"id": "pickle"} if place == "compressor" else [{"id": "pickle"}]}
+    if place == "filters":
+        described |= {"dtype": "|O", "fill_value": 0}
+    (path / "0" / ".zarray").write_text(json.dumps(described))
+    for chunk in (path / "0").iterdir():
+        if not chunk.name.startswith("."):
+            chunk.write_bytes(pickle.dumps(Malicious()))
+    assert "core_00_ORION.ome.zarr: level 0 " in refusal(one_zarr.dir)
+    with pytest.raises(InputError, match="level 0 "):
+        open_markers(path)
+    assert not hasattr(sys, "orion_was_run")
+
+
+def test_chunks_too_large_for_memory_are_refused(one_zarr, monkeypatch):
+    monkeypatch.setattr("orion_unet.slides.zarr_tiles.LARGEST_SEGMENT", 1000)
+    message = refusal(one_zarr.dir)
+    assert "core_01_HE.ome.zarr: level 0 is stored in chunks of (3, 32, 32)" in message
+
+
+def test_levels_that_are_no_arrays_are_refused(one_zarr):
+    path = one_zarr.orion / "0"
+    shutil.rmtree(path / "c")
+    (path / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}))
+    assert "core_01_ORION.ome.zarr: " in refusal(one_zarr.dir)
