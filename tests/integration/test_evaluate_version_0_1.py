@@ -45,7 +45,8 @@ def test_its_baselines_have_the_scores_that_they_had_then_and_the_model_nearly_t
     ]:
         assert now["baselines"].keys() == before["baselines"].keys() == {"mean", "regression"}
         for baseline, scores in before["baselines"].items():
-            assert now["baselines"][baseline] == pytest.approx(scores, abs=1e-6)
+            # Not closer, because the regression is in float32, which processors round differently.
+            assert now["baselines"][baseline] == pytest.approx(scores, abs=1e-5)
         positive = before["model"]["fraction_positive"]["value"]
         assert now["model"]["fraction_positive"]["value"] == pytest.approx(positive, abs=1e-6)
         for metric, most in TILER.items():

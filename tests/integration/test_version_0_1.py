@@ -29,9 +29,11 @@ def test_a_run_of_version_0_1_continues_to_the_same_losses(name, options, earlie
     found = losses(folder / name)
     assert found.keys() == expected[name].keys()
     for epoch, (trained, validated, rate) in expected[name].items():
-        # Bit for bit, through JSON. Validation now sums in another order.
-        assert (found[epoch][0], found[epoch][2]) == (trained, rate)
-        assert found[epoch][1] == pytest.approx(validated, rel=1e-6)
+        # The numbers were recorded on one processor, where training losses are the same bit for bit. Another one rounds
+        # convolutions differently, which the validation, whose sums now have another order, shows most.
+        assert found[epoch][2] == rate
+        assert found[epoch][0] == pytest.approx(trained, rel=1e-6)
+        assert found[epoch][1] == pytest.approx(validated, rel=1e-5)
 
 
 def test_the_options_of_a_run_of_version_0_1_come_back_whatever_the_recipe(earlier):
