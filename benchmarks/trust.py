@@ -15,7 +15,7 @@ trained on the same cores.
 - coverage: split conformal intervals of 90 %, calibrated on half of the held-out patients, on the others.
 
 With ``--pairs_dir``: how often the stain of pairs is called foreign to their own groups, or of a group to all others;
-with ``--run`` also the coverage on that model's held-out groups. Prints Markdown.
+with ``--run`` also what shifts cost that model, and the coverage on its held-out groups. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -141,9 +141,12 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     if options.pairs_dir is not None:
-        report_pairs(options.pairs_dir, options.foreign)
+        run = None
         if options.run is not None:
-            report_coverage([open_folder(load_trained(options.run, "cpu"), options.pairs_dir, FolderOptions())])
+            run = open_folder(load_trained(options.run, "cpu"), options.pairs_dir, FolderOptions())
+        report_pairs(options.pairs_dir, options.foreign, run)
+        if run is not None:
+            report_coverage([run])
         return 0
     sizes, training = (QUICK, TINY) if options.quick else (USUAL, SMALL)
     with tempfile.TemporaryDirectory(prefix="trust_") as scratch:
@@ -391,8 +394,9 @@ def _covered(predicted: np.ndarray, measured: np.ndarray, calibration: np.ndarra
     return np.asarray((lower <= measured) & (measured <= upper))
 
 
-def report_pairs(folder: Path, foreign: Path | None) -> None:
-    """How often pairs of a folder are called foreign to others of it, and those of another folder to it."""
+def report_pairs(folder: Path, foreign: Path | None, run: ScoredFolder | None) -> None:
+    """How often pairs of a folder are called foreign to others of it, and those of another folder to it; with ``run``
+    also which correlation is left to it, on one core of each of its held-out groups."""
     table = find_pairs(DataOptions(pairs_dir=str(folder), patch_size=16))
     images = list(_images(folder))
     found = [stain_of(he) for he in images]
@@ -413,15 +417,22 @@ def report_pairs(folder: Path, foreign: Path | None) -> None:
             judged, alarms = judged + len(states), alarms + states.count(OUTSIDE)
         print(f"| {name} | {judged} | {alarms} ({100 * alarms / judged:.1f} %) | {np.median(limits):.1f} |")
     full = StainProfile(values, tuple(groups))
-    print("\n| shift | AUROC | warned of |\n| --- | --- | --- |")
+    cores = {} if run is None else {group: core for core, group in _scored(run)}
+    model = None if run is None else Judged(run, [run.region(core).measured for core in cores.values()])
+    some = [images[core] for core in cores.values()]
+    usual = np.nan if model is None else model.correlation(some)
+    print("\n| shift | correlation left | AUROC | warned of |\n| --- | --- | --- | --- |")
     near = np.array([full.judge(row).distance for row in values])
     for kind, (_, strengths) in SHIFTS.items():
         far = _distances(full, _features([shifted(images[at], kind, strengths[2]) for at in kept[::5]]))
-        print(f"| {kind}, {strengths[2]} | {_auroc(near, far):.3f} | {_share(far, full)} |")
+        left = np.nan
+        if model is not None:
+            left = model.correlation([shifted(he, kind, strengths[2]) for he in some]) / usual
+        print(f"| {kind}, {strengths[2]} | {left:.2f} | {_auroc(near, far):.3f} | {_share(far, full)} |")
 
     if foreign is not None:
         far = _distances(full, _features(list(_images(foreign))))
-        print(f"| pairs of {foreign.name} | {_auroc(near, far):.3f} | {_share(far, full)} |")
+        print(f"| pairs of {foreign.name} | | {_auroc(near, far):.3f} | {_share(far, full)} |")
 
 
 def _images(folder: Path) -> Iterator[np.ndarray]:

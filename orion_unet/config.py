@@ -659,7 +659,8 @@ class QuantifyOptions:
     )
     measured: Path | None = option(
         None,
-        "measured markers of the same pixels, or a folder of NAME_ORION.npy: also measured in the same cells",
+        "measured markers of the same pixels, or a folder of NAME_ORION.npy: also measured in the same cells, and "
+        "compared with the image in comparison.csv and comparison.png",
         metavar="FILE|DIR",
         section="measured markers",
     )

@@ -17,7 +17,8 @@ def parser() -> Parser:
     parser = Parser(
         prog="orion_unet predict",
         description="Predict the markers of H&E images and whole slides with a trained model.",
-        epilog="Every on/off option has a --no_ form. The same command continues an interrupted prediction.",
+        epilog="Every on/off option has a --no_ form. The same command continues an interrupted prediction. "
+        "image_stain.csv says whether each H&E is stained like those of the training.",
     )
     for group in (PredictRequest, PredictOptions, DeviceOptions):
         add_options(parser, group)

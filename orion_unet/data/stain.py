@@ -42,7 +42,7 @@ MOST_CORES = 500
 # No spread is taken to be smaller than the least one, 1 %, however alike the cores are.
 MOST_SPREADS, LEAST_SPREAD = 3.0, 0.01
 # Chance that an image of the training's stain lies beyond the limit, and the fewest groups a limit is drawn from.
-CHANCE, LEAST_GROUPS = 0.005, 4
+CHANCE, LEAST_GROUPS = 0.01, 4
 
 # All but the brightness are kept as logarithms, which are more nearly normal.
 FEATURES = (
@@ -153,7 +153,7 @@ class StainProfile:
     The distance of an image is its Mahalanobis distance divided by the root of the number of features, so that about 1
     is usual: from the median of the cores, in units of their standard deviation (values beyond 3 spreads count as 3),
     with correlations that are shrunk towards 0 the more, the fewer groups there are. The limit is the upper
-    end of a one-sided 99.5 % prediction interval (Student's t over groups) for the logarithm of the cores' own
+    end of a one-sided 99 % prediction interval (Student's t over groups) for the logarithm of the cores' own
     distances, each from a profile without its group. Few groups give a wide interval, and fewer than 4 none.
     """
 

@@ -81,7 +81,7 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     if options.format == "ome-tiff":
         require_writer()
     prepare_folder(output_dir)
-    # A foreign image_stain.csv is found before hours of work.
+    # Another table of that name is found before hours of work.
     read_stain(output_dir)
     record, progress = Record(output_dir), Progress()
     waiting = [job for job in jobs if not record.has(job)]
