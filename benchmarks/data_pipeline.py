@@ -32,7 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from formats import bytes_read, formats_table, measure_formats, measure_start, start_table
+from formats import bytes_read, formats_table, measure_formats, measure_start, measure_zarr, start_table
 
 from orion_unet.cli.arguments import Parser, run_command
 from orion_unet.config import DataOptions
@@ -67,6 +67,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cold", action="store_true", help="also read from the disk")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     options = parser.parse_args(argv)
+    if options.formats == "zarr":
+        print(json.dumps(measure_zarr(options), indent=2))
+        return 0
     if options.formats and options.start_up:
         rows = measure_start(options)
         print(json.dumps(rows, indent=2) if options.json else start_table(rows))

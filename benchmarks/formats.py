@@ -8,7 +8,8 @@ Writes the same cores in each format, and measures, in turns in one process:
   three are per second of processor time, so that other work on the machine changes them little);
 - bytes on disk, bytes read from an empty page cache, and how often a tile that is needed is decoded.
 
-With --start_up N, only how long it takes to check the headers of N cores, at first and again.
+With --formats zarr, only how fast chunks are decoded here and through zarr. With --start_up N, only how long it takes
+to check the headers of N cores, at first and again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from orion_unet.data.patches import PatchReader
 from orion_unet.data.scale import measure_scales
 from orion_unet.demo.make import draw_core
 from orion_unet.slides.tiles import Place, TiledArray, Tiles
+from orion_unet.slides.zarr_tiles import ZarrTiles
 
 SEED = 0
 # By name: kind, side of a tile or chunk, and what else its writer is told.
@@ -68,6 +70,29 @@ def measure_formats(options: argparse.Namespace) -> dict[str, Any]:
             if not options.json:
                 print(formats_table({name: found[name]}).splitlines()[-1], flush=True)
     return found
+
+
+def measure_zarr(options: argparse.Namespace) -> dict[str, float]:
+    """Patches per second of processor time of chunks decoded here and through zarr, the same random crops, uncached."""
+    import zarr
+
+    orion = draw_stack(0, options)[1]
+    with tempfile.TemporaryDirectory(prefix="orion_formats_", dir=os.environ.get("TMPDIR")) as folder:
+        path = Path(folder) / "core_ORION.ome.zarr"
+        write_zarr(path, orion, 128, shards=True, blosc=True)
+        array: Any = zarr.open_group(str(path), mode="r")["0"]
+        tiles, side = ZarrTiles(path, array, "cyx"), options.patch_size
+        corners = np.random.default_rng(SEED).integers(0, options.size - side + 1, (12, 2)).tolist()
+
+        def own() -> None:
+            for y, x in corners:
+                TiledArray(tiles, "chw").read(y, x, side, side)
+
+        def through_zarr() -> None:
+            for y, x in corners:
+                array[:, y : y + side, x : x + side]
+
+        return processor_rates({"own": own, "zarr": through_zarr}, len(corners), options.repeats)
 
 
 def measure_start(options: argparse.Namespace) -> dict[str, Any]:

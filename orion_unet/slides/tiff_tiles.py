@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,10 @@ class TiffTiles(Tiles):
         with suppress(AttributeError, OSError):
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # At the end of the interpreter, modules go before their objects.
         if hasattr(self, "_file"):
-            os.close(self._file)
+            close(self._file)
 
 
 def _name(compression: Any) -> str:

@@ -12,7 +12,7 @@ from orion_unet.errors import InputError
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = {"epochs": 2, "exclude_channels": "1"}
+OPTIONS = {"epochs": 2, "exclude_channels": "1", "mixed_cores": 2}
 
 
 @pytest.fixture
