@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orion_unet.findings import NOTICE, Finding, Lines
+from orion_unet.findings import NOTICE, Finding
 from orion_unet.monitor import advice
-from orion_unet.run_log import METRICS_FILE
 from orion_unet.text import clean
 
 # The first epochs say nothing yet.
@@ -48,8 +47,7 @@ def diagnose_markers(
         return []
     count = len(silent) + len(below)
     message = f"{count} of {len(newest)} markers in epoch {epoch}: {'; '.join(parts)}"
-    lines = Lines(METRICS_FILE, (epoch,), (epoch,))
-    return [Finding("no_signal", NOTICE, message, float(count), 0.0, advice.no_signal(options, bool(silent)), lines)]
+    return [Finding("no_signal", NOTICE, message, float(count), 0.0, advice.no_signal(options, bool(silent)))]
 
 
 def _listed(names: list[str]) -> str:
