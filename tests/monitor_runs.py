@@ -79,6 +79,7 @@ def write_run(folder, train, val, state="finished", options=None, **status):
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     defaults = {"epochs": 30, "learning_rate": 1e-4, "val_split": 0.2, "early_stopping_patience": 10}
     config = {"schema": 1, "options": {**defaults, **(options or {})}, "world_size": 1, "global_batch": 12}
+    config["empty_channels"] = ["Blank"]
     (folder / "config.json").write_text(json.dumps(config))
     document = {"schema": 1, "state": state, "epoch": len(train), "epochs": 30, "message": "", **status}
     (folder / "status.json").write_text(json.dumps(document))

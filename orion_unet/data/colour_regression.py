@@ -122,6 +122,53 @@ def known_colour_regression(
     return fitted.document()
 
 
+def held_out_correlations(
+    regression: ColourRegression,
+    table: PairTable,
+    scales: Scales,
+    normalization: Normalization,
+    places: np.ndarray,
+    options: DataOptions,
+) -> dict[str, float | None]:
+    """Pearson of the regression for every marker, over about FITTED_PIXELS pixels of the validation patches ``places``
+    (N, 3); None where the marker or the prediction is constant. From the cache if the same files were measured before.
+    """
+    most = max(1, FITTED_PIXELS // options.patch_size**2)
+    kept = places[np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int))]
+    files = [table.path(core, modality) for core in np.unique(kept[:, 0]).tolist() for modality in ("he", "orion")]
+    about = [
+        regression.document(),
+        normalization.document(),
+        kept.tolist(),
+        [options.noise_removal, options.patch_size, scales.he, scales.orion, list(table.kept_channels)],
+    ]
+    name = fingerprint(files, "colour regression held out", about)
+    known = (recall(name) or {}).get("pearson")
+    if isinstance(known, dict) and list(known) == list(table.kept_names):
+        return known
+    reader = PatchReader(table, scales, options.patch_size)
+    transform = BatchTransform(table, reader.formats, normalization, options.noise_removal, torch.device("cpu"))
+    # Pixels, and sums of prediction, target, their squares and their product: (6, C).
+    sums = torch.zeros(6, len(table.kept_names), dtype=torch.float64)
+    for core, y, x in kept.tolist():
+        batch = transform(reader.read([PatchPlace(core, y, x)]), augment=False)
+        made, measured = (each.flatten(1).double() for each in (regression.predict(batch.he[0]), batch.target[0]))
+        parts = (torch.ones_like(made), made, measured, made**2, measured**2, made * measured)
+        sums += torch.stack([part.sum(1) for part in parts])
+    count, made, measured, made2, measured2, both = sums.numpy()
+    spread = np.sqrt(np.maximum(made2 * count - made**2, 0) * np.maximum(measured2 * count - measured**2, 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pearson = (both * count - made * measured) / spread
+    # Of a constant, rounding leaves a spread of nearly nothing.
+    defined = (spread > 1e-9 * count**2) & np.isfinite(pearson)
+    found = {
+        marker: float(np.clip(value, -1, 1)) if sure else None
+        for marker, value, sure in zip(table.kept_names, pearson, defined, strict=True)
+    }
+    remember(name, {"pearson": found})
+    return found
+
+
 def fit_colour_regression(
     table: PairTable,
     scales: Scales,

@@ -198,6 +198,14 @@ def memory(config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[str, 
     return tuple(found)
 
 
+def no_signal(options: Mapping[str, Any], silent: bool) -> tuple[str, ...]:
+    """A term that makes the network learn scarce markers; whether the markers have signal at all (``silent``)."""
+    found = ["--correlation_weight 0.1"] if _value(options, "correlation_weight", 0.0) <= 0 else []
+    if silent:
+        found.append("check that these markers have signal in the held-out cores (check-data, sanity panels)")
+    return (*found, "do not use predictions of these markers unless evaluate supports them")
+
+
 def option_number(values: Mapping[str, Any], name: str) -> float | None:
     """A value as a finite number; None where it is absent, not a number, or absurdly large."""
     value = values.get(name)

@@ -11,6 +11,7 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 
 img { width: 100%; height: auto; border-radius: 3px; } .quiet, .where, details { color: var(--quiet); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right; font-variant-numeric: tabular-nums; }
+th { white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; } tr:nth-child(even) td { background: var(--stripe); }
 .plain td, .plain th { text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 .plain td:first-child { overflow-wrap: normal; }

@@ -89,6 +89,8 @@ def comparison_figure(reports: Sequence[Report], names: Sequence[str], x: str = 
         for run, report in enumerate(reports):
             look = {"color": SERIES[run % len(SERIES)], "linestyle": STYLES[run // len(SERIES) % len(STYLES)]}
             values = finite_or_nan(report.reader.column(column))
+            # A cosine ends at zero, for which a logarithmic scale has no place.
+            values = np.where(values > 0, values, np.nan) if column == "lr" else values
             at = axes_of_runs[run].of(report.epochs)
             _curve(axes, at, values, names[run], **look)
             if column == "val_loss" and report.best is not None:

@@ -19,6 +19,7 @@ from orion_unet.monitor.advice import AUTOMATIC_RATE, judge_config, option_numbe
 from orion_unet.monitor.diagnostics import Thresholds, diagnose
 from orion_unet.monitor.gpus import Gpu, Gpus
 from orion_unet.monitor.liveness import Life, Liveness
+from orion_unet.monitor.marker_rules import diagnose_markers
 from orion_unet.monitor.noise import validation_noise
 from orion_unet.monitor.resource_rules import Usage, diagnose_resources
 from orion_unet.monitor.run_reader import MetricsReader
@@ -248,6 +249,8 @@ class Run:
         gpus = self._gpus(life, status or {}, config or {})
         usage = Usage(epochs, waits, memory, recent, gpus)
         findings += diagnose_resources(usage, self.thresholds, config or {}, options)
+        if len(epochs):
+            findings += diagnose_markers(int(epochs[-1]), reader.channels.newest(), config or {}, options)
         calm = not UNCALM & {finding.code for finding in findings}
         for log, name in ((reader, METRICS_FILE), (self.steps, STEPS_FILE)):
             if log.damaged_lines:

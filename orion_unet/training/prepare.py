@@ -11,7 +11,7 @@ import numpy as np
 from orion_unet.config import TrainConfig
 from orion_unet.data.alignment import alignment_warning
 from orion_unet.data.channels import listed_channels, parse_channel_weights
-from orion_unet.data.colour_regression import known_colour_regression
+from orion_unet.data.colour_regression import ColourRegression, held_out_correlations, known_colour_regression
 from orion_unet.data.dataset import pixel_size
 from orion_unet.data.digests import core_digests
 from orion_unet.data.normalization import Normalization, known_normalization
@@ -31,6 +31,9 @@ class Prepared:
 
     ``digests`` of the training and validation cores by name, ``colour_regression``, the document of the baselines
     fitted to the training cores, and ``stain``, that of their stain, go into every checkpoint.
+    ``digests`` of the training and validation cores by name, and ``colour_regression``, the document of the baselines
+    fitted to the training cores, go into every checkpoint. ``regression_pearson`` is the correlation that the
+    regression reaches on the validation cores, marker by marker, None where undefined.
     """
 
     table: PairTable
@@ -42,6 +45,7 @@ class Prepared:
     digests: dict[str, str]
     colour_regression: dict[str, Any]
     stain: dict[str, Any]
+    regression_pearson: dict[str, float | None]
     warnings: list[str] = field(default_factory=list)
     pixel_size_um: float | None = None
 
@@ -94,12 +98,26 @@ def prepare_data(
     digests = core_digests(table, [*split.train.tolist(), *split.val.tolist()])
     regression = known_colour_regression(table, scales, normalization, split.train, data, progress)
     stain = known_stain(table, scales, split, progress)
+    reached = held_out_correlations(
+        ColourRegression.from_document(regression), table, scales, normalization, places, data
+    )
     if source is not None:
         validated = {name: digests[name] for name in table.names[split.val].astype(str)}
         warnings += source_warnings(source, data.target_transform, size_um, table.kept_names, validated)
     warnings = table.warnings + warnings
     return Prepared(
-        table, split, scales, normalization, places, channel_weights, digests, regression, stain, warnings, size_um
+        table,
+        split,
+        scales,
+        normalization,
+        places,
+        channel_weights,
+        digests,
+        regression,
+        stain,
+        reached,
+        warnings,
+        size_um,
     )
 
 

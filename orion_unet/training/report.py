@@ -27,6 +27,8 @@ def facts(run: Run) -> dict[str, Any]:
         "loader_processes": run.feeds.workers,
         "usable_cores": usable_cores(),
         "target_layouts": sorted({str(layout) for layout in run.prepared.table.orion["layout"]}),
+        "empty_channels": list(run.prepared.normalization.empty),
+        "regression_pearson": run.prepared.regression_pearson,
         "world_size": world_size(),
         "global_batch": global_batch(run.config) * run.config.optimisation.accumulate_steps,
         "parameters": parameter_count(run.state.model) + parameter_count(run.state.model, trainable=False),

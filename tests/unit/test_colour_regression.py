@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from orion_unet.config import DataOptions
 from orion_unet.data import colour_regression
 from orion_unet.data.colour_regression import (
     FEATURES,
@@ -11,6 +12,7 @@ from orion_unet.data.colour_regression import (
     NormalEquations,
     colour_features,
     fit_colour_regression,
+    held_out_correlations,
 )
 from orion_unet.data.normalization import fit_normalization
 from orion_unet.data.transforms import BatchTransform
@@ -172,3 +174,37 @@ def test_the_seed_chooses_the_patches(write_pairs, open_pairs, monkeypatch):
     first, again, other = (fit(opened, [0, 1], seed=seed)[0] for seed in (0, 0, 1))
     assert (first.coefficients == again.coefficients).all()
     assert (first.coefficients != other.coefficients).any()
+
+
+def test_its_correlation_on_held_out_cores_is_numpys_and_is_remembered(write_pairs, open_pairs, monkeypatch):
+    folder = write_pairs(size=(48, 32))
+    for core in range(4):
+        path = folder / f"core_{core:02d}_ORION.npy"
+        orion = np.load(path)
+        # The first marker follows the red light, with noise; the third is constant.
+        red = np.load(folder / f"core_{core:02d}_HE.npy")[..., 0].astype(float)
+        orion[..., 0] = 200 * red + np.random.default_rng(core).integers(0, 20000, red.shape)
+        orion[..., 2] = 7
+        np.save(path, orion)
+    opened = open_pairs(folder)
+    found, normalization = fit(opened, [0, 2])
+    places = np.array([(core, y, x) for core in (1, 3) for y in (0, 16, 32) for x in (0, 16)])
+    monkeypatch.setattr(colour_regression, "recall", lambda name: None)
+    kept = {}
+    monkeypatch.setattr(colour_regression, "remember", kept.__setitem__)
+    options = DataOptions(patch_size=16, noise_removal=False)
+    about = (found, opened.table, opened.scales, normalization, places, options)
+    reached = held_out_correlations(*about)
+    he = np.concatenate([np.load(folder / f"core_{core:02d}_HE.npy").reshape(-1, 3) / 255 for core in (1, 3)])
+    orion = np.concatenate([np.load(folder / f"core_{core:02d}_ORION.npy").reshape(-1, 3) / 65535 for core in (1, 3)])
+    features = np.concatenate([np.ones((len(he), 1)), he, -np.log(np.maximum(he, 1 / 255))], axis=1)
+    made = np.clip(features @ found.coefficients, 0, 1)
+    targets = np.clip((orion - normalization.lower) / (normalization.upper - normalization.lower + 1e-30), 0, 1)
+    assert list(reached) == ["channel_00", "channel_01", "channel_02"]
+    assert reached["channel_02"] is None
+    assert reached["channel_00"] > 0.8
+    for at in (0, 1):
+        assert reached[f"channel_{at:02d}"] == pytest.approx(np.corrcoef(made[:, at], targets[:, at])[0, 1], abs=1e-4)
+    monkeypatch.setattr(colour_regression, "recall", kept.get)
+    monkeypatch.setattr(colour_regression, "PatchReader", None)
+    assert held_out_correlations(*about) == reached

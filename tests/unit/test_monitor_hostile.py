@@ -103,6 +103,7 @@ def mutated_steps(draw):
 STATUS_FIELDS = (
     *("state", "epoch", "epochs", "step", "steps_per_epoch", "schema", "message", "pid", "host"),
     *("since", "progressed", "step_s", "updated"),
+    *("options", "recipe", "device", "world_size", "regression_pearson", "empty_channels"),
 )
 documents = st.one_of(
     st.none(),
