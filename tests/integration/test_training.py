@@ -211,6 +211,7 @@ def test_tensorboard_events_say_what_the_log_says(train):
 
 # Each option, given here beside TINY and one epoch, must change what is trained or measured.
 EFFECTS = {
+    "mixed_cores": {"mixed_cores": 1},
     "val_split": {"val_split": 0.5},
     "fold": {"fold": "2/4"},
     "exclude_channels": {"exclude_channels": "channel_01"},
@@ -260,6 +261,8 @@ SHOWN_BY = {
     "groups_csv": "test_groups_stay_together",
     "channel_names": "test_the_best_checkpoint_is_all_it_takes_to_predict",
     "pixel_size_um": "tests/integration/test_pixel_size.py",
+    "level": "tests/unit/test_tiled_pairs.py",
+    "cache_mb": "tests/unit/test_tiled_pairs.py",
     "he_layout": "test_a_declared_layout_is_believed",
     "orion_layout": "test_a_declared_layout_is_believed",
     "grid_stride": "test_the_stride_of_the_grid_sets_the_number_of_patches",
