@@ -140,6 +140,7 @@ def held_out_correlations(
         regression.document(),
         normalization.document(),
         kept.tolist(),
+        table.level,
         [options.noise_removal, options.patch_size, scales.he, scales.orion, list(table.kept_channels)],
     ]
     name = fingerprint(files, "colour regression held out", about)

@@ -274,7 +274,7 @@ def known_stain(table: PairTable, scales: Scales, split: Split, progress: Progre
     train = split.train.tolist()
     cores = [train[at] for at in np.unique(np.linspace(0, len(train) - 1, min(MOST_CORES, len(train))).astype(int))]
     groups = [split.groups[core] for core in cores]
-    about = [groups, scales.he, table.he["layout"].tolist()]
+    about = [groups, table.level, scales.he, table.he["layout"].tolist()]
     name = fingerprint([table.path(core, "he") for core in cores], "stain", about)
     document = recall(name)
     with suppress(InputError):

@@ -36,7 +36,7 @@ from orion_unet.inference.outputs import (
 from orion_unet.inference.overview import box_size, thumbnail, write_overview
 from orion_unet.inference.progress import Progress
 from orion_unet.inference.resampled import ResampledImage, on_model_grid
-from orion_unet.inference.stain_table import add_stain, read_stain, stain_warning
+from orion_unet.inference.stain_table import add_stain, drop_stain, read_stain, stain_warning
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.inference.trust import SUPPORTED, UNKNOWN, MarkerTrust, file_digest, run_folder_of, summary
 from orion_unet.inference.units import LEVELS, Unit
@@ -191,6 +191,8 @@ class Trust:
 def _stain(model: TrainedModel, image: HeImage, job: Job, progress: Progress) -> StainJudgement | None:
     """Compare the stain with that of the training, where it is known: a warning, and a row of image_stain.csv."""
     if model.stain is None:
+        # What an earlier model said of this image does not hold for this one.
+        drop_stain(job.result.parent, job.name)
         return None
     found = model.stain.judge(measure_stain(image))
     if warning := stain_warning(job.name, found):

@@ -25,10 +25,15 @@ def add_stain(folder: Path, image: str, found: StainJudgement) -> None:
     path = folder / STAIN_FILE
     rows: dict[str, list[Any]] = {name: list(row) for name, *row in _rows(path)}
     rows[image] = [found.state, found.distance, found.limit, *found.values.tolist()]
-    try:
-        write_atomic(path, csv_bytes(COLUMNS, ([name, *row] for name, row in rows.items())))
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
+    _write(path, rows)
+
+
+def drop_stain(folder: Path, image: str) -> None:
+    """Remove the row of an image where there is one; raises as ``add_stain`` does."""
+    path = folder / STAIN_FILE
+    rows: dict[str, list[Any]] = {name: list(row) for name, *row in _rows(path)}
+    if rows.pop(image, None) is not None:
+        _write(path, rows)
 
 
 def read_stain(folder: Path) -> dict[str, StainJudgement]:
@@ -44,6 +49,13 @@ def read_stain(folder: Path) -> dict[str, StainJudgement]:
     return found
 
 
+def _write(path: Path, rows: dict[str, list[Any]]) -> None:
+    try:
+        write_atomic(path, csv_bytes(COLUMNS, ([name, *row] for name, row in rows.items())))
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def _rows(path: Path) -> list[list[str]]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -51,7 +63,10 @@ def _rows(path: Path) -> list[list[str]]:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
+    try:
+        header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from None
     if header != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
         raise InputError(f"{path}: is not a table that predict wrote; move it away, or name another folder")
     return rows

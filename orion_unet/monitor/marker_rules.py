@@ -34,7 +34,9 @@ def diagnose_markers(
         if name in ignored:
             continue
         if not abs(here) <= 1:
-            silent.append(clean(name, 30))
+            # A run of an earlier version does not say which markers it trains as empty.
+            if isinstance(empty, list):
+                silent.append(clean(name, 30))
         elif colours is not None and here < colours - MARGIN:
             below.append((here - colours, f"{clean(name, 30)} {here:.2f} (colours {colours:.2f})"))
     parts = []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.cell_metrics import CELL_BOUNDS, CELL_METRICS, counted_scores
-from orion_unet.intervals import LEVEL, interval, leave_one_out, why_no_interval
+from orion_unet.intervals import LEAST_UNITS, LEVEL, interval, leave_one_out, why_no_interval
 from orion_unet.quantification.cells import ImageCells
 from orion_unet.quantification.files import measured_columns
 from orion_unet.quantification.positives import Positives
@@ -120,16 +120,13 @@ def compare(
     block = np.random.default_rng(SEED).permutation(len(unit)) % BLOCKS
     grouped = len(set(groups)) < len(groups)
     no_interval = why_no_interval(groups, grouped).replace("cores", "images")
-    left_out = None if no_interval else leave_one_out(sorted(set(groups)))
     markers = {}
     for column in columns:
         name = names[column]
         pairs = [_pair(cells, positives, name, column) for cells in images]
         predicted, measured = (np.concatenate(side) for side in zip(*pairs, strict=True))
         valid = np.isfinite(predicted) & np.isfinite(measured)
-        markers[name] = _agreement(
-            predicted[valid], measured[valid], positives, name, (unit[valid], left_out), block[valid]
-        )
+        markers[name] = _agreement(predicted[valid], measured[valid], positives, name, unit[valid], block[valid])
     rows = [
         row for cells, group in zip(images, groups, strict=True) for row in _region_rows(names, positives, cells, group)
     ]
@@ -149,16 +146,18 @@ def _agreement(
     measured: np.ndarray,
     positives: Positives,
     name: str,
-    groups: tuple[np.ndarray, np.ndarray | None],
+    group: np.ndarray,
     block: np.ndarray,
 ) -> MarkerAgreement:
     threshold, cutoff = positives.value(name, "measured"), positives.value(name, "predicted")
     scores = _exact(predicted, measured, threshold, cutoff)
-    blocks = leave_one_out([f"{one:02d}" for one in range(BLOCKS)])
     over = []
-    for unit, left_out in (groups, (block, blocks)):
+    for part, least in ((group, LEAST_UNITS), (block, BLOCKS)):
         found: Ends = dict.fromkeys(CELL_METRICS, (math.nan, math.nan))
-        if left_out is not None and len(predicted):
+        # A group without a cell of this marker says nothing about it.
+        names_of_units, unit = np.unique(part, return_inverse=True)
+        if len(names_of_units) >= least:
+            left_out = leave_one_out([str(one) for one in names_of_units])
             without = counted_scores(predicted, measured, threshold, cutoff, unit, left_out)
             for metric in CELL_METRICS:
                 low, high = interval(scores[metric], without[metric], CELL_BOUNDS[metric])

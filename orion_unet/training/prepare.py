@@ -31,9 +31,8 @@ class Prepared:
 
     ``digests`` of the training and validation cores by name, ``colour_regression``, the document of the baselines
     fitted to the training cores, and ``stain``, that of their stain, go into every checkpoint.
-    ``digests`` of the training and validation cores by name, and ``colour_regression``, the document of the baselines
-    fitted to the training cores, go into every checkpoint. ``regression_pearson`` is the correlation that the
-    regression reaches on the validation cores, marker by marker, None where undefined.
+    ``regression_pearson`` is the correlation that the regression reaches on the validation cores, marker by marker,
+    None where undefined.
     """
 
     table: PairTable
