@@ -111,7 +111,7 @@ def pack(options: DataOptions, output: Path, overwrite: bool = False, form: str 
         _lock(handle, output)
         record = _read_record(output)
         missing = [job for job in jobs if record.get(job.target.name) != job.origin or not _is_whole(job)]
-        carried = _carried(table, output)
+        carried = carried_files(table, output)
         _refuse_others(output, jobs, missing, carried, overwrite)
         _check_space(output, missing)
         _pack_all(table, missing, carried, output)
@@ -125,7 +125,9 @@ def pack(options: DataOptions, output: Path, overwrite: bool = False, form: str 
 def _job(table: PairTable, output: Path, core: int, modality: str, form: str) -> _Job:
     row = getattr(table, modality)[core]
     source = table.path(core, modality)
-    origin = {"source": str(source.resolve()), "layout": str(row["layout"]), "level": table.level, **_state(source)}
+    origin = {"source": str(source.resolve()), "layout": str(row["layout"]), **_state(source)}
+    if table.level:
+        origin["level"] = table.level
     shape = (int(row["height"]), int(row["width"]), int(row["channels"]))
     dtype = np.dtype(str(row["dtype"])).newbyteorder("<")
     name = table.npy_name(core, modality)
@@ -186,19 +188,23 @@ def _is_whole(job: _Job) -> bool:
         return False
 
 
-def _carried(table: PairTable, output: Path) -> dict[str, bytes]:
-    """Content of the small files to copy: those that are missing or different in the packed folder.
+def carried_files(table: PairTable, output: Path) -> dict[str, bytes]:
+    """Content of the small files beside pairs: those that are missing or different in the ``output`` folder.
 
-    dataset.json is made anew where the packed pairs are of a smaller level, or only their files state a pixel's size.
+    dataset.json is made anew where the pairs are of a smaller level, or only their files state a pixel's size;
+    channel_names.txt where only the files state the names. Raises InputError for a file that cannot be read.
     """
     folder, files, size_um = table.folder, {}, pixel_size(table, None)
-    made = json.dumps(dataset_document(size_um, f"packed from level {table.level} of {folder.resolve()}")).encode()
+    made = {}
+    if size_um is not None and (table.level > 0 or not (folder / DATASET_FILE).is_file()):
+        source = f"made from level {table.level} of {folder.resolve()}"
+        made[DATASET_FILE] = json.dumps(dataset_document(size_um, source)).encode()
+    if table.stated_names == table.channel_names and not (folder / NAMES_FILE).is_file():
+        made[NAMES_FILE] = "".join(f"{name}\n" for name in table.channel_names).encode()
     for name in CARRIED:
-        there = (folder / name).is_file()
-        remade = name == DATASET_FILE and size_um is not None and (table.level > 0 or not there)
-        if there or remade:
+        if name in made or (folder / name).is_file():
             try:
-                content = made if remade else (folder / name).read_bytes()
+                content = made[name] if name in made else (folder / name).read_bytes()
                 alike = (output / name).is_file() and (output / name).read_bytes() == content
             except OSError as error:
                 raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None

@@ -47,7 +47,8 @@ class PairTable:
     (``RECORD``; an offset of -1 means tiles). ``channel_names`` are the names of all stored ORION channels,
     ``kept_channels`` the indices of those that are trained on. ``warnings`` are sentences for the user. ``level`` is
     the level of the pyramids, whose pixels are ``factor`` times those of level 0, and ``pixel_size_um`` the side of a
-    pixel there as the files state it, None if they do not.
+    pixel there as the files state it, None if they do not. ``stated_names`` are the channel names that the files
+    state, whether they are used or not; empty if they state none.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class PairTable:
     level: int = 0
     factor: float = 1.0
     pixel_size_um: float | None = None
+    stated_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -214,7 +216,19 @@ def find_pairs(options: DataOptions) -> PairTable:
     excluded = excluded_channels(options.exclude_channels, stored_names)
     kept = tuple(index for index in range(len(stored_names)) if index not in excluded)
     factor = next((image.factor for image in images), 1.0)
-    return PairTable(folder, np.array(paired), he, orion, stored_names, kept, warnings, options.level, factor, own_size)
+    return PairTable(
+        folder,
+        np.array(paired),
+        he,
+        orion,
+        stored_names,
+        kept,
+        warnings,
+        options.level,
+        factor,
+        own_size,
+        own_names,
+    )
 
 
 def _scan(folder: Path) -> dict[str, dict[str, list[str]]]:

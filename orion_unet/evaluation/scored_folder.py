@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orion_unet.config import DataOptions
 from orion_unet.data.channels import NAMES_FILE, excluded_channels
-from orion_unet.data.dataset import DATASET_FILE, level_pixel_size
+from orion_unet.data.dataset import DATASET_FILE, pixel_size
 from orion_unet.data.normalization import Normalization, fit_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.patches import PatchPlace, PatchReader, grid_starts
@@ -140,11 +140,12 @@ def open_folder(
 def _check_pixel_size(model: TrainedModel, table: PairTable) -> None:
     """Raise InputError where the pairs have other pixels than the training: their markers would have to be
     interpolated, and the score would be that of the interpolation."""
-    own, trained = level_pixel_size(table), model.pixel_size_um
+    own, trained = pixel_size(table, None), model.pixel_size_um
     if own is not None and trained is not None and abs(own / trained - 1) > SAME:
         raise InputError(
-            f"--pairs_dir {table.folder}: its {DATASET_FILE} states pixels of {own:g} µm, and the model was trained on "
-            f"{trained:g} µm; measured markers are not interpolated, so prepare the pairs at the size of the training"
+            f"--pairs_dir {table.folder}: its {DATASET_FILE} or its files state pixels of {own:g} µm, and the model "
+            f"was trained on {trained:g} µm; measured markers are not interpolated, so prepare the pairs at the size "
+            "of the training"
         )
 
 
@@ -158,7 +159,7 @@ def _data_options(model: TrainedModel, pairs_dir: Path, options: FolderOptions) 
         names = trained.channel_names
     if groups is None and same and trained.groups_csv and Path(trained.groups_csv).is_file():
         groups = trained.groups_csv
-    return replace(
+    found = replace(
         trained,
         pairs_dir=str(pairs_dir),
         channel_names=names,
@@ -169,6 +170,10 @@ def _data_options(model: TrainedModel, pairs_dir: Path, options: FolderOptions) 
         level=trained.level if options.level is None else options.level,
         patch_size=1,
     )
+    if same or options.channel_names is not None or names is None:
+        return found
+    own = replace(found, channel_names=None)
+    return own if find_pairs(own).stated_names else found
 
 
 def _normalization(

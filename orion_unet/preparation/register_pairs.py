@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from orion_unet.config import DataOptions, RegisterOptions
-from orion_unet.data.channels import NAMES_FILE, nuclear_channel
+from orion_unet.data.channels import nuclear_channel
 from orion_unet.data.measured import file_state
+from orion_unet.data.packing import carried_files
 from orion_unet.data.pairs import PairTable, find_pairs, pair_file
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
-from orion_unet.data.split import GROUPS_FILE
 from orion_unet.errors import InputError, RunError
 from orion_unet.preparation.one_pair import KEPT, Judgement, Registered, register_pair
 from orion_unet.preparation.workers import over_workers
@@ -23,7 +23,6 @@ from orion_unet.text import csv_bytes
 TABLE = "registration.csv"
 RECORD = "registration.jsonl"
 """File with one line per finished core, from which an interrupted registration goes on."""
-CARRIED = (NAMES_FILE, GROUPS_FILE, "dataset.json")
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,8 @@ def register_folder(data: DataOptions, given: RegisterOptions, progress: Progres
     _check_space(output, table, missing)
     step = progress(len(missing), "registering cores")
     try:
-        for name in CARRIED:
-            if (table.folder / name).is_file():
-                write_atomic(output / name, (table.folder / name).read_bytes())
+        for name, content in carried_files(table, output).items():
+            write_atomic(output / name, content)
         for core, row in _register(table, scales, missing, judgement, given):
             done[row.core] = row
             _note(output, table, core, judgement, row)
@@ -133,6 +131,8 @@ def _origin(table: PairTable, core: int, judgement: Judgement) -> dict[str, Any]
         size, modified_ns, _ = file_state(table.path(core, modality))
         files[modality] = [size, modified_ns]
     options = [judgement.nuclear, judgement.min_correlation, judgement.max_shift]
+    if table.level:
+        options.append(table.level)
     return {"folder": str(table.folder.resolve()), "files": files, "options": options}
 
 

@@ -202,4 +202,4 @@ def test_evaluate_refuses_pairs_of_another_pixel_size(trained, tmp_path, capsys)
     (tmp_path / "other" / "dataset.json").write_text('{"schema": 1, "pixel_size_um": 0.65, "source": "x"}')
     words = ["evaluate", "--checkpoint", str(trained / "run"), "--pairs_dir", str(tmp_path / "other")]
     assert run_command(dispatch, [*words, "--output_dir", str(tmp_path / "out")]) == 2
-    assert "states pixels of 0.65 µm, and the model was trained on 0.325 µm" in capsys.readouterr().err
+    assert "or its files state pixels of 0.65 µm, and the model was trained on 0.325 µm" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 from pair_formats import TIFFS, ZARRS, rewrite, spoil_tile, write_tiff, write_zarr
 
 from orion_unet.config import DataOptions
@@ -348,3 +349,22 @@ def test_levels_that_are_no_arrays_are_refused(one_zarr):
     shutil.rmtree(path / "c")
     (path / "zarr.json").write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}))
     assert "core_01_ORION.ome.zarr: " in refusal(one_zarr.dir)
+
+
+def test_names_and_pixel_size_that_only_files_state_go_with_the_packed_pairs(write_pairs, tmp_path):
+    source, folder = write_pairs("source", cores=1, size=(80, 72), channels=3), tmp_path / "stated"
+    folder.mkdir()
+    he, orion = arrays(source, "core_00")
+    write_tiff(folder / "core_00_HE.ome.tif", he)
+    meta = {"axes": "CYX", "Channel": {"Name": ["Hoechst", "CD3", "CD20"]}}
+    planes = np.ascontiguousarray(orion.transpose(2, 0, 1))
+    tifffile.imwrite(
+        folder / "core_00_ORION.ome.tif", planes, ome=True, photometric="minisblack", tile=(32, 32), metadata=meta
+    )
+    table = opened(folder)
+    assert table.channel_names == table.stated_names == ("Hoechst", "CD3", "CD20")
+    pack(DataOptions(pairs_dir=str(folder), patch_size=16), tmp_path / "packed")
+    assert opened(tmp_path / "packed").channel_names == table.channel_names
+    # Names given by hand are no property of the files.
+    renamed = opened(folder, channel_names="A,B,C")
+    assert (renamed.channel_names, renamed.stated_names) == (("A", "B", "C"), table.stated_names)
