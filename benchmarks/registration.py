@@ -48,13 +48,13 @@ SIDE = 512
 # Small enough for a dozen trainings on two cores.
 SMALL: dict[str, Any] = {
     "base_features": 8, "depth": 3, "patch_size": 64, "num_workers": 0, "gpus": 0, "sanity_check_freq": 0,
-    "patches_per_image_val": 4, "overwrite": True,
+    "patches_per_image_val": 4, "resume": "auto",
 }  # fmt: skip
 PATCHES_PER_EPOCH, EPOCHS = 800, 8
 # The launcher's recipe as it is, but for patches that fit a core, and no end chosen on the cores that score.
 LAUNCHER: dict[str, Any] = {
     "patch_size": 128, "num_workers": 0, "gpus": 0, "sanity_check_freq": 0, "early_stopping_patience": 0,
-    "patches_per_image_val": 1, "overwrite": True,
+    "patches_per_image_val": 1, "resume": "auto",
 }  # fmt: skip
 
 
