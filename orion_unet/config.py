@@ -871,7 +871,7 @@ class MonitorOptions:
     )
     figure: Path | None = option(
         None,
-        "the figure; default: training_progress.png (or .svg, .pdf) in the run folder",
+        "the figure; default: training_progress.png (or .svg, .pdf; with --compare, comparison.png) in the run folder",
         metavar="FILE",
         section="output",
     )

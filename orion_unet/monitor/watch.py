@@ -22,7 +22,7 @@ from orion_unet.text import clean
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-FIGURE_NAME = "training_progress"
+FIGURE_NAME, COMPARISON_NAME = "training_progress", "comparison"
 EXIT_OK, EXIT_WARNINGS = 0, 4
 # States that a scheduler may start the run again from.
 CONTINUED = ("interrupted", "crashed")
@@ -248,11 +248,12 @@ def compare(request: Request, others: list[Path]) -> int:
     reports = [Run(path, request.thresholds).poll() for path in (request.run_dir, *others)]
     drawn, png = figure_files(comparison_figure(reports, run_names(reports), request.x), request)
     columns, rows = comparison(reports)
+    path = request.figure or request.run_dir / f"{COMPARISON_NAME}.{request.form}"
     try:
-        write_atomic(request.figure_path, drawn, durable=False)
-        figure = f"figure: {request.figure_path}"
+        write_atomic(path, drawn, durable=False)
+        figure = f"figure: {path}"
     except OSError as error:
-        figure = f"cannot write {request.figure_path}: {error.strerror or error}"
+        figure = f"cannot write {path}: {error.strerror or error}"
     if request.html is not None:
         from orion_unet.monitor.page import comparison_page
 

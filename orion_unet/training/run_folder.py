@@ -50,7 +50,7 @@ WRITTEN = (
     SPLIT_FILE,
     NORMALIZATION_FILE,
     LOG_FILE,
-    *(f"training_progress.{form}" for form in ("png", "svg", "pdf")),
+    *(f"{name}.{form}" for name in ("training_progress", "comparison") for form in ("png", "svg", "pdf")),
     "monitor.json",
 )
 WRITTEN_PATTERNS = (f"{SANITY_DIR}/epoch_*.png", "tensorboard/events.out.tfevents.*")

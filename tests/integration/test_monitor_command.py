@@ -80,7 +80,7 @@ def trainer(start):
 def watcher(start):
     def popen(run, *options):
         command = [sys.executable, SCRIPT, "--output_dir", run, "--watch", "--json", "--interval", 0.2, *options]
-        return start(command, stdout=subprocess.PIPE, text=True)
+        return start(command, stdout=subprocess.PIPE, bufsize=0)  # select sees what a buffer would hide
 
     return popen
 
@@ -307,8 +307,10 @@ def test_runs_of_version_0_1_are_reported(tmp_path, name, state, epochs):
     assert (document["damaged_lines"], document["notes"], document["warnings"]) == (0, [], [])
     assert [document["train_loss"], document["val_loss"]] == expected[str(epochs)][:2]
     assert "data:image/png;base64," in page.read_text()
+    own = (run / "training_progress.png").read_bytes()
     done = monitor("--output_dir", run, "--compare", tmp_path / "complete")
     assert (done.returncode, done.stderr) == (0, "") and state in done.stdout
+    assert (run / "comparison.png").exists() and (run / "training_progress.png").read_bytes() == own
     done = monitor("--output_dir", run)
     assert (done.returncode, done.stderr) == (0, "") and f"epoch {epochs} of" in done.stdout
 
