@@ -1,6 +1,5 @@
 """What a rank trains on: the type of mixed precision that is wanted, and that the GPU has."""
 
-import resource
 import subprocess
 import sys
 
