@@ -9,7 +9,7 @@ import torch
 from orion_unet.config import RuntimeOptions, TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.training import build, devices
-from orion_unet.training.devices import autocast_dtype, choose_device
+from orion_unet.training.devices import autocast_dtype, choose_device, device_warning
 
 GPU = torch.device("cuda", 0)
 
@@ -61,6 +61,21 @@ def test_a_type_that_the_gpu_lacks_is_refused_before_anything_is_read(gpu, monke
     assert choose_device(RuntimeOptions(use_amp=False, amp_dtype="bfloat16")) == GPU
     monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 0)
     assert choose_device(RuntimeOptions(use_amp=True, amp_dtype="bfloat16")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("gpu_there", "built", "gpus", "warned"),
+    [(True, False, None, True), (True, False, 0, False), (True, True, None, False), (False, False, None, False)],
+)
+def test_a_cpu_build_of_torch_beside_a_gpu_is_warned_of(gpu_there, built, gpus, warned, monkeypatch, tmp_path):
+    node = tmp_path / "nvidia0"
+    if gpu_there:
+        node.touch()
+    monkeypatch.setattr(devices, "NVIDIA_DEVICE", node)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    said = device_warning(torch.device("cpu"), RuntimeOptions(gpus=gpus))
+    assert bool(said) == warned
+    assert not said or "install a CUDA build of torch" in said[0]
 
 
 COUNT_PAGE_FAULTS = """
