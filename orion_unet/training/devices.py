@@ -81,9 +81,8 @@ def keep_freed_memory(device: torch.device) -> None:
     """On a CPU, let the C library keep the memory of freed tensors for the next ones.
 
     By default glibc gives every large block back to the system, which clears each page before it hands it out
-    again: a fifth of the time of a training step. It also gives back the whole arena of a thread that has freed its
-    last block, whatever the limits, so that all threads started later share one arena. Other C libraries are left as
-    they are.
+    again: a fifth of the time of a training step. It also gives back memory from the arenas of other threads in
+    spite of these limits, so that threads started later share one arena. Other C libraries are left as they are.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
