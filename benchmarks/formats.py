@@ -37,7 +37,7 @@ from orion_unet.slides.tiles import Place, TiledArray, Tiles
 from orion_unet.slides.zarr_tiles import ZarrTiles
 
 SEED = 0
-# By name: kind, side of a tile or chunk, and what else its writer is told.
+# By name: kind, side of a tile or chunk, further arguments of its writer.
 FORMATS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "npy (C, H, W)": ("npy", 0, {"axes": (2, 0, 1)}),
     "npy (H, W, C), packed": ("npy", 0, {"axes": (0, 1, 2)}),

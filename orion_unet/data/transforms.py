@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from orion_unet.data.normalization import LOG_CURVATURE, Normalization
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.patches import RawBatch, StoredFormat
 from orion_unet.models.blocks import sobel_magnitude
+from orion_unet.patch_sums import SUM_PIXELS
 from orion_unet.registration.stains import STAINS
 
 # Largest change of a stain's density (relative) and offset (optical density), of brightness, of contrast (relative).
@@ -171,14 +173,29 @@ def remove_hot_pixels(images: Tensor) -> Tensor:
     A pixel is hot if it is above mean + 3 sd of its patch and channel and none of its eight neighbours is. A bright
     cell, however rare, covers several pixels and stays.
     """
-    above = images - images.mean(dim=(2, 3), keepdim=True)
-    spread = torch.linalg.vector_norm(above, dim=(2, 3), keepdim=True) / (images.shape[2] * images.shape[3]) ** 0.5
+    pixels = images.shape[2] * images.shape[3]
+    above = images - _pixel_sums(images) / pixels
+    spread = (_pixel_sums(above.square()) / pixels).sqrt()
     bright = above > HOT_PIXEL_SD * spread
     if images.device.type == "cpu":
         return _replace_isolated(images, bright)
     # Compute every median: listing the hot pixels would make the host wait for the device.
     around = F.avg_pool2d(bright.float(), 3, stride=1, padding=1, divisor_override=1)
     return torch.where(bright & (around < 1.5), median_3x3(images), images)
+
+
+def _pixel_sums(images: Tensor) -> Tensor:
+    """Sums (B, C, 1, 1) over the pixels of (B, C, H, W).
+
+    Where the channels are last, torch adds one pixel after another. Adding SUM_PIXELS neighbours side by side fills the
+    processor's vectors and is five times as fast.
+    """
+    if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+        return images.sum((2, 3), keepdim=True)
+    pixels = images.permute(0, 2, 3, 1).flatten(1, 2)
+    side_by_side = math.gcd(pixels.shape[1], SUM_PIXELS)
+    stretches = pixels.unflatten(1, (-1, side_by_side)).sum(1)
+    return stretches.sum(1)[:, :, None, None]
 
 
 def _replace_isolated(images: Tensor, bright: Tensor) -> Tensor:
@@ -192,7 +209,7 @@ def _replace_isolated(images: Tensor, bright: Tensor) -> Tensor:
     around += rows[..., 2:]
     # A bright pixel counts itself, so that 1 becomes 0 only where it is alone; below 0 a byte wraps to its largest.
     isolated = one - torch.minimum(one, around - 1)
-    image, channel, row, column = isolated.nonzero(as_tuple=True)
+    image, channel, row, column = _positions(isolated)
     height, width = images.shape[-2:]
     values = [
         images[image, channel, (row + dy - 1).clamp(0, height - 1), (column + dx - 1).clamp(0, width - 1)]
@@ -201,6 +218,20 @@ def _replace_isolated(images: Tensor, bright: Tensor) -> Tensor:
     cleaned = images.clone()
     cleaned[image, channel, row, column] = torch.stack(values).median(dim=0).values
     return cleaned
+
+
+def _positions(flags: Tensor) -> tuple[Tensor, ...]:
+    """Indices (image, channel, row, column) of the few bytes of (B, C, H, W) that are not 0, in any order."""
+    last = flags.permute(0, 2, 3, 1)
+    if flags.is_contiguous() or not last.is_contiguous() or last.numel() % 8:
+        return flags.nonzero(as_tuple=True)
+    # Nearly all are 0: look at eight bytes at once first.
+    flat = last.reshape(-1)
+    words = flat.view(torch.int64).nonzero()[:, 0]
+    found = (8 * words[:, None] + torch.arange(8)).flatten()
+    found = found[flat[found] != 0]
+    image, row, column, channel = torch.unravel_index(found, last.shape)
+    return image, channel, row, column
 
 
 def median_3x3(images: Tensor) -> Tensor:

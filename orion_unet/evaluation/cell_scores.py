@@ -1,4 +1,4 @@
-"""Scores over cells: correlation of their mean intensities, and how well positive cells are told from negative."""
+"""Scores over cells: correlation of mean intensities, and how well predictions separate positive from negative."""
 
 from __future__ import annotations
 

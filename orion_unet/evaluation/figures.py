@@ -76,7 +76,7 @@ def draw_markers(card: Scorecard, marks: Sequence[str]) -> bytes:
         if metric == "psnr_db" and np.isfinite(values).any():
             baselines = [card.values[name]["psnr_db"][order] for name in MARKS if name in card.values]
             shown = np.stack([values, low, high, *baselines])
-            # An empty marker is told apart by its absurdly high PSNR; it must not squeeze the others.
+            # The PSNR of an empty marker is absurdly high; keep it from squeezing the other bars.
             real = np.isfinite(card.values[MODEL]["pearson"][order])
             highest = float(np.nanmax(shown[:, real | ~real.any()], initial=1.0))
             ax.set_xlim(max(0.0, 5 * np.floor((np.nanmin(shown) - 2) / 5)), 1.03 * highest)

@@ -125,11 +125,11 @@ def _make(output: Path, table: PairTable, overwrite: bool) -> None:
 
 
 def _origin(table: PairTable, core: int, judgement: Judgement) -> dict[str, Any]:
-    """What a result depends on: the source files, by size and modification time, and the options."""
+    """What a result depends on: the source files, by size, modification time and layout, and the options."""
     files = {}
-    for modality in ("he", "orion"):
+    for modality, rows in (("he", table.he), ("orion", table.orion)):
         size, modified_ns, _ = file_state(table.path(core, modality))
-        files[modality] = [size, modified_ns]
+        files[modality] = [size, modified_ns, str(rows[core]["layout"])]
     options = [judgement.nuclear, judgement.min_correlation, judgement.max_shift]
     if table.level:
         options.append(table.level)

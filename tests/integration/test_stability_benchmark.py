@@ -247,6 +247,16 @@ def test_the_document_repeats_the_results_of_the_benchmark():
     assert compared >= 28
 
 
+def test_every_page_with_numbers_of_real_pairs_names_their_stain():
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+    pages = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *results]
+    texts = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in pages}
+    real = {name: text for name, text in texts.items() if re.search("real[ _]([^ ]+ )?pairs", text)}
+    assert {"README.md", "TRAINING_IMPROVEMENTS.md", "benchmarks/results/registration.md"} <= real.keys()
+    unnamed = [name for name, text in real.items() if not re.search(r"Ki67\s+(IHC|immunohisto)|real H&E", text)]
+    assert unnamed == []
+
+
 def test_the_results_name_the_recipes_and_groups_of_the_benchmark():
     from stability_recipes import recipes
     from stability_report import BASELINES, GROUPS

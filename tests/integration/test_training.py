@@ -5,7 +5,6 @@ import math
 import re
 import sys
 from dataclasses import fields, replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -488,11 +487,20 @@ def test_deterministic_kernels_are_asked_for(train, monkeypatch):
 
 def test_a_compiled_model_trains_and_is_stored_under_its_own_names(train, monkeypatch):
     # Tracing without code generation: the wiring is what is tested, and a compiler may be missing.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    given = []
+
+    def compile_(model, **options):
+        given.append(model)
+        return made(model, backend="eager", **options)
+
+    made = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_)
     compiled, plain = (
         train("compiled", epochs=1, compile=True, ema_decay=0.9),
         train("plain", epochs=1, ema_decay=0.9),
     )
+    # The averaged model, which validates, as well as the one that trains.
+    assert sum(isinstance(model, SpatialUNet) for model in given) == 2
     assert weights(compiled.dir).keys() == weights(plain.dir).keys()
     (one,), (two,) = read_metrics(compiled.dir), read_metrics(plain.dir)
     assert one["train"]["loss"] == pytest.approx(two["train"]["loss"], rel=1e-5)

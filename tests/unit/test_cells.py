@@ -101,6 +101,7 @@ def test_labels_without_background_are_all_cells(tmp_path):
 )
 def test_labels_that_cannot_be_used_are_refused(tmp_path, content, said):
     path = tmp_path / "core_LABELS.npy"
+    # Pickles only what this test makes: the reader must refuse the object array.
     np.save(path, content, allow_pickle=True)
     with pytest.raises(InputError, match=said):
         load_labels(path, (4, 4))

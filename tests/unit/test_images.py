@@ -281,6 +281,7 @@ def test_a_png_without_three_channels_is_refused(tmp_path):
     ],
 )
 def test_an_npy_that_is_no_image_is_refused_by_name(array, words, tmp_path):
+    # Pickles only what this test makes: the reader must refuse the object array.
     np.save(tmp_path / "core.npy", array, allow_pickle=True)
     with pytest.raises(InputError, match=rf"core\.npy: .*{words}"):
         open_he(tmp_path / "core.npy")

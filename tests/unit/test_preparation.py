@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
+from orion_unet.config import DataOptions
+from orion_unet.data.pairs import find_pairs
 from orion_unet.errors import InputError
+from orion_unet.preparation import register_pairs
+from orion_unet.preparation.one_pair import Judgement
 from orion_unet.preparation.panel import choose_panel, read_markers
 from orion_unet.preparation.regions import Areas, spread, tissue_regions, whole_regions
 from orion_unet.preparation.slide_table import read_slide_table
@@ -199,3 +203,16 @@ def test_without_resampling_values_are_those_stored():
     image = np.random.default_rng(0).integers(0, 65535, (3, 1100, 40), dtype=np.uint16)
     bands = resampled_bands(lambda y, x, h, w: image[:, y : y + h, x : x + w], (7, 2), (1050, 30), 1, (1100, 40))
     np.testing.assert_array_equal(np.concatenate(list(bands)), image[:, 7:1057, 2:32].transpose(1, 2, 0))
+
+
+def test_a_registration_of_another_layout_is_done_again(tmp_path):
+    np.save(tmp_path / "core_HE.npy", np.zeros((16, 16, 3), np.uint8))
+    np.save(tmp_path / "core_ORION.npy", np.zeros((16, 16, 16), np.uint8))
+    judgement = Judgement(nuclear=0, min_correlation=0.3, max_shift=20)
+    found = [
+        register_pairs._origin(
+            find_pairs(DataOptions(pairs_dir=str(tmp_path), patch_size=16, orion_layout=layout)), 0, judgement
+        )
+        for layout in ("hwc", "chw", "hwc")
+    ]
+    assert found[0] == found[2] != found[1]

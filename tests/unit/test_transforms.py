@@ -210,9 +210,10 @@ def noisy_patches(hot=40, level=100.0):
     return images, places
 
 
-def test_isolated_hot_pixels_become_scipys_median_and_nothing_else_changes():
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_isolated_hot_pixels_become_scipys_median_and_nothing_else_changes(memory_format):
     images, places = noisy_patches()
-    cleaned = remove_hot_pixels(torch.from_numpy(images)).numpy()
+    cleaned = remove_hot_pixels(torch.from_numpy(images).contiguous(memory_format=memory_format)).numpy()
     median = scipy.ndimage.median_filter(images[0, 1], 3, mode="nearest")
     assert places.sum() > 20
     np.testing.assert_array_equal(cleaned[0, 1][places], median[places])
@@ -245,9 +246,11 @@ def test_the_dense_median_is_scipys_everywhere(shape):
     np.testing.assert_array_equal(median_3x3(images).numpy(), expected)
 
 
-def test_the_listed_path_of_the_cpu_equals_the_dense_path():
-    images = torch.from_numpy(noisy_patches()[0]).float()
-    images = torch.cat([images, torch.rand_like(images) ** 30])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("height", [64, 63])
+def test_the_listed_path_of_the_cpu_equals_the_dense_path(memory_format, height):
+    images = torch.from_numpy(noisy_patches()[0]).float()[..., :height, : height - 2]
+    images = torch.cat([images, torch.rand_like(images) ** 30]).contiguous(memory_format=memory_format)
     bright = torch.rand_like(images) < 0.05
     around = torch.nn.functional.avg_pool2d(bright.float(), 3, stride=1, padding=1, divisor_override=1)
     isolated = bright & (around < 1.5)
@@ -255,6 +258,12 @@ def test_the_listed_path_of_the_cpu_equals_the_dense_path():
     assert (bright & ~isolated).any()
     dense = torch.where(isolated, median_3x3(images), images)
     assert torch.equal(transforms._replace_isolated(images, bright), dense)
+
+
+def test_hot_pixels_are_the_same_in_any_batch():
+    images = (torch.rand(5, 20, 64, 64) ** 8).contiguous(memory_format=torch.channels_last)
+    apart = [remove_hot_pixels(images[part]) for part in (slice(0, 1), slice(1, 5))]
+    assert torch.equal(remove_hot_pixels(images), torch.cat(apart))
 
 
 @pytest.mark.parametrize("noise_removal", [False, True])
