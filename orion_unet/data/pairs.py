@@ -95,6 +95,13 @@ class PairTable:
         measured = self.measured
         return np.ones(len(self.kept_channels), bool) if measured is None else measured[core]
 
+    def never_measured(self, cores: Sequence[int]) -> list[str]:
+        """The kept channels that were measured in none of the cores."""
+        if self.measured is None:
+            return []
+        found = np.logical_or.reduce(self.measured[list(cores)], axis=0)
+        return [name for index, name in enumerate(self.kept_names) if not found[index]]
+
     def places(self, core: int) -> np.ndarray:
         """Place of each of ``channel_names`` in the core's file, -1 where it was not measured."""
         return np.arange(len(self.channel_names)) if self.panels is None else self.panels.places[core]

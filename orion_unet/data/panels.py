@@ -15,6 +15,7 @@ import numpy as np
 from orion_unet.data.assignments import read_assignments
 from orion_unet.data.channels import check_unique, listed_names, read_names
 from orion_unet.errors import InputError
+from orion_unet.text import csv_bytes
 
 PANELS_FILE = "panels.csv"
 PREFIX, SUFFIX = "panel_", ".txt"
@@ -113,6 +114,14 @@ def find_panels(folder: Path, cores: Sequence[str], given_names: str | None) -> 
     unused = sorted(set(panel_files(folder)) - set(map(panel_file, markers)))
     warnings = [f"no core in {PANELS_FILE} has the panel of {', '.join(unused)}"] if unused else []
     return Panels(markers, tuple(of_core), names), warnings
+
+
+def panels_of(folder: Path, cores: Sequence[str]) -> bytes | None:
+    """The content of a folder's panels.csv for only some of its cores; None without one."""
+    path = folder / PANELS_FILE
+    if not path.exists():
+        return None
+    return csv_bytes(["core", "panel"], zip(cores, read_assignments(path, cores, "panel"), strict=True))
 
 
 def _in_order(markers: dict[str, tuple[str, ...]], listed: tuple[str, tuple[str, ...]] | None) -> tuple[str, ...]:

@@ -146,7 +146,7 @@ def unmeasured(table: PairTable, split: Split) -> list[str]:
     if table.measured is None:
         return []
     panels = table.folder / PANELS_FILE
-    if untrained := lacking_in(table, split.train):
+    if untrained := table.never_measured(split.train.tolist()):
         raise InputError(
             f"{panels}: measured in no training core, so that nothing can be learned of it: {', '.join(untrained)}. "
             f'Leave it out with --exclude_channels "{",".join(untrained)}", or train on cores that have it (another '
@@ -160,16 +160,12 @@ def unmeasured(table: PairTable, split: Split) -> list[str]:
             bare,
             "Leave them out of the split (--split_file), or exclude fewer channels.",
         )
-    if not (unjudged := lacking_in(table, split.val)):
+    if not (unjudged := table.never_measured(split.val.tolist())):
         return []
-    return [f"measured in no validation core, so that nothing shows how well it is predicted: {', '.join(unjudged)}"]
-
-
-def lacking_in(table: PairTable, cores: np.ndarray) -> list[str]:
-    """The markers that were measured in none of the cores."""
-    if table.measured is None:
-        return []
-    return [name for name, found in zip(table.kept_names, table.measured[cores].any(axis=0), strict=True) if not found]
+    return [
+        f"measured in no validation core, so that nothing shows how well it is predicted: {', '.join(unjudged)} "
+        "(another --split_file or --seed can change that)"
+    ]
 
 
 def _check_batches(config: TrainConfig, split: Split, ranks: int) -> None:

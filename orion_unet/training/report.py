@@ -13,7 +13,7 @@ from orion_unet.training.build import Run
 from orion_unet.training.devices import describe_devices, device_memory_bytes, device_warning, memory_bytes
 from orion_unet.training.engine import TrainSums, Validation, batch_norms
 from orion_unet.training.optim import LITTLE_TRAVEL, MUCH_LOWER, automatic_rate
-from orion_unet.training.prepare import lacking_in, planned_steps
+from orion_unet.training.prepare import planned_steps
 from orion_unet.training.state import global_batch
 from orion_unet.training.transfer import describe, describe_encoder, is_source
 
@@ -29,7 +29,7 @@ def facts(run: Run) -> dict[str, Any]:
         "target_layouts": sorted({str(layout) for layout in run.prepared.table.orion["layout"]}),
         "empty_channels": list(run.prepared.normalization.empty),
         "panels": _panels(run),
-        "unvalidated_channels": lacking_in(run.prepared.table, run.prepared.split.val),
+        "unvalidated_channels": run.prepared.table.never_measured(run.prepared.split.val.tolist()),
         "regression_pearson": run.prepared.regression_pearson,
         "world_size": world_size(),
         "global_batch": global_batch(run.config) * run.config.optimisation.accumulate_steps,
