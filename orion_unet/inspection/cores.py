@@ -29,7 +29,6 @@ class CoreView:
 
     name: str
     group: str
-    panel: str
     height: int
     width: int
     tissue: float
@@ -38,6 +37,7 @@ class CoreView:
     constant: tuple[str, ...]
     registration: Registration | None
     thumbnail: np.ndarray
+    panel: str = ""
 
 
 def view_core(
@@ -61,7 +61,6 @@ def view_core(
     return CoreView(
         name=str(table.names[core]),
         group=group,
-        panel="" if table.panels is None else table.panels.of_core[core],
         height=int(row["height"]),
         width=int(row["width"]),
         tissue=tissue_fraction(he, layout, white),
@@ -74,6 +73,7 @@ def view_core(
         ),
         registration=registration,
         thumbnail=block_means(1 - picture.mean(axis=2), DESCRIPTOR, DESCRIPTOR),
+        panel="" if table.panels is None else table.panels.of_core[core],
     )
 
 
