@@ -116,6 +116,17 @@ def find_panels(folder: Path, cores: Sequence[str], given_names: str | None) -> 
     return Panels(markers, tuple(of_core), names), warnings
 
 
+def markers_of(folder: Path, core: str) -> tuple[str, ...]:
+    """The markers of one core's file, in order, by the folder's panels.csv; none without one. Raises InputError."""
+    path = folder / PANELS_FILE
+    if not path.exists():
+        return ()
+    (panel,) = read_assignments(path, [core], "panel")
+    names = read_names(folder / panel_file(panel))
+    check_unique(str(folder / panel_file(panel)), names)
+    return names
+
+
 def panels_of(folder: Path, cores: Sequence[str]) -> bytes | None:
     """The content of a folder's panels.csv for only some of its cores; None without one."""
     path = folder / PANELS_FILE

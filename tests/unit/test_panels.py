@@ -1,5 +1,7 @@
 """Panels that differ: markers are read, normalised and fitted from the cores that have them; bad panels are refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from orion_unet.data.patches import PatchPlace
 from orion_unet.data.split import Split
 from orion_unet.data.transforms import BatchTransform
 from orion_unet.errors import InputError
+from orion_unet.quantification.sources import measured_channels
 from orion_unet.training.prepare import panels_digest, unmeasured
 
 NAMES = ("Hoechst", "CD3", "CD8", "CD20")
@@ -261,3 +264,12 @@ def test_packing_carries_the_panels_and_each_cores_own_channels(write_pairs, ope
     assert packed.table.channel_names == UNION
     places = [PatchPlace(core, 5, 6) for core in range(4)]
     assert torch.equal(packed.reader.read(places).orion, plain.reader.read(places).orion.permute(0, 2, 3, 1))
+
+
+def test_quantify_knows_the_measured_channels_of_a_core_by_its_panel(write_pairs):
+    folder = keep_panels(write_pairs(channels=4))
+    core = SimpleNamespace(path=folder / "core_01_ORION.npy", channel_names=(), shape=(2, 48, 40))
+    assert measured_channels(core, UNION) == [(1, 1), (3, 0)]
+    core.path = folder / "core_00_ORION.npy"
+    with pytest.raises(InputError, match=r"has 2 channels, but its panel by .*panels.csv has 3 markers"):
+        measured_channels(core, UNION)
