@@ -127,8 +127,8 @@ def measured_channels(measured: MarkerImage, names: Sequence[str]) -> list[tuple
     panel = markers_of(folder, image_name(measured.path))
     if panel and len(panel) != measured.shape[0]:
         raise InputError(
-            f"--measured {measured.path}: has {measured.shape[0]} channels, but its panel by {folder / PANELS_FILE} has "
-            f"{len(panel)} markers"
+            f"--measured {measured.path}: has {measured.shape[0]} channels, but its panel by {folder / PANELS_FILE} "
+            f"has {len(panel)} markers"
         )
     own = panel or measured.channel_names
     if not own and (folder / NAMES_FILE).is_file():

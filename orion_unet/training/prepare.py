@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ def prepare_data(
             f"{table.folder / PANELS_FILE}: says of the cores of the run to resume that other markers were measured in "
             "them than when it began; restore the panels, or start another run in another --output_dir"
         )
-    warnings += unmeasured(table, split)
+    warnings += check_markers(table, split)
     names = table.kept_names
     keep = [names[channel] for channel in sorted(listed_channels("keep_channels", data.keep_channels, names))]
     if source is not None:
@@ -138,7 +139,7 @@ def panels_digest(table: PairTable, split: Split) -> str | None:
     return table.panels.digest(table.names.tolist(), np.sort(np.concatenate([split.train, split.val])).tolist())
 
 
-def unmeasured(table: PairTable, split: Split) -> list[str]:
+def check_markers(table: PairTable, split: Split) -> list[str]:
     """A warning where markers were measured in no validation core: they are trained, and nothing judges them.
 
     Raises InputError where markers were measured in no training core, or where cores have none of the markers.
@@ -166,6 +167,16 @@ def unmeasured(table: PairTable, split: Split) -> list[str]:
         f"measured in no validation core, so that nothing shows how well it is predicted: {', '.join(unjudged)} "
         "(another --split_file or --seed can change that)"
     ]
+
+
+def check_folds(configs: Sequence[TrainConfig]) -> None:
+    """Raise InputError where the training of a fold of one folder would be refused for its panels."""
+    table = find_pairs(configs[0].data)
+    for config in configs:
+        try:
+            check_markers(table, make_split(table, config.data, config.optimisation.seed)[0])
+        except InputError as error:
+            raise InputError(f"--fold {config.data.fold}: {error}") from None
 
 
 def _check_batches(config: TrainConfig, split: Split, ranks: int) -> None:

@@ -61,7 +61,14 @@ def strict(path):
 
 
 def test_a_folder_with_two_panels_trains_one_model_that_evaluate_scores_marker_by_marker(folder, tmp_path):
-    options = {**TINY, **TERMS, "pairs_dir": folder, "output_dir": tmp_path / "run", "sanity_check_freq": 2}
+    options = {
+        **TINY,
+        **TERMS,
+        "pairs_dir": folder,
+        "output_dir": tmp_path / "run",
+        "epochs": 1,
+        "sanity_check_freq": 1,
+    }
     words = command_line({**options, "split_file": split_file(folder, [4, 5])})
     assert run_command(dispatch, ["train", "--recipe", "none", *words]) == 0
     last = read_metrics(tmp_path / "run")[-1]["val"]
@@ -72,7 +79,7 @@ def test_a_folder_with_two_panels_trains_one_model_that_evaluate_scores_marker_b
         panel: {"markers": list(markers), "cores": 3} for panel, markers in PANELS.items()
     }
     assert config["unvalidated_channels"] == []
-    assert (tmp_path / "run" / "sanity" / "epoch_0002.png").exists()
+    assert (tmp_path / "run" / "sanity" / "epoch_0001.png").exists()
 
     words = ["--checkpoint", tmp_path / "run", "--pairs_dir", folder, "--output_dir", tmp_path / "scores"]
     assert run_command(dispatch, ["evaluate", *map(str, words)]) == 0
@@ -115,9 +122,9 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit_and_not_with_other_pa
 
 
 def test_where_every_core_has_every_marker_panels_change_no_bit(pairs, train):
-    plain = train("plain", **TERMS)
+    plain = train("plain", **TERMS, epochs=1)
     write_panels(pairs, ["all"] * 4, {"all": [f"channel_{index:02d}" for index in range(3)]})
-    listed = train("listed", **TERMS)
+    listed = train("listed", **TERMS, epochs=1)
     assert losses(listed.dir) == losses(plain.dir)
     assert differing(weights(listed.dir), weights(plain.dir)) == []
 
@@ -133,6 +140,14 @@ def test_folds_of_two_panels_are_scored_together(folder, train, tmp_path):
     assert all(found["model"]["mae"]["value"] > 0 for found in document["markers"].values())
     # Each core once, each in the fold that held it out.
     assert sorted(core for fold in document["folds"] for core in fold["cores"]) == [f"core_{c:02d}" for c in range(6)]
+
+
+def test_a_fold_without_a_training_core_for_a_marker_is_refused_before_any_fold_is_trained(folder, tmp_path, capsys):
+    (folder / "groups.csv").write_text("core,group\n" + "".join(f"core_{c:02d},{'xy'[c % 2]}\n" for c in range(6)))
+    own = ["--folds", "2", "--output_dir", str(tmp_path / "cv"), "--", "--recipe", "none"]
+    assert run_command(dispatch, ["crossval", *own, *command_line({**TINY, "pairs_dir": folder})]) == 2
+    assert "--fold 1/2: " in (shown := capsys.readouterr().err) and "measured in no training core" in shown
+    assert not (tmp_path / "cv").exists()
 
 
 def test_check_data_lists_the_panels_and_takes_no_missing_marker_for_a_constant_one(folder, capsys):

@@ -18,7 +18,7 @@ from orion_unet.data.split import Split
 from orion_unet.data.transforms import BatchTransform
 from orion_unet.errors import InputError
 from orion_unet.quantification.sources import measured_channels
-from orion_unet.training.prepare import panels_digest, unmeasured
+from orion_unet.training.prepare import check_markers, panels_digest
 
 NAMES = ("Hoechst", "CD3", "CD8", "CD20")
 PANELS = {"a": ("CD8", "Hoechst", "CD3"), "b": ("CD20", "Hoechst")}
@@ -236,14 +236,14 @@ def test_a_marker_needs_a_training_core_and_without_a_validation_core_there_is_a
     def split(train, val):
         return Split(np.array(train), np.array(val), ())
 
-    assert unmeasured(table, split([0, 1], [2, 3])) == []
+    assert check_markers(table, split([0, 1], [2, 3])) == []
     with pytest.raises(InputError, match=r'measured in no training core.*: CD20\..*--exclude_channels "CD20"'):
-        unmeasured(table, split([0, 3], [1, 2]))
-    (warning,) = unmeasured(table, split([0, 1, 2], [3]))
+        check_markers(table, split([0, 3], [1, 2]))
+    (warning,) = check_markers(table, split([0, 1, 2], [3]))
     assert warning.startswith("measured in no validation core") and "CD20" in warning
     bare = open_pairs(table.folder, exclude_channels="Hoechst,CD20").table
     with pytest.raises(InputError, match="none of the markers that are trained on:\n  - core_01\n  - core_02"):
-        unmeasured(bare, split([0, 1], [2, 3]))
+        check_markers(bare, split([0, 1], [2, 3]))
 
 
 def test_the_digest_follows_what_was_measured_in_the_cores_of_the_split_alone(write_pairs, open_pairs):
