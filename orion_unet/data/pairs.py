@@ -92,8 +92,8 @@ class PairTable:
 
     def measured_in(self, core: int) -> np.ndarray:
         """Whether each kept channel was measured in a core, (C,) bool."""
-        measured = self.measured
-        return np.ones(len(self.kept_channels), bool) if measured is None else measured[core]
+        measured: np.ndarray = self.places(core)[list(self.kept_channels)] >= 0
+        return measured
 
     def never_measured(self, cores: Sequence[int]) -> list[str]:
         """The kept channels that were measured in none of the cores."""
