@@ -74,6 +74,7 @@ MIXED = "one model, panels differ"
 PANEL_WAYS = {
     "a model for panel A": ("panels", "A", 1),
     "a model for panel B": ("panels", "B", 1),
+    "a model for panel A, steps of both": ("panels", "A", 2),
     "a model for panel B, steps of both": ("panels", "B", 2),
     MIXED: ("panels", "AB", 1),
     f"{MIXED}, steps of both": ("panels", "AB", 2),

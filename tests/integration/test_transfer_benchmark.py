@@ -83,6 +83,7 @@ def test_each_way_of_the_panels_trains_on_its_cores_and_markers_and_only_missing
     assert trained == [
         ("panels", {"a"}, transfer.SOURCE_PANEL, patches),
         ("panels", {"b"}, tuple(name for name in everything if name in transfer.NEW_PANEL), patches),
+        ("panels", {"a"}, transfer.SOURCE_PANEL, 2 * patches),
         ("panels", {"b"}, tuple(name for name in everything if name in transfer.NEW_PANEL), 2 * patches),
         ("panels", {"a", "b"}, everything, patches),
         ("panels", {"a", "b"}, everything, 2 * patches),
