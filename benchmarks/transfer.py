@@ -2,12 +2,17 @@
 
     python benchmarks/transfer.py                        # generated tissue: other stains, another panel
     python benchmarks/transfer.py --pairs DIR [DIR ...]  # real pairs, too: every group is once the new set
+    python benchmarks/transfer.py --panels               # one model for two panels, against a model for each
     python benchmarks/transfer.py --quick                # seconds; its numbers mean nothing
 
 A source model is trained on one set. Then one core of the new set is trained on, in several ways with the same number
 of steps, and every way is scored on the other cores of the new set: Pearson's r after the last epoch, mean over the
 markers. The held-out cores choose nothing, neither an epoch nor a rate. In real pairs (with groups.csv) the new set is
 one group and the source is trained on all the others.
+
+With --panels, two sets of generated cores share four of their markers. One model is trained on both with panels.csv,
+and one on each; all are scored on further cores, in which every marker was measured. This answers another question
+than the rest, so nothing else is trained.
 
 Finished trainings are kept in --output_dir/trials.json; the same command continues. --report trains nothing and shows
 the seeds of which all ways are finished.
@@ -36,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orion_unet.cli.arguments import Parser, parse_train_config, run_command
 from orion_unet.data.channels import NAMES_FILE
+from orion_unet.data.panels import PANELS_FILE, panel_file
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.demo.stains import MARKERS, VECTORS, Stain, render_he, render_orion, stain_dyes
 from orion_unet.demo.tissue import Habit, draw_tissue
@@ -59,6 +65,22 @@ SOURCE_PANEL = ("Hoechst", "CD3e", "CD20", "Pan-CK", "SMA", "Ki67")
 # Of a large group, only so many cores, evenly spread: validation would take most of the time.
 MOST_CORES = 13
 NEW_PANEL = ("Pan-CK", "Hoechst", "CD68", "CD3e", "SMA")
+# Of the panels, the training cores of each that a seed draws, those that it draws from, and the scored cores.
+PANELS = {"A": SOURCE_PANEL, "B": NEW_PANEL}
+ALL_MARKERS = tuple(dict.fromkeys((*SOURCE_PANEL, *NEW_PANEL)))
+DRAWN, POOL, SCORED = 4, 10, 6
+MIXED = "one model, panels differ"
+# Each way: the folder, the panels whose cores are trained on, and how many times the steps of a single model.
+PANEL_WAYS = {
+    "a model for panel A": ("panels", "A", 1),
+    "a model for panel B": ("panels", "B", 1),
+    "a model for panel A, steps of both": ("panels", "A", 2),
+    "a model for panel B, steps of both": ("panels", "B", 2),
+    MIXED: ("panels", "AB", 1),
+    f"{MIXED}, steps of both": ("panels", "AB", 2),
+    "one model, every marker measured": ("complete", "AB", 1),
+    "one model, every marker measured, steps of both": ("complete", "AB", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--pairs", type=Path, nargs="+", default=[], metavar="DIR", help="real pairs; default: none")
     parser.add_argument("--targets", type=int, default=2, metavar="N", help="groups that are the new set; default: 2")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each kind; default: 3")
+    parser.add_argument("--panels", action="store_true", help="one model for two panels, and nothing else")
     parser.add_argument("--quick", action="store_true", help="seconds, to try the benchmark; one seed")
     parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/transfer"), metavar="DIR", help="default: runs/…")
@@ -104,6 +127,11 @@ def main(argv: list[str]) -> int:
     size, seeds = (QUICK, 1) if options.quick else (FULL, options.seeds)
     output = options.output_dir
     output.mkdir(parents=True, exist_ok=True)
+    if options.panels:
+        text = mixed_panels(output, size, seeds, options.report)
+        (output / "panels.md").write_text(text, encoding="utf-8")
+        print(text)
+        return 0
     tasks = [generated(output, size), *(task for folder in options.pairs for task in real(folder, options.targets))]
     trials = Trials(output / "trials.json", size)
     # All tasks once before any is repeated, so that an interrupted benchmark has something to say of each.
@@ -119,21 +147,22 @@ def main(argv: list[str]) -> int:
 class Trials:
     """Finished trainings by task, seed and way, in a file that is whole after each of them."""
 
-    def __init__(self, path: Path, size: Size) -> None:
+    def __init__(self, path: Path, size: Size, ways: dict[str, Any] = WAYS) -> None:
         self.path = path
-        settings = {**vars(size), "ways": WAYS}
+        # As they are read again.
+        settings = json.loads(json.dumps({**vars(size), "ways": ways}))
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         # Trials of other settings cannot be compared with these.
         self.document = stored if stored.get("settings") == settings else {"settings": settings, "trials": {}}
 
     @staticmethod
-    def key(task: Task, seed: int, way: str) -> str:
-        return f"{task.name} | {seed} | {way}"
+    def key(task: Task | str, seed: int, way: str) -> str:
+        return f"{task if isinstance(task, str) else task.name} | {seed} | {way}"
 
-    def get(self, task: Task, seed: int, way: str) -> dict[str, Any] | None:
+    def get(self, task: Task | str, seed: int, way: str) -> dict[str, Any] | None:
         return self.document["trials"].get(self.key(task, seed, way))
 
-    def add(self, task: Task, seed: int, way: str, found: dict[str, Any]) -> None:
+    def add(self, task: Task | str, seed: int, way: str, found: dict[str, Any]) -> None:
         self.document["trials"][self.key(task, seed, way)] = found
         write_json(self.path, self.document)
 
@@ -311,6 +340,89 @@ def new_marker(found: dict[str, list[list[dict[str, float | None]]]]) -> list[st
         parts = [mean(over_markers(epochs[-1], among) for epochs in runs) for among in (shared, {new})]
         lines.append(f"| {way} | {parts[0]:.3f} | {parts[1]:.3f} |")
     return [*lines, ""]
+
+
+def mixed_panels(output: Path, size: Size, seeds: int, only_report: bool) -> str:
+    """Train every way of PANEL_WAYS for every seed that is not finished; the table of those that are."""
+    trials = Trials(output / "panel_trials.json", size, PANEL_WAYS)
+    folders = {"panels": output / "panels", "complete": output / "complete"}
+    scored = [f"t_{core:02d}" for core in range(SCORED)]
+    for seed in range(0 if only_report else seeds):
+        draw_cohorts(folders["panels"], folders["complete"], size)
+        drawn = {panel: np.random.default_rng([seed, ord(panel)]).permutation(POOL)[:DRAWN] for panel in PANELS}
+        for way, (folder, trained, times) in PANEL_WAYS.items():
+            if trials.get("panels", seed, way) is not None:
+                continue
+            print(f"panels, seed {seed}: {way}", file=sys.stderr, flush=True)
+            cores = [f"{panel.lower()}_{core:02d}" for panel in trained for core in sorted(drawn[panel])]
+            known = {name for panel in trained for name in PANELS[panel]}
+            others = [name for name in ALL_MARKERS if name not in known]
+            words = ["--exclude_channels", ",".join(others)] if others else []
+            run = output / "runs" / f"panels_{seed}_{list(PANEL_WAYS).index(way)}"
+            patches = size.patches * len(PANELS) * times
+            epochs = fit(run, folders[folder], cores, scored, seed, size, size.epochs, patches, words)
+            trials.add("panels", seed, way, {"cores": cores, "epochs": epochs})
+            shutil.rmtree(run)
+    return panel_report(seeds, trials)
+
+
+def draw_cohorts(panels: Path, complete: Path, size: Size) -> None:
+    """Cores a_NN and b_NN, one patient each, of which one folder has the markers of their panel and the other all; and
+    t_NN, of which both have all."""
+    if (panels / PANELS_FILE).exists():
+        return
+    for folder in (panels, complete):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NAMES_FILE).write_text("\n".join(ALL_MARKERS) + "\n", encoding="utf-8")
+    listed = {**PANELS, "all": ALL_MARKERS}
+    lines = ["core,panel"]
+    for cohort, (panel, markers) in enumerate(listed.items()):
+        for core in range(SCORED if panel == "all" else POOL):
+            name = f"{'t' if panel == 'all' else panel.lower()}_{core:02d}"
+            rng = np.random.default_rng([2, cohort, core])
+            patient = np.random.default_rng([2, cohort, core, 1])
+            tissue = draw_tissue(rng, size.side, Habit.draw(patient))
+            stain, dyes = Stain.draw(patient, rng), stain_dyes(rng, tissue)
+            he, orion = render_he(rng, dyes, stain), render_orion(rng, tissue, dyes, stain)
+            for folder, kept in ((panels, markers), (complete, ALL_MARKERS)):
+                columns = [MARKERS.index(marker) for marker in kept]
+                np.save(folder / f"{name}_HE.npy", he)
+                np.save(folder / f"{name}_ORION.npy", np.take(orion, columns, list(orion.shape).index(len(MARKERS))))
+            lines.append(f"{name},{panel}")
+    for panel, markers in listed.items():
+        (panels / panel_file(panel)).write_text("\n".join(markers) + "\n", encoding="utf-8")
+    # Last: a folder without it was interrupted and is drawn again.
+    (panels / PANELS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def panel_report(seeds: int, trials: Trials) -> str:
+    """A table over the seeds of which every way is finished."""
+    whole = [seed for seed in range(seeds) if all(trials.get("panels", seed, way) for way in PANEL_WAYS)]
+    if not whole:
+        return "no seed is finished\n"
+    shared = set(PANELS["A"]) & set(PANELS["B"])
+    kinds = [shared, set(PANELS["A"]) - shared, set(PANELS["B"]) - shared]
+    lines = [
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}",
+        "",
+        f"## Panels that differ: {DRAWN} cores to train on of each panel, {SCORED} to score, {len(whole)} "
+        f"{'seed' if len(whole) == 1 else 'seeds'}",
+        "",
+        f"| way | steps | r of the {len(shared)} shared markers | r of {', '.join(sorted(kinds[1]))} (A) "
+        f"| r of {', '.join(sorted(kinds[2]))} (B) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    size = trials.document["settings"]
+    for way, (_, trained, times) in PANEL_WAYS.items():
+        last = [cast(dict, trials.get("panels", seed, way))["epochs"][-1] for seed in whole]
+        steps = size["epochs"] * size["patches"] * len(PANELS) * times // size["batch"]
+        cells = []
+        for kind, panel in zip(kinds, ("", "A", "B"), strict=True):
+            values = [over_markers(markers, kind) for markers in last] if panel in trained else []
+            each = ", ".join(f"{value:.2f}" for value in values)
+            cells.append(f"{mean(values):.3f} ({each})" if values else "-")
+        lines.append(f"| {way} | {steps} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class DataOptions:
     channel_names: str | None = option(
         None,
         "marker names in channel order, separated by commas, or a text file with one name a line; "
-        "channel_names.txt in the pairs folder is used when present",
+        "channel_names.txt in the pairs folder is used when present; with panels.csv, the names of all panels",
         metavar="NAMES",
         fixed=False,
     )

@@ -34,23 +34,39 @@ def why_no_interval(groups: Sequence[str], grouped: bool) -> str:
 
 
 def interval(
-    value: np.ndarray | float, without: np.ndarray, bounds: tuple[float, float] | None = None
+    value: np.ndarray | float,
+    without: np.ndarray,
+    bounds: tuple[float, float] | None = None,
+    units: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper end (...) of the interval around ``value`` (...), of which ``without`` (U, ...) is what it would
     be without each of U units.
 
     ``bounds`` are the smallest and largest value there can be; the ends lie between them. NaN where the value is
-    undefined, with or without any of the units: what one unit alone shows has no interval.
+    undefined, with or without any of the units: what one unit alone shows has no interval. ``units`` (U, ...) bool are
+    those that have the value at all; the others count for nothing, and there must be LEAST_UNITS. None: all have it.
     """
     from scipy.stats import t
 
-    count = len(without)
     centre, moved = (_unbounded(np.asarray(values, np.float64), bounds) for values in (value, without))
-    error = np.sqrt((count - 1) ** 2 / count * moved.var(axis=0, ddof=1))
+    count: int | np.ndarray = len(without)
+    variance = moved.var(axis=0, ddof=1)
+    if units is not None:
+        count = np.maximum(units.sum(axis=0), 2)
+        variance = _variance(moved, units)
+    error = np.sqrt((count - 1) ** 2 / count * variance)
     reach = t.ppf((1 + LEVEL) / 2, count - 1) * error
     # The value itself may be nearer to its bound than the transform goes.
     low, high = (_bounded(end, bounds) for end in (centre - reach, centre + reach))
     return np.minimum(low, value), np.maximum(high, value)
+
+
+def _variance(values: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Variance over the first axis of those values (U, ...) that count; NaN where they are fewer than LEAST_UNITS."""
+    count = units.sum(axis=0)
+    mean = np.where(units, values, 0.0).sum(axis=0) / np.maximum(count, 1)
+    squares = np.where(units, (values - mean) ** 2, 0.0).sum(axis=0)
+    return np.where(count >= LEAST_UNITS, squares / np.maximum(count - 1, 1), np.nan)
 
 
 def _unbounded(values: np.ndarray, bounds: tuple[float, float] | None) -> np.ndarray:

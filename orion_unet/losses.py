@@ -38,6 +38,9 @@ class CompositeLoss(nn.Module):
       is dark in most patches, where a correlation means nothing. With several ranks the batch is the one of all ranks
       together (``mean_over_ranks`` averages a small tensor over them); accumulated batches count separately.
 
+    Where not every marker was measured in every core, each term is the mean over the measured pairs of patch and marker
+    alone, and the correlation the mean over the markers that any patch of the batch has.
+
     ``weights`` maps names of TERMS to weights ≥ 0; a missing name has weight 0. ``channel_weights`` (C,) ≥ 0 are scaled
     to mean 1 and multiply the values of every term per channel.
 
@@ -83,6 +86,8 @@ class CompositeLoss(nn.Module):
         target: Tensor,
         boundary_mask: Tensor | None = None,
         boundary_count: Tensor | None = None,
+        measured: Tensor | None = None,
+        measured_count: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to train on, and its unweighted terms (detached scalars) except those of weight 0.
 
@@ -91,12 +96,18 @@ class CompositeLoss(nn.Module):
             boundary_mask: (B, 1, H, W), bool or float in [0, 1]; needed when the boundary term has a weight.
             boundary_count: scalar tensor, the number of boundary pixels to divide by instead of this mask's own. If
                 all ranks (or accumulated batches) divide by their mean count, the mean of their gradients is the
-                gradient of one large batch, although their masks differ in size.
+                gradient of one large batch, although their masks differ in size. See ``boundary_pixels``.
+            measured: (B, C) bool, whether each marker was measured in each patch; None: all were.
+            measured_count: scalar tensor, the number of measured pairs of patch and marker to divide by instead of this
+                batch's own, for the same reason.
 
-        An empty mask gives a boundary term of 0. Never waits for the device. Raises ValueError when shapes differ or
+        A mean over nothing is 0. Never waits for the device. Raises ValueError when shapes differ or
         the mask is missing.
         """
-        errors = _Errors(*_as_float32(prediction, target))
+        errors = _Errors(*_as_float32(prediction, target), measured)
+        if measured is not None:
+            pairs = measured.sum() if measured_count is None else measured_count
+            pairs = torch.where(pairs > 0, pairs, 1).float()
         loss = errors.prediction.new_zeros(())
         terms = {}
         for name, weight in self.weights.items():
@@ -105,14 +116,17 @@ class CompositeLoss(nn.Module):
             if name == "boundary":
                 if boundary_mask is None:
                     raise ValueError("the boundary term has a weight, but there is no boundary mask")
-                count = boundary_mask.sum() if boundary_count is None else boundary_count
+                count = boundary_pixels(boundary_mask, measured) if boundary_count is None else boundary_count
                 count = torch.where(count > 0, count * prediction.shape[1], 1).float()
                 term = self._values(name, errors, boundary_mask).sum() / count
             elif name == "correlation":
                 moments = _moments(errors)
-                term = self._uncorrelated(self._shared(moments))
-            else:
+                term = self._uncorrelated(self._shared(moments), some=measured is not None)
+            elif measured is None:
                 term = self._values(name, errors).mean()
+            else:
+                values = self._values(name, errors)
+                term = values.sum() / (pairs * values[0, 0].numel())
             loss = loss + weight * term
             terms[name] = term.detach()
             if name == "correlation":
@@ -127,14 +141,16 @@ class CompositeLoss(nn.Module):
         patches. Includes terms of weight 0. Both are 0 for the correlation, which ``combine`` computes from moments,
         and for the boundary term when there is no mask.
         """
-        variance = patches.pp / patches.pixels - (patches.p / patches.pixels) ** 2
+        counted = (patches.pixels > 0).double()
+        pixels = patches.pixels.clamp_min(1)
+        variance = patches.pp / pixels - (patches.p / pixels) ** 2
         none = torch.zeros_like(variance)
         values = {
             "mse": (patches.squared, patches.pixels),
             "l1": (patches.absolute, patches.pixels),
             "boundary": (patches.masked, patches.masked_pixels),
             "focal": (_focal_sum(patches), patches.pixels),
-            "variance": (self._variance_penalty(variance), torch.ones_like(variance)),
+            "variance": (self._variance_penalty(variance) * counted, counted),
             "correlation": (none, none),
         }
         numerators, denominators = (torch.stack([values[name][part] for name in TERMS]) for part in (0, 1))
@@ -148,12 +164,14 @@ class CompositeLoss(nn.Module):
         """Loss and unweighted terms from the totals of ``sums``. Reads the tensors, so it waits for the device.
 
         ``moments`` (6, C) are the number of pixels, Σp, Σt, Σp², Σt² and Σpt: the first rows of ``MarkerSums.state``.
-        A term that covered no pixel is None and counts as 0 in the loss.
+        A term that covered no pixel is None and counts as 0 in the loss. The correlation is over the markers that have
+        any.
         """
         pairs = zip(TERMS, numerators.tolist(), denominators.tolist(), strict=True)
         terms = {name: total / count if count > 0 else None for name, total, count in pairs}
-        if float(moments[0, 0]) > 0:
-            terms["correlation"] = float(self._uncorrelated(moments))
+        present = moments[0] > 0
+        if present.any():
+            terms["correlation"] = float(self._uncorrelated(moments, some=not present.all()))
         loss = sum(
             weight * value for name, weight in self.weights.items() if weight > 0 and (value := terms[name]) is not None
         )
@@ -169,19 +187,24 @@ class CompositeLoss(nn.Module):
         own = moments.detach()
         return moments + (self.mean_over_ranks(own.clone()) - own)
 
-    def _uncorrelated(self, moments: Tensor) -> Tensor:
-        """Mean over the channels of 1 − r, from moments (6, C)."""
-        p, t, pp, tt, pt = moments[1:] / moments[0]
+    def _uncorrelated(self, moments: Tensor, some: bool) -> Tensor:
+        """Mean over the channels of 1 − r, from moments (6, C); with ``some``, over those that have any pixels."""
+        present = moments[0] > 0
+        p, t, pp, tt, pt = moments[1:] / (torch.where(present, moments[0], 1) if some else moments[0])
         # Rounding can make the difference of two nearly equal numbers negative.
         spread = ((pp - p * p).clamp_min(0) + FLAT_VARIANCE) * ((tt - t * t).clamp_min(0) + FLAT_VARIANCE)
         values = 1 - (pt - p * t) / spread.sqrt()
-        return (values if self.channel_weights is None else values * self.channel_weights).mean()
+        if self.channel_weights is not None:
+            values = values * self.channel_weights
+        return (values * present).sum() / present.sum().clamp_min(1) if some else values.mean()
 
     def _values(self, name: str, errors: _Errors, mask: Tensor | None = None) -> Tensor:
         """The values whose mean is the term: (B, C, H, W); (B, C, 1, 1) for the variance; for the boundary their sum
         over the channels (B, 1, H, W), so that the mask is multiplied only once."""
         if name == "variance":
             values = self._variance_penalty(errors.prediction.var(dim=(2, 3), correction=0, keepdim=True))
+            if errors.measured is not None:
+                values = values * errors.measured
         elif name == "l1":
             values = errors.plain.abs()
         elif name == "focal":
@@ -200,11 +223,15 @@ class CompositeLoss(nn.Module):
 
 
 class _Errors:
-    """Prediction − target and its square, computed once and shared by all terms."""
+    """Prediction − target and its square, computed once and shared by all terms; 0 where nothing was measured.
 
-    def __init__(self, prediction: Tensor, target: Tensor) -> None:
+    ``measured`` is (B, C, 1, 1) float32, or None.
+    """
+
+    def __init__(self, prediction: Tensor, target: Tensor, measured: Tensor | None = None) -> None:
         self.prediction = prediction
         self.target = target
+        self.measured = None if measured is None else measured[:, :, None, None].float()
         self._plain: Tensor | None = None
         self._squared: Tensor | None = None
 
@@ -213,6 +240,8 @@ class _Errors:
     def plain(self) -> Tensor:
         if self._plain is None:
             self._plain = self.prediction - self.target
+            if self.measured is not None:
+                self._plain = self._plain * self.measured
         return self._plain
 
     @property
@@ -223,11 +252,24 @@ class _Errors:
 
 
 def _moments(errors: _Errors) -> Tensor:
-    """Number of pixels, Σp, Σt, Σp², Σt² and Σpt per channel: (6, C)."""
+    """Number of pixels, Σp, Σt, Σp², Σt² and Σpt per channel: (6, C); of the patches in which it was measured."""
     p, t = errors.prediction, errors.target
-    sums = torch.stack([each.sum(dim=(0, 2, 3)) for each in (p, t, p * p, t * t, p * t)])
-    count = sums.new_full((1, p.shape[1]), p.numel() // p.shape[1])
-    return torch.cat([count, sums])
+    images = (p, t, p * p, t * t, p * t)
+    if errors.measured is None:
+        sums = torch.stack([each.sum(dim=(0, 2, 3)) for each in images])
+        count = sums.new_full((1, p.shape[1]), p.numel() // p.shape[1])
+        return torch.cat([count, sums])
+    measured = errors.measured[:, :, 0, 0]
+    sums = torch.stack([torch.ones_like(measured) * p[0, 0].numel(), *(each.sum(dim=(2, 3)) for each in images)])
+    return (sums * measured).sum(1)
+
+
+def boundary_pixels(mask: Tensor, measured: Tensor | None = None) -> Tensor:
+    """Number of pixels of a mask (B, 1, H, W); with ``measured`` (B, C), a patch's pixels count by the share of the
+    markers that it has. Scalar; times C, it is the number of values that the boundary term is the mean of."""
+    if measured is None:
+        return mask.sum()
+    return (mask.sum((1, 2, 3)) * measured.double().mean(1)).sum()
 
 
 def _focal_sum(patches: PatchSums) -> Tensor:

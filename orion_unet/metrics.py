@@ -42,7 +42,7 @@ class MarkerSums:
     def compute(self, names: Sequence[str]) -> tuple[dict[str, float | int | None], dict[str, dict[str, float | None]]]:
         """Metrics over all markers, and per marker under its name. Waits for the device.
 
-        Per marker, over all pixels of all patches together:
+        Per marker, over all pixels of all patches together, and None where no patch has it:
 
         - ``pearson`` in [−1, 1]; None where the prediction or the target is constant.
         - ``mae``, in units of the normalised target.
@@ -68,7 +68,8 @@ class MarkerSums:
                 "psnr_db": -10 * np.log10(squared / pixels),
                 "ssim": ssim / patches,
             }
-            r2 = 1 - squared.sum() / spread(pixels, sum_t, sum_tt).sum()
+            known = pixels > 0
+            r2 = 1 - squared[known].sum() / spread(pixels, sum_t, sum_tt)[known].sum()
         columns = {metric: [_finite(value) for value in values.tolist()] for metric, values in found.items()}
         per_channel = {name: {metric: columns[metric][c] for metric in METRICS} for c, name in enumerate(names)}
         overall: dict[str, float | int | None] = {}

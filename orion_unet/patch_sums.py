@@ -78,6 +78,10 @@ class PatchSums(NamedTuple):
     masked: Tensor
     masked_pixels: Tensor
 
+    def where(self, measured: Tensor) -> PatchSums:
+        """The same with nothing summed, not even a pixel, where ``measured`` (B, C) bool is False."""
+        return PatchSums(*(torch.where(measured, values, 0.0) for values in self))
+
 
 @torch.no_grad()
 def patch_sums(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> PatchSums:

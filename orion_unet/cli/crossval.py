@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     unfinished = [number for number, config in configs.items() if not _finished(config)]
     for number in sorted(set(configs) - set(unfinished)):
         say(f"fold {number} of {options.folds} is finished")
+    _check_panels([configs[number] for number in unfinished])
     with Trainings() as trainings:
         for number in unfinished:
             say(f"fold {number} of {options.folds}: training in {configs[number].output.output_dir}")
@@ -117,6 +118,17 @@ def _finished(config: TrainConfig) -> bool:
         )
     best = run / CHECKPOINT_DIR / "best.pt"
     return best.exists() and int(stored.get("epochs") or 0) >= config.optimisation.epochs
+
+
+def _check_panels(configs: list[TrainConfig]) -> None:
+    """Raise InputError where panels differ and a fold has no training core for a marker: before any is trained."""
+    # Only now: --help should not wait for NumPy and torch.
+    from orion_unet.data.panels import PANELS_FILE
+
+    if configs and (Path(configs[0].data.pairs_dir) / PANELS_FILE).is_file():
+        from orion_unet.training.prepare import check_folds
+
+        check_folds(configs)
 
 
 def _failure(number: int, options: CrossvalOptions, code: int) -> str:

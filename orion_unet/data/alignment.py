@@ -26,13 +26,15 @@ def alignment_warning(table: PairTable, scales: Scales) -> str:
     nuclear = nuclear_channel(table.channel_names)
     if nuclear is None:
         return ""
-    cores = np.unique(np.linspace(0, len(table) - 1, min(LOOKED_AT, len(table))).round().astype(int)).tolist()
+    stained = [core for core in range(len(table)) if table.places(core)[nuclear] >= 0]
+    chosen = np.unique(np.linspace(0, len(stained) - 1, min(LOOKED_AT, len(stained))).round().astype(int))
+    cores = [stained[index] for index in chosen]
     off = []
     for core in cores:
         he = _middle(table, core, "he")
         found = register(
             haematoxylin(he.astype(np.float32) / np.float32(scales.white("he", he.dtype))),
-            _middle(table, core, "orion")[..., nuclear].astype(np.float32),
+            _middle(table, core, "orion")[..., table.places(core)[nuclear]].astype(np.float32),
         )
         if found.shift is not None and found.peak >= LEAST_PEAK and np.hypot(*found.shift) > LARGEST_SHIFT:
             off.append(str(table.names[core]))

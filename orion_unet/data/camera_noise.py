@@ -59,6 +59,15 @@ class NoiseEvidence:
             self.digital | other.digital,
         )
 
+    def placed(self, present: np.ndarray) -> NoiseEvidence:
+        """The same as that of a core in which other channels were not measured: ``present`` (C,) bool are its own."""
+        placed = {}
+        for name, values in vars(self).items():
+            nothing = -np.inf if name == "correlation" else 0
+            placed[name] = np.full(len(present), nothing, bool if name == "digital" else float)
+            placed[name][present] = values
+        return NoiseEvidence(**placed)
+
     @property
     def noise(self) -> np.ndarray:
         """Whether each channel (C,) shows nothing but noise."""

@@ -19,22 +19,35 @@ def channel_names(given: str | None, folder: Path, count: int, stated: tuple[str
 
     Raises InputError for a wrong number of names, an empty name or a duplicate.
     """
+    listed = listed_names(given, folder)
+    if listed is None:
+        return stated or tuple(f"channel_{index:02d}" for index in range(count))
+    source, names = listed
+    if len(names) != count:
+        hint = "" if len(names) > 1 else " (or no such file exists)"
+        raise InputError(f"{source}: has {len(names)} names, but the ORION files have {count} channels{hint}")
+    check_unique(source, names)
+    return names
+
+
+def listed_names(given: str | None, folder: Path) -> tuple[str, tuple[str, ...]] | None:
+    """Where channel names are listed, and the names: ``--channel_names`` (names or a file), else the folder's
+    channel_names.txt; None without either. Raises InputError for a file that cannot be read."""
     source = "--channel_names"
     if given is None and (folder / NAMES_FILE).is_file():
         given, source = str(folder / NAMES_FILE), str(folder / NAMES_FILE)
     if given is None:
-        return stated or tuple(f"channel_{index:02d}" for index in range(count))
+        return None
     if _is_file(given):
-        names = _lines(Path(given))
-    else:
-        names = [name.strip() for name in given.split(",")]
-    if len(names) != count:
-        hint = "" if len(names) > 1 else " (or no such file exists)"
-        raise InputError(f"{source}: has {len(names)} names, but the ORION files have {count} channels{hint}")
+        return source, read_names(Path(given))
+    return source, tuple(name.strip() for name in given.split(","))
+
+
+def check_unique(source: str, names: Sequence[str]) -> None:
+    """Raise InputError for an empty name or a duplicate."""
     problems = sorted({name for name in names if names.count(name) > 1})
     if problems or not all(names):
         raise InputError(f"{source}: every channel needs a unique name; duplicate or empty: {problems or 'empty'}")
-    return tuple(names)
 
 
 def _is_file(given: str) -> bool:
@@ -45,12 +58,13 @@ def _is_file(given: str) -> bool:
         return False
 
 
-def _lines(path: Path) -> list[str]:
+def read_names(path: Path) -> tuple[str, ...]:
+    """The lines of a file that are not blank; raises InputError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a list of channel names ({error})") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def nuclear_channel(names: Sequence[str]) -> int | None:

@@ -40,7 +40,8 @@ def colour_features(he: Tensor) -> Tensor:
 class ColourRegression:
     """Both baselines of C markers: ``mean`` (C,) in [0, 1] and ``coefficients`` (7, C) of ``colour_features``.
 
-    ``pixels`` and ``cores`` say how many of the training cores they were fitted to.
+    ``pixels`` and ``cores`` say how many of the training cores they were fitted to; where panels differ, each marker to
+    those among them in which it was measured.
     """
 
     names: tuple[str, ...]
@@ -108,7 +109,7 @@ def known_colour_regression(
         train.tolist(),
         [options.noise_removal, options.patch_size, table.he["layout"].tolist(), table.orion["layout"].tolist()],
         table.level,
-        [scales.he, scales.orion, list(table.kept_channels)],
+        [scales.he, scales.orion, list(table.kept_channels), table.every_place],
     ]
     files = [table.path(core, modality) for core in train.tolist() for modality in ("he", "orion")]
     name = fingerprint(files, "colour regression", about)
@@ -142,6 +143,7 @@ def held_out_correlations(
         kept.tolist(),
         table.level,
         [options.noise_removal, options.patch_size, scales.he, scales.orion, list(table.kept_channels)],
+        table.every_place,
     ]
     name = fingerprint(files, "colour regression held out", about)
     known = (recall(name) or {}).get("pearson")
@@ -155,19 +157,20 @@ def held_out_correlations(
         batch = transform(reader.read([PatchPlace(core, y, x)]), augment=False)
         made, measured = (each.flatten(1).double() for each in (regression.predict(batch.he[0]), batch.target[0]))
         parts = (torch.ones_like(made), made, measured, made**2, measured**2, made * measured)
-        sums += torch.stack([part.sum(1) for part in parts])
+        found = torch.stack([part.sum(1) for part in parts])
+        sums += found if batch.measured is None else found * batch.measured
     count, made, measured, made2, measured2, both = sums.numpy()
     spread = np.sqrt(np.maximum(made2 * count - made**2, 0) * np.maximum(measured2 * count - measured**2, 0))
     with np.errstate(divide="ignore", invalid="ignore"):
         pearson = (both * count - made * measured) / spread
     # Of a constant, rounding leaves a spread of nearly nothing.
     defined = (spread > 1e-9 * count**2) & np.isfinite(pearson)
-    found = {
+    correlations = {
         marker: float(np.clip(value, -1, 1)) if sure else None
         for marker, value, sure in zip(table.kept_names, pearson, defined, strict=True)
     }
-    remember(name, {"pearson": found})
-    return found
+    remember(name, {"pearson": correlations})
+    return correlations
 
 
 def fit_colour_regression(
@@ -179,15 +182,18 @@ def fit_colour_regression(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> ColourRegression:
-    """Fit both baselines to about FITTED_PIXELS pixels, as many of each of the training cores.
+    """Fit both baselines to about FITTED_PIXELS pixels, as many of each of the training cores; each marker to the cores
+    in which it was measured.
 
     ``train`` are indices into ``table``, ``transform`` makes targets as training makes them, ``seed`` chooses the
     patches. Time and memory do not grow with the size of the cores, nor with their number beyond a few thousand.
     """
     most = FITTED_PIXELS // SMALLEST_SIDE**2
-    cores = train[np.linspace(0, len(train) - 1, min(most, len(train))).round().astype(int)].tolist()
+    together = _measured_together(table, train)
+    cores = np.unique(np.concatenate([_spread(train[present], most) for _, present in together])).tolist()
     largest = min(patch_size, max(SMALLEST_SIDE, math.isqrt(FITTED_PIXELS // len(cores))))
-    equations = NormalEquations(len(table.kept_names))
+    equations = [NormalEquations(len(channels)) for channels, _ in together]
+    pixels = 0
     readers: dict[int, PatchReader] = {}
     step = progress(len(cores), "fitting the baselines")
     for core in cores:
@@ -196,9 +202,30 @@ def fit_colour_regression(
             readers[side] = PatchReader(table, scales, side)
         for place in _places(table, core, side, FITTED_PIXELS / len(cores), seed):
             batch = transform(readers[side].read([place]), augment=False)
-            equations.add(batch.he[0], batch.target[0])
+            pixels += batch.target[0, 0].numel()
+            for own, (channels, present) in zip(equations, together, strict=True):
+                if core in train[present]:
+                    own.add(batch.he[0], batch.target[0] if len(together) == 1 else batch.target[0, channels])
         step()
-    return ColourRegression(table.kept_names, equations.mean(), equations.solve(), equations.pixels, len(cores))
+    mean, coefficients = np.zeros(len(table.kept_names)), np.zeros((len(FEATURES), len(table.kept_names)))
+    for own, (channels, _) in zip(equations, together, strict=True):
+        if own.pixels:
+            mean[channels], coefficients[:, channels] = own.mean(), own.solve()
+    return ColourRegression(table.kept_names, mean, coefficients, pixels, len(cores))
+
+
+def _measured_together(table: PairTable, train: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The kept channels in groups that were measured in the same training cores: indices (c,), and which cores (N,)
+    bool."""
+    if table.measured is None:
+        return [(np.arange(len(table.kept_names)), np.ones(len(train), bool))]
+    patterns, group = np.unique(table.measured[train], axis=1, return_inverse=True)
+    return [(np.flatnonzero(group.ravel() == index), present) for index, present in enumerate(patterns.T)]
+
+
+def _spread(cores: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the cores, evenly spread."""
+    return cores[np.linspace(0, len(cores) - 1, min(most, len(cores))).round().astype(int)]
 
 
 def _places(table: PairTable, core: int, side: int, pixels: float, seed: int) -> Iterator[PatchPlace]:

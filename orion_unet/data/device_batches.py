@@ -121,7 +121,8 @@ class DeviceBatches:
             batch = self.transform(raw, self.augment)
         current = torch.cuda.current_stream(self.transform.device)
         current.wait_stream(stream)
-        for tensor in (batch.he, batch.target, batch.boundary):
-            # Keep the allocator from reusing the memory while the training stream still reads it.
-            tensor.record_stream(current)
+        for tensor in (batch.he, batch.target, batch.boundary, batch.measured):
+            if tensor is not None:
+                # Keep the allocator from reusing the memory while the training stream still reads it.
+                tensor.record_stream(current)
         return batch

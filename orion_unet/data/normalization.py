@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,7 @@ def known_normalization(
         "kept": list(table.kept_channels),
         "layout": table.orion["layout"].tolist(),
         "level": table.level,
+        "panels": table.every_place,
         "white": scales.orion,
         "asked": [method, transform, LOG_CURVATURE, sorted(keep)],
     }
@@ -176,24 +177,36 @@ def fit_normalization(
     Rows, because a memory map reads a row in one piece in either axis order. The sample bounds the memory whatever the
     size of the data set. With method ``core``, every core is also measured separately, held-out cores included: that
     uses only the pixels of the core itself. Channels in which no training core shows more than the noise of the camera
-    become empty, except those named in ``keep``; with method ``none``, whose bounds are fixed, none does.
+    become empty, except those named in ``keep``; with method ``none``, whose bounds are fixed, none does. Cores
+    in which a channel was not measured take no part in its numbers; with method ``core``, they get those of the data
+    set.
     """
     names = table.kept_names
     kept = np.array(table.kept_channels)
     white = max(scales.orion[np.dtype(text).name] for text in set(table.orion["dtype"].tolist()))
     budget = min(SAMPLED_PIXELS, SAMPLED_VALUES // len(names))
+    channels = range(len(names))
     counts = [_sample_size(table, core, budget // len(train)) for core in train.tolist()]
     ends = np.cumsum(counts).tolist()
     sample = np.empty((len(names), ends[-1]), np.float32)
-    measured = range(len(table)) if method == "core" else ()
-    step = progress(len(train) + len(measured), "measuring normalisation")
+    alone = range(len(table)) if method == "core" else ()
+    step = progress(len(train) + len(alone), "measuring normalisation")
 
     def read(job: int) -> NoiseEvidence:
         rows = _rows(table, scales, int(train[job]), counts[job], kept)
         sample[:, ends[job] - counts[job] : ends[job]] = _thinned(rows, counts[job])
-        evidence = look_for_noise(rows)
+        present = table.measured_in(int(train[job]))
+        evidence = look_for_noise(rows) if present.all() else look_for_noise(rows[present]).placed(present)
         step()
         return evidence
+
+    def pooled(channel: int) -> np.ndarray:
+        if table.measured is None:
+            return sample[channel]
+        parts = zip(table.measured[train, channel], ends, counts, strict=True)
+        return np.concatenate(
+            [sample[channel, :0], *(sample[channel, e - n : e] for present, e, n in parts if present)]
+        )
 
     def measure(core: int) -> np.ndarray:
         pixels = _sample_size(table, core, SAMPLED_PIXELS_PER_CORE)
@@ -208,14 +221,18 @@ def fit_normalization(
         if method == "none":
             lower, upper = np.zeros(len(names)), np.ones(len(names))
         else:
-            lower, upper = np.array(list(pool.map(_bounds, sample))).T
-            lower[noise] = upper[noise] = np.median(sample[noise], axis=1)
-        mean = np.array(list(pool.map(partial(_target_mean, transform=transform), sample, lower, upper)))
-        found = list(pool.map(measure, measured))
-    per_core = {str(table.names[core]): bounds for core, bounds in zip(measured, found, strict=True)}
-    for bounds in per_core.values():
+            lower, upper = np.array(list(pool.map(lambda channel: _bounds(pooled(channel)), channels))).T
+            for channel in np.flatnonzero(noise).tolist():
+                lower[channel] = upper[channel] = np.median(pooled(channel))
+        means = pool.map(lambda c: _target_mean(pooled(c), float(lower[c]), float(upper[c]), transform), channels)
+        mean = np.array(list(means))
+        found = list(pool.map(measure, alone))
+    per_core = {str(table.names[core]): bounds for core, bounds in zip(alone, found, strict=True)}
+    for core, bounds in zip(alone, found, strict=True):
+        others = ~table.measured_in(core)
+        bounds[:, others] = lower[others], upper[others]
         bounds[:, noise] = lower[noise]
-    records = [evidence.record(channel) for channel in range(len(names))]
+    records = [evidence.record(channel) for channel in channels]
     return Normalization(names, lower, upper, mean, white, method, transform, per_core, ends[-1], len(train), records)
 
 
@@ -245,7 +262,7 @@ def _thinned(rows: np.ndarray, pixels: int) -> np.ndarray:
 
 
 def _target_mean(values: np.ndarray, low: float, high: float, transform: str) -> float:
-    if not high > low:
+    if not high > low or not values.size:
         return 0.0
     target = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1)
     if transform == "log1p":
@@ -257,8 +274,10 @@ def _bounds(values: np.ndarray) -> tuple[float, float]:
     """Lower and upper quantile.
 
     If both are equal, the upper one is taken over the pixels above them only, so that a rare marker on a constant
-    background does not count as empty.
+    background does not count as empty. Both are 0 where there are no values.
     """
+    if not values.size:
+        return 0.0, 0.0
     low, high = np.quantile(values, [LOWER_QUANTILE, UPPER_QUANTILE])
     if not high > low:
         positive = values[values > low]

@@ -25,6 +25,7 @@ from orion_unet.data.dataset import DATASET_FILE, dataset_document, pixel_size
 from orion_unet.data.headers import NPY
 from orion_unet.data.measured import file_state
 from orion_unet.data.pairs import PairTable, find_pairs, pair_file
+from orion_unet.data.panels import PANELS_FILE, panel_files
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.errors import InputError, RunError
@@ -88,8 +89,8 @@ def pack(options: DataOptions, output: Path, overwrite: bool = False, form: str 
     """Rewrite the pairs of ``options.pairs_dir`` into ``output`` as (H, W, C) in C order, little-endian, same dtype.
 
     With ``form`` ome-zarr, as OME-Zarr of zstd chunks in shards. The values are equal bit for bit; channel_names.txt,
-    groups.csv and dataset.json are copied. A file appears under its name only when it is complete. Files that an
-    earlier call has packed from unchanged sources are kept, so the same call continues an interrupted one.
+    groups.csv, dataset.json and the panels are copied. A file appears under its name only when it is complete. Files
+    that an earlier call has packed from unchanged sources are kept, so the same call continues an interrupted one.
     ``overwrite`` replaces files of the same names.
 
     Raises InputError for pairs that training would refuse, for a folder that cannot be used or has other files, and if
@@ -195,13 +196,14 @@ def carried_files(table: PairTable, output: Path) -> dict[str, bytes]:
     channel_names.txt where only the files state the names. Raises InputError for a file that cannot be read.
     """
     folder, files, size_um = table.folder, {}, pixel_size(table, None)
+    panels = (PANELS_FILE, *panel_files(folder)) if (folder / PANELS_FILE).is_file() else ()
     made = {}
     if size_um is not None and (table.level > 0 or not (folder / DATASET_FILE).is_file()):
         source = f"made from level {table.level} of {folder.resolve()}"
         made[DATASET_FILE] = json.dumps(dataset_document(size_um, source)).encode()
     if table.stated_names == table.channel_names and not (folder / NAMES_FILE).is_file():
         made[NAMES_FILE] = "".join(f"{name}\n" for name in table.channel_names).encode()
-    for name in CARRIED:
+    for name in (*CARRIED, *panels):
         if name in made or (folder / name).is_file():
             try:
                 content = made[name] if name in made else (folder / name).read_bytes()
@@ -313,7 +315,7 @@ def _write_zarr(table: PairTable, job: _Job, bar: tqdm[Any]) -> None:
             yield band
             bar.update(band.nbytes)
 
-    names = table.channel_names if job.modality == "orion" else ("red", "green", "blue")
+    names = table.stored_names(job.core) if job.modality == "orion" else ("red", "green", "blue")
     about = {"pixel_size_um": job.origin["pixel_size_um"], "names": names}
     write_zarr(job.temporary, job.shape, job.dtype, shown(), about)
 

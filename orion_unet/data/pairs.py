@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from orion_unet.config import DataOptions
 from orion_unet.data.channels import channel_names, excluded_channels
 from orion_unet.data.headers import NPY, Header, Unusable, read_headers, stored_images
+from orion_unet.data.panels import PANELS_FILE, Panels, find_panels
 from orion_unet.errors import InputError
 from orion_unet.slides.stored import TILED_SUFFIXES, StoredImage, open_tiles
 from orion_unet.slides.tiles import TileCache, TiledArray
@@ -44,11 +45,12 @@ class PairTable:
     """The checked pairs of one folder.
 
     ``names`` (N,) are the cores in alphabetical order; ``he`` and ``orion`` (N,) say how their arrays are stored
-    (``RECORD``; an offset of -1 means tiles). ``channel_names`` are the names of all stored ORION channels,
-    ``kept_channels`` the indices of those that are trained on. ``warnings`` are sentences for the user. ``level`` is
-    the level of the pyramids, whose pixels are ``factor`` times those of level 0, and ``pixel_size_um`` the side of a
-    pixel there as the files state it, None if they do not. ``stated_names`` are the channel names that the files
-    state, whether they are used or not; empty if they state none.
+    (``RECORD``; an offset of -1 means tiles). ``channel_names`` are the names of all ORION channels that any core
+    stores, ``kept_channels`` the indices of those that are trained on. ``warnings`` are sentences for the user.
+    ``level`` is the level of the pyramids, whose pixels are ``factor`` times those of level 0, and ``pixel_size_um``
+    the side of a pixel there as the files state it, None if they do not. ``stated_names`` are the channel names that
+    the files state, whether they are used or not; empty if they state none. ``panels`` say which of the channels each
+    core's file has, and where; None where every file has all of them in order.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class PairTable:
     factor: float = 1.0
     pixel_size_um: float | None = None
     stated_names: tuple[str, ...] = ()
+    panels: Panels | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -78,6 +81,51 @@ class PairTable:
     def kept_names(self) -> tuple[str, ...]:
         """Names of the channels that are trained on, in order."""
         return tuple(self.channel_names[index] for index in self.kept_channels)
+
+    @property
+    def measured(self) -> np.ndarray | None:
+        """Whether each kept channel was measured in each core, (N, C) bool; None where every core has all of them."""
+        if self.panels is None:
+            return None
+        measured: np.ndarray = self.panels.places[:, list(self.kept_channels)] >= 0
+        return None if measured.all() else measured
+
+    def measured_in(self, core: int) -> np.ndarray:
+        """Whether each kept channel was measured in a core, (C,) bool."""
+        measured: np.ndarray = self.places(core)[list(self.kept_channels)] >= 0
+        return measured
+
+    def never_measured(self, cores: Sequence[int]) -> list[str]:
+        """The kept channels that were measured in none of the cores."""
+        if self.measured is None:
+            return []
+        found = np.logical_or.reduce(self.measured[list(cores)], axis=0)
+        return [name for index, name in enumerate(self.kept_names) if not found[index]]
+
+    def places(self, core: int) -> np.ndarray:
+        """Place of each of ``channel_names`` in the core's file, -1 where it was not measured."""
+        return np.arange(len(self.channel_names)) if self.panels is None else self.panels.places[core]
+
+    @property
+    def every_place(self) -> list[list[int]] | None:
+        """``places`` of all cores, by which a cache knows them; None where panels do not differ."""
+        return None if self.panels is None else self.panels.places.tolist()
+
+    def stored_names(self, core: int) -> tuple[str, ...]:
+        """Names of the channels of a core's file, in their order."""
+        return self.channel_names if self.panels is None else self.panels.markers[self.panels.of_core[core]]
+
+    def lacking(self, channel: int) -> list[str]:
+        """The cores in which one of ``channel_names`` was not measured."""
+        if self.panels is None:
+            return []
+        return [str(name) for name in self.names[self.panels.places[:, channel] < 0]]
+
+    def of(self, cores: Sequence[int]) -> PairTable:
+        """The same for some of the cores."""
+        index = list(cores)
+        panels = None if self.panels is None else self.panels.of(index)
+        return replace(self, names=self.names[index], he=self.he[index], orion=self.orion[index], panels=panels)
 
     def path(self, core: int, modality: str) -> Path:
         """File (of OME-Zarr: folder) of one core; modality is ``he`` or ``orion``."""
@@ -125,13 +173,21 @@ class PairTable:
         return stored.channels_last() if isinstance(stored, TiledArray) else stored.transpose(1, 2, 0)
 
     def marker_rows(self, core: int, rows: np.ndarray, channels: Sequence[int]) -> np.ndarray:
-        """Whole rows of pixels (R,) of stored ORION channels, (C, R, W)."""
-        stored, chosen = self.open(core, "orion"), np.asarray(channels)
+        """Whole rows of pixels (R,) of some of ``channel_names``, (C, R, W); 0 where they were not measured."""
+        stored, chosen = self.open(core, "orion"), self.places(core)[list(channels)]
+        measured = chosen >= 0
+        chosen = chosen[measured]
         if isinstance(stored, TiledArray):
-            return stored.rows(rows, chosen.tolist())
-        if self.orion[core]["layout"] == "hwc":
-            return stored[rows].transpose(2, 0, 1)[chosen]
-        return stored[chosen[:, None], rows]
+            found = stored.rows(rows, chosen.tolist())
+        elif self.orion[core]["layout"] == "hwc":
+            found = stored[rows].transpose(2, 0, 1)[chosen]
+        else:
+            found = stored[chosen[:, None], rows]
+        if measured.all():
+            return found
+        every = np.zeros((len(measured), *found.shape[1:]), found.dtype)
+        every[measured] = found
+        return every
 
 
 def itemsize(rows: np.ndarray) -> np.ndarray:
@@ -172,7 +228,7 @@ def find_pairs(options: DataOptions) -> PairTable:
             f".ome.zarr){seen}. "
             "Name the folder of your pairs, or try with `python -m orion_unet make-demo DIR`."
         )
-    warnings = []
+    panels, warnings = find_panels(folder, paired, options.channel_names)
     if unpaired:
         warnings.append(f"{len(unpaired)} files without a partner are ignored: {', '.join(unpaired)}")
 
@@ -194,7 +250,7 @@ def find_pairs(options: DataOptions) -> PairTable:
         problems += _check_pair(
             name, (he_header, he[index : index + 1]), (orion_header, orion[index : index + 1]), options
         )
-    problems += _unequal_channels(paired, orion)
+    problems += _wrong_channels(paired, orion, panels)
     images = stored_images(headers.values())
     problems += _unequal_levels(images)
     if problems:
@@ -212,7 +268,11 @@ def find_pairs(options: DataOptions) -> PairTable:
     own_names, own_size = _stated(
         stored_images(headers[f] for f, modality in files if modality == "orion"), len(paired)
     )
-    stored_names = channel_names(options.channel_names, folder, int(orion["channels"][0]), own_names)
+    if panels is None:
+        stored_names = channel_names(options.channel_names, folder, int(orion["channels"][0]), own_names)
+    else:
+        stored_names = panels.names
+        panels = panels if panels.differ else None
     excluded = excluded_channels(options.exclude_channels, stored_names)
     kept = tuple(index for index in range(len(stored_names)) if index not in excluded)
     factor = next((image.factor for image in images), 1.0)
@@ -228,6 +288,7 @@ def find_pairs(options: DataOptions) -> PairTable:
         factor,
         own_size,
         own_names,
+        panels,
     )
 
 
@@ -310,13 +371,21 @@ def _forced(options: DataOptions) -> str:
     return f" (with {' and '.join(given)})" if given else ""
 
 
-def _unequal_channels(names: Sequence[str], orion: np.ndarray) -> Iterator[str]:
+def _wrong_channels(names: Sequence[str], orion: np.ndarray, panels: Panels | None) -> Iterator[str]:
+    files = [f"{name}{KINDS['orion']}{row['suffix']}" for name, row in zip(names, orion, strict=True)]
+    counts = orion["channels"].tolist()
+    if panels is not None:
+        yield from panels.wrong_counts(files, counts)
+        return
     # A pair that could not be read has 0 channels and is already reported.
-    known = Counter(count for count in orion["channels"].tolist() if count)
+    known = Counter(count for count in counts if count)
     usual = known.most_common(1)[0][0] if known else 0
-    for name, row in zip(names, orion, strict=True):
-        if row["channels"] not in (0, usual):
-            yield f"{name}{KINDS['orion']}{row['suffix']}: has {row['channels']} channels, but the others have {usual}"
+    for file, count in zip(files, counts, strict=True):
+        if count not in (0, usual):
+            yield (
+                f"{file}: has {count} channels, but the others have {usual} (if other markers were measured there, say "
+                f"so in {PANELS_FILE})"
+            )
 
 
 def _unequal_levels(images: Sequence[StoredImage]) -> Iterator[str]:

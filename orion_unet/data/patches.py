@@ -94,7 +94,7 @@ class PatchReader:
     """Copies patches of a PairTable. Picklable: each process opens its own files.
 
     Of tiles, at most ``cache_bytes`` of those decoded last are kept, and only tiles of kept channels are decoded:
-    other channels of their batches are undefined.
+    other channels of their batches are undefined. Where panels differ, channels that were not measured are 0.
     """
 
     def __init__(self, table: PairTable, scales: Scales, patch_size: int, cache_bytes: int = CACHE_BYTES) -> None:
@@ -149,7 +149,7 @@ class PatchReader:
 
     def batch_shape(self, modality: str, count: int) -> tuple[int, int, int, int]:
         """Shape of a stored batch of ``count`` patches."""
-        channels = int(getattr(self.table, modality)["channels"][0])
+        channels = 3 if modality == "he" else len(self.table.channel_names)
         size = self.patch_size
         return (
             (count, size, size, channels) if self.formats[modality].layout == "hwc" else (count, channels, size, size)
@@ -173,6 +173,9 @@ class PatchReader:
             for row, place in enumerate(places):
                 stored = self._map(modality, place.core)[1]
                 white = self.scales.white(modality, stored.dtype)
+                if modality == "orion" and self.table.panels is not None:
+                    self._fill_measured(place, target[row], white)
+                    continue
                 if white == form.white and isinstance(stored, TiledArray):
                     channels = self.table.kept_channels if modality == "orion" else None
                     out = target[row] if form.layout == "hwc" else target[row].transpose(1, 2, 0)
@@ -183,6 +186,21 @@ class PatchReader:
                     target[row] = patch
                 else:
                     np.divide(patch, np.float32(white), out=target[row])
+
+    def _fill_measured(self, place: PatchPlace, target: np.ndarray, white: float) -> None:
+        """Copy the markers of one patch to their places among those of all panels; the others become 0."""
+        form, size = self.formats["orion"], self.patch_size
+        out = target if form.layout == "hwc" else target.transpose(1, 2, 0)
+        places = self.table.places(place.core)
+        wanted = np.array([channel for channel in self.table.kept_channels if places[channel] >= 0], int)
+        stored = self._map("orion", place.core)[1]
+        if isinstance(stored, TiledArray):
+            patch = stored.read(place.y, place.x, size, size, places[wanted].tolist())
+        else:
+            patch = self.crop("orion", place.core, place.y, place.x)
+            patch = (patch if form.layout == "hwc" else patch.transpose(1, 2, 0))[..., places[wanted]]
+        out[...] = 0
+        out[..., wanted] = patch if white == form.white else patch / np.float32(white)
 
     def tissue_fraction(self, core: int, y: int, x: int) -> float:
         """Share in [0, 1] of a patch that is not blank glass, estimated on a coarse grid of pixels."""

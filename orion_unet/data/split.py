@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.config import DataOptions, fold_numbers
+from orion_unet.data.assignments import read_assignments
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import SPLIT, counter_rng
 from orion_unet.errors import InputError
@@ -117,27 +117,7 @@ def core_groups(table: PairTable, given: str | None) -> list[str]:
 
 def read_groups(path: Path, names: Sequence[str]) -> list[str]:
     """Group of each of the named cores, from a CSV with the columns core and group; raises InputError."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, skipinitialspace=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV ({error})") from None
-    if not rows or not {"core", "group"} <= set(rows[0]):
-        raise InputError(f"{path}: needs a header line core,group and one row per core")
-    mapping: dict[str, str] = {}
-    problems = []
-    for row in rows:
-        core, group = (row["core"] or "").strip(), (row["group"] or "").strip()
-        if not core and not group:
-            continue
-        if mapping.setdefault(core, group) != group:
-            problems.append(f"{core}: is in two groups, {mapping[core]} and {group}")
-        elif not group:
-            problems.append(f"{core}: has no group")
-    problems += [f"{name}: has no row" for name in names if name not in mapping]
-    if problems:
-        raise InputError.listing(f"{path}: does not assign every core to one group:", problems)
-    return [mapping[name] for name in names]
+    return read_assignments(path, names, "group")
 
 
 def _from_file(path: Path, table: PairTable, groups: list[str]) -> tuple[Split, list[str]]:

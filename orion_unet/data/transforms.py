@@ -30,12 +30,17 @@ NEIGHBOURHOOD = tuple((dy, dx) for dy in range(3) for dx in range(3))
 @dataclass
 class Batch:
     """A batch for the network: ``he`` (B, 3, P, P) and ``target`` (B, C, P, P) float32 in [0, 1], ``boundary``
-    (B, 1, P, P) bool, ``core`` (B,) the indices of the cores, on the CPU. Images have the network's memory format."""
+    (B, 1, P, P) bool, ``core`` (B,) the indices of the cores, on the CPU. Images have the network's memory format.
+
+    ``measured`` (B, C) bool says which markers were measured in the core of each patch; where not, ``target`` is 0. It
+    is None where every core of the folder has every marker.
+    """
 
     he: Tensor
     target: Tensor
     boundary: Tensor
     core: Tensor
+    measured: Tensor | None = None
 
 
 class BatchTransform:
@@ -67,6 +72,7 @@ class BatchTransform:
         # One row for all cores, unless each core is normalised separately.
         rows = len(table) if normalization.method == "core" else 1
         self.factor, self.offset = stored_factor[:rows].to(device), offset[:rows].to(device)
+        self.measured = None if table.measured is None else torch.from_numpy(table.measured).to(device)
 
     def __call__(self, raw: RawBatch, augment: bool) -> Batch:
         """Move a stored batch to the device and turn it into a network batch."""
@@ -78,17 +84,23 @@ class BatchTransform:
         if self.noise_removal:
             target = remove_hot_pixels(target)
         factor, offset = self.factor, self.offset
-        if len(factor) > 1:
+        measured = None
+        if len(factor) > 1 or self.measured is not None:
             core = raw.core.to(self.device, non_blocking=True)
-            factor, offset = factor[core], offset[core]
+            if len(factor) > 1:
+                factor, offset = factor[core], offset[core]
+            if self.measured is not None:
+                measured = self.measured[core]
         target = torch.addcmul(offset[:, :, None, None], target, factor[:, :, None, None]).clamp_(0, 1)
         if self.log_transform:
             target = target.mul_(LOG_CURVATURE).log1p_().div_(float(np.log1p(LOG_CURVATURE)))
+        if measured is not None:
+            target = target.mul_(measured[:, :, None, None])
         # Before the colour jitter, so that the mask shows the tissue only.
         boundary = boundary_mask(he)
         if augment:
             he = jitter_colour(he, raw.colour)
-        return Batch(he.contiguous(memory_format=self.memory_format), target, boundary, raw.core)
+        return Batch(he.contiguous(memory_format=self.memory_format), target, boundary, raw.core, measured)
 
     def _geometry(self, drawn: Tensor) -> Tensor | list[list[bool]]:
         """Flips and turns as ``_channels_first`` needs them: for a GPU on the device, without waiting for it."""

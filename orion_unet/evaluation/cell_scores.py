@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from orion_unet.cell_metrics import CELL_METRICS, counted_scores
 from orion_unet.data.scale import Progress
 from orion_unet.evaluation.cells import CellFinder, Cells
-from orion_unet.evaluation.scores import BOUNDS, overall, rank_scores
+from orion_unet.evaluation.scores import BOUNDS, by_marker, overall, rank_scores
 from orion_unet.intervals import interval
 
 # The predicted cut-off of positive cells is chosen on so many training cores, evenly spaced among all.
@@ -37,7 +38,8 @@ def otsu_thresholds(cells: Cells) -> np.ndarray:
     """Otsu's threshold (C,) of the measured means of each marker; NaN where they are all the same."""
     from skimage.filters import threshold_otsu
 
-    return np.array([threshold_otsu(m) if m.size and np.ptp(m) > 0 else np.nan for m in cells.measured.T])
+    markers = [m for _, m, _ in _by_marker(cells)]
+    return np.array([threshold_otsu(m) if m.size and np.ptp(m) > 0 else np.nan for m in markers])
 
 
 def best_cutoff(predicted: np.ndarray, positive: np.ndarray) -> float:
@@ -59,8 +61,11 @@ def best_cutoff(predicted: np.ndarray, positive: np.ndarray) -> float:
 
 def best_cutoffs(cells: Cells, thresholds: np.ndarray) -> np.ndarray:
     """``best_cutoff`` (C,) of every marker."""
-    positive = cells.measured > thresholds
-    return np.array([best_cutoff(p, yes) for p, yes in zip(cells.predicted.T, positive.T, strict=True)])
+    return np.array([best_cutoff(p, t > x) for (p, t, _), x in zip(_by_marker(cells), thresholds, strict=True)])
+
+
+def _by_marker(cells: Cells) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    return by_marker(cells.predicted.T, cells.measured.T, cells.core)
 
 
 def score_cells(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, left_out: np.ndarray | None) -> CellScores:
@@ -79,7 +84,8 @@ def score_cells(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, left_
         mean_ends = dict.fromkeys(CELL_METRICS, (np.array(np.nan), np.array(np.nan)))
     else:
         without = _scores(cells, thresholds, cutoffs, left_out)
-        ends = {name: interval(values[name], without[name], BOUNDS[name]) for name in CELL_METRICS}
+        units = _units(cells, left_out)
+        ends = {name: interval(values[name], without[name], BOUNDS[name], units) for name in CELL_METRICS}
         mean_ends = {name: interval(means[name], overall(without[name]), BOUNDS[name]) for name in CELL_METRICS}
     return CellScores(
         len(cells.core),
@@ -95,17 +101,28 @@ def score_cells(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, left_
 def _scores(cells: Cells, thresholds: np.ndarray, cutoffs: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
     """All metrics (N, C) with cores counted as ``counts`` (N, K) says."""
     rows = [
-        counted_scores(p, t, threshold, cutoff, cells.core, counts)
-        for p, t, threshold, cutoff in zip(cells.predicted.T, cells.measured.T, thresholds, cutoffs, strict=True)
+        counted_scores(p, t, threshold, cutoff, core, counts)
+        for (p, t, core), threshold, cutoff in zip(_by_marker(cells), thresholds, cutoffs, strict=True)
     ]
     return {metric: np.stack([found[metric] for found in rows], axis=1) for metric in CELL_METRICS}
 
 
 def _exact_curves(cells: Cells, thresholds: np.ndarray) -> dict[str, np.ndarray]:
     """Area under the ROC and average precision (C,): ``RankBins`` follow the curves in steps."""
-    markers = zip(cells.predicted.T, cells.measured.T, thresholds, strict=True)
-    rows = [rank_scores(p, t, t > threshold) for p, t, threshold in markers]
+    markers = zip(_by_marker(cells), thresholds, strict=True)
+    rows = [rank_scores(p, t, t > threshold) for (p, t, _), threshold in markers]
     return {metric: np.array([row[metric] for row in rows]) for metric in ("auc", "average_precision")}
+
+
+def _units(cells: Cells, left_out: np.ndarray) -> np.ndarray | None:
+    """The units (U, C) bool with cells in which each marker was measured; None where all cells have all markers."""
+    known = ~np.isnan(cells.measured)
+    if known.all():
+        return None
+    cores = np.zeros((left_out.shape[1], known.shape[1]))
+    np.add.at(cores, cells.core, known)
+    present: np.ndarray = (1 - left_out) @ cores > 0
+    return present
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,10 @@ INSTEAD = "give the folder of label files as --cells DIR"
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells of some cores: ``measured`` and ``predicted`` (n, C) mean intensities in [0, 1], ``core`` (n,) which."""
+    """Cells of some cores: ``measured`` and ``predicted`` (n, C) mean intensities in [0, 1], ``core`` (n,) which.
+
+    ``measured`` is NaN for markers that were not measured in the core.
+    """
 
     measured: np.ndarray
     predicted: np.ndarray
@@ -80,17 +83,18 @@ def cell_means(labels: np.ndarray, images: Tensor) -> np.ndarray:
     return np.stack(sums, axis=1) / pixels[:, None]
 
 
-def measure_cells(labels: np.ndarray, measured: Tensor, predicted: Tensor) -> Cells:
-    """The cells of one core, from markers (C, H, W)."""
-    found = cell_means(labels, measured)
-    return Cells(found, cell_means(labels, predicted), np.zeros(len(found), int))
+def measure_cells(labels: np.ndarray, region: Region) -> Cells:
+    """The cells of one core, given the whole of it."""
+    found = cell_means(labels, region.measured)
+    found[:, ~region.present] = np.nan
+    return Cells(found, cell_means(labels, region.predicted), np.zeros(len(found), int))
 
 
 class CellFinder:
     """The cells of a core: nuclei of the measured nuclear marker, or those of its label file.
 
     ``given`` is "" or the folder of the label files. Raises InputError where no marker shows nuclei, or where one of
-    the ``cores`` has no label file.
+    the ``cores`` has no label file, or lacks the marker.
     """
 
     def __init__(self, folder: ScoredFolder, given: str, nuclear: str | None, cores: Sequence[int]) -> None:
@@ -100,6 +104,12 @@ class CellFinder:
         self.nuclear = 0 if self.labels else nuclear_marker(folder.names, nuclear, INSTEAD)
         self.source = f"labels from {self.labels}" if self.labels else f"nuclei found in {folder.names[self.nuclear]}"
         lacking = [str(folder.table.names[core]) for core in cores if not self.knows(core)]
+        if lacking and self.labels is None:
+            raise InputError.listing(
+                f"--cells: {folder.names[self.nuclear]} was not measured in these cores, so nuclei cannot be found:",
+                lacking,
+                "Choose another --nuclear_marker, or give the folder of label files as --cells DIR.",
+            )
         if lacking:
             raise InputError.listing(
                 f"--cells {self.labels}: lacks the labels of these cores:",
@@ -108,7 +118,9 @@ class CellFinder:
 
     def knows(self, core: int) -> bool:
         """Whether the cells of a core can be found."""
-        return self.labels is None or label_file(self.labels, str(self.folder.table.names[core])) is not None
+        if self.labels is None:
+            return bool(self.folder.table.measured_in(core)[self.nuclear])
+        return label_file(self.labels, str(self.folder.table.names[core])) is not None
 
     def find(self, core: int, region: Region) -> Cells:
         """The cells of a core, given the whole of it."""
@@ -118,4 +130,4 @@ class CellFinder:
             path = label_file(self.labels, str(self.folder.table.names[core]))
             assert path is not None, "the constructor and the callers have looked"
             labels = load_labels(path, self.folder.size(core))
-        return measure_cells(labels, region.measured, region.predicted)
+        return measure_cells(labels, region)

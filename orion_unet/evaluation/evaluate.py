@@ -128,10 +128,19 @@ def _chosen(folder: ScoredFolder, split: str) -> tuple[tuple[int, ...], list[str
         if split == "train":
             of = of.partition(",")[0]
         raise InputError(f"--split {split}: {folder.table.folder} has no {side} core of {of}; try --split all")
+    warnings = []
+    if bare := [core for core in cores if not folder.table.measured_in(core).any()]:
+        cores = [core for core in cores if core not in bare]
+        listed = ", ".join(str(folder.table.names[core]) for core in bare)
+        warnings.append(f"{len(bare)} cores are not scored, because none of the model's markers was measured: {listed}")
+    if not cores:
+        raise InputError(f"--split {split}: none of the model's markers was measured in any of these cores")
+    if unscored := folder.table.never_measured(cores):
+        warnings.append(f"measured in none of the scored cores, so not scored: {', '.join(unscored)}")
     trained = len(set(cores) & set(known.train.tolist()))
-    if not trained:
-        return tuple(cores), []
-    return tuple(cores), [f"{trained} of the {len(cores)} scored cores were trained on: these scores flatter the model"]
+    if trained:
+        warnings.append(f"{trained} of the {len(cores)} scored cores were trained on: these scores flatter the model")
+    return tuple(cores), warnings
 
 
 def _score(options: EvaluateOptions, folder: ScoredFolder, say: Say, progress: Progress) -> Evaluation:

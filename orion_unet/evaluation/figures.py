@@ -100,14 +100,20 @@ def draw_markers(card: Scorecard, marks: Sequence[str]) -> bytes:
 
 
 def draw_scatter(card: Scorecard, measured: np.ndarray, predicted: np.ndarray) -> bytes:
-    """Two-dimensional histograms of predicted against measured pixels (C, n) in [0, 1], one per marker; a PNG."""
+    """Two-dimensional histograms of predicted against measured pixels (C, n) in [0, 1], one per marker; a PNG.
+
+    Pixels are NaN where their marker was not measured.
+    """
     count = len(card.names)
     columns = min(count, SCATTER_COLUMNS)
     lines = -(-count // columns)
     figure = _figure(1.75 * columns + 1.2, 1.95 * lines + 0.5)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     edges = np.linspace(0, 1, SCATTER_BINS + 1)
-    counts = [np.histogram2d(t, p, bins=[edges, edges])[0] for t, p in zip(measured, predicted, strict=True)]
+    counts = [
+        np.histogram2d(t[~np.isnan(t)], p[~np.isnan(t)], bins=[edges, edges])[0]
+        for t, p in zip(measured, predicted, strict=True)
+    ]
     norm = LogNorm(1, max(2.0, max(float(found.max()) for found in counts)))
     for ax, name, found, r in zip(grid, card.names, counts, card.values[MODEL]["pearson"], strict=False):
         image = ax.pcolormesh(
@@ -162,10 +168,13 @@ def draw_patches(patches: Sequence[tuple[str, ScoredPatch]], names: Sequence[str
         for column, (marker, high) in enumerate(zip(shown, highs, strict=True), start=1):
             for below, (word, images) in enumerate((("measured", region.measured), ("predicted", region.predicted))):
                 heading = f"{for_figure(names[marker], SHORT_NAME)}  0–{high:.2f}" if row == below == 0 else ""
-                _image(
-                    figure.add_axes(place(column, 2 * row + below)), images[marker].numpy(), heading,
-                    word if column == 1 else "", cmap="inferno", vmin=0, vmax=high,
-                )  # fmt: skip
+                axes = figure.add_axes(place(column, 2 * row + below))
+                beside = word if column == 1 else ""
+                _image(axes, images[marker].numpy(), heading, beside, cmap="inferno", vmin=0, vmax=high)
+                if below == 0 and not region.present[marker]:
+                    axes.text(
+                        0.5, 0.5, "not measured", color="white", fontsize=7, ha="center", transform=axes.transAxes
+                    )
     return _png(figure)
 
 

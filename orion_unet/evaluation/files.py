@@ -111,6 +111,7 @@ def document(found: Evaluation) -> dict[str, Any]:
         "markers": {
             name: {
                 "verdict": trust[name].verdict,
+                "cores": card.cores_with(marker),
                 "positive_threshold": float(found.thresholds[marker]),
                 "range": [float(folder.normalization.lower[marker]), float(folder.normalization.upper[marker])],
                 **json_scores(card, marker),

@@ -20,7 +20,7 @@ class GatheredCores:
     """Sums and samples of cores, in the order in which they are added.
 
     A pixel is positive above ``thresholds`` (C,); a ``share`` of the pixels is sampled for the scores that need
-    sorting.
+    sorting. ``measured`` are the samples (C, n) of each core, NaN where a marker was not measured.
     """
 
     thresholds: np.ndarray
@@ -32,9 +32,12 @@ class GatheredCores:
         """Score a whole core; ``core`` is its index, which decides the pixels that are drawn."""
         thresholds = torch.from_numpy(self.thresholds).to(region.measured.device, torch.float32)
         pixels = draw_pixels(core, region.measured[0].numel(), self.share)
-        self.measured.append(take(region.measured, pixels))
+        measured = take(region.measured, pixels)
+        measured[~region.present] = np.nan
+        self.measured.append(measured)
         for predictor, image in _predictions(region, baselines):
-            self.parts.setdefault(predictor, []).append(score_core(image, region.measured, thresholds, pixels))
+            found = score_core(image, region.measured, thresholds, pixels).of(region.present)
+            self.parts.setdefault(predictor, []).append(found)
 
     def card(self, names: tuple[str, ...], left_out: np.ndarray | None) -> Scorecard:
         """The scores over all cores; ``left_out`` (U, K) counts the cores with each unit left out, or None."""

@@ -11,6 +11,7 @@ from orion_unet.evaluation.scores import (
     BOUNDS,
     RANK_METRICS,
     CoreScores,
+    by_marker,
     counted_rank_scores,
     overall,
     rank_scores,
@@ -37,43 +38,54 @@ class Scorecard:
 
     ``values`` hold (C,) over all cores, ``without`` (U, C) the same without each of U units (groups or cores); it is
     empty where there are too few of them for intervals. ``per_core`` are the model's scores (K, C) of single cores.
+    ``present`` (K, C) bool are the cores in which each marker was measured, ``units`` (U, C) bool the units that have
+    one; None where all have all.
     """
 
     names: tuple[str, ...]
     values: dict[str, Scores]
     per_core: Scores
     without: dict[str, Scores] = field(default_factory=dict)
+    present: np.ndarray | None = None
+    units: np.ndarray | None = None
 
     def score(self, predictor: str, metric: str, marker: int | None = None) -> tuple[float, float, float]:
         """Value and its interval's ends, of one marker or (None) the mean over the markers that have a value."""
         without = self.without[predictor][metric] if self.without else None
-        return _with_interval(self.values[predictor][metric], without, marker, BOUNDS.get(metric))
+        return self._with_interval(self.values[predictor][metric], without, marker, BOUNDS.get(metric))
 
     def gain(self, baseline: str, metric: str, marker: int | None = None) -> tuple[float, float, float]:
         """How much higher the model scores than a baseline, and the interval of that difference (paired)."""
         without = None
         if self.without:
             without = self.without[MODEL][metric] - self.without[baseline][metric]
-        return _with_interval(self.values[MODEL][metric] - self.values[baseline][metric], without, marker, None)
+        return self._with_interval(self.values[MODEL][metric] - self.values[baseline][metric], without, marker, None)
+
+    def cores_with(self, marker: int) -> int:
+        """In how many of the scored cores a marker was measured."""
+        return len(self.per_core["mae"]) if self.present is None else int(self.present[:, marker].sum())
 
     def known(self, metric: str) -> int:
         """Over how many markers the model's overall value is the mean."""
         return int(np.isfinite(self.values[MODEL][metric]).sum())
 
+    def _with_interval(
+        self, values: np.ndarray, without: np.ndarray | None, marker: int | None, bounds: tuple[float, float] | None
+    ) -> tuple[float, float, float]:
+        value = float(overall(values) if marker is None else values[marker])
+        if without is None:
+            return value, np.nan, np.nan
+        if marker is None:
+            low, high = interval(value, overall(without), bounds)
+        else:
+            units = None if self.units is None else self.units[:, marker]
+            low, high = interval(value, without[:, marker], bounds, units)
+        return value, float(low), float(high)
+
     @property
     def duels(self) -> list[tuple[str, str]]:
         """Pairs (baseline, metric) that can be compared here."""
         return [(baseline, metric) for baseline, metric in DUELS if baseline in self.values]
-
-
-def _with_interval(
-    values: np.ndarray, without: np.ndarray | None, marker: int | None, bounds: tuple[float, float] | None
-) -> tuple[float, float, float]:
-    value = float(overall(values) if marker is None else values[marker])
-    if without is None:
-        return value, np.nan, np.nan
-    low, high = interval(value, overall(without) if marker is None else without[:, marker], bounds)
-    return value, float(low), float(high)
 
 
 def make_scorecard(
@@ -83,7 +95,7 @@ def make_scorecard(
     thresholds: np.ndarray,
     left_out: np.ndarray | None,
 ) -> Scorecard:
-    """Put the cores together: ``cores`` by predictor, ``measured`` samples (C, n) of each.
+    """Put the cores together: ``cores`` by predictor, ``measured`` samples (C, n) of each, NaN where not measured.
 
     ``left_out`` (U, K) counts the cores with each unit left out, None for no intervals.
     """
@@ -99,15 +111,19 @@ def make_scorecard(
         if left_out is not None:
             without[predictor] = sum_scores(np.tensordot(left_out, sums, 1), np.tensordot(left_out, boxes, 1))
             found = [
-                counted_rank_scores(p, t, t > threshold, core, left_out)
-                for p, t, threshold in zip(sample, pooled, thresholds, strict=True)
+                counted_rank_scores(p, t, t > threshold, of, left_out)
+                for (p, t, of), threshold in zip(by_marker(sample, pooled, core), thresholds, strict=True)
             ]
             for metric in RANK_METRICS:
                 without[predictor][metric] = np.stack([row[metric] for row in found], axis=1)
     per_core = sum_scores(*_stacked(cores[MODEL]))
     rows = [_ranks(part.sample, target, thresholds) for part, target in zip(cores[MODEL], measured, strict=True)]
     per_core |= {metric: np.stack([row[metric] for row in rows]) for metric in RANK_METRICS}
-    return Scorecard(names, values, per_core, without)
+    present = np.stack([part.sums[0] > 0 for part in cores[MODEL]])
+    if present.all():
+        return Scorecard(names, values, per_core, without)
+    units = None if left_out is None else (1 - left_out) @ present > 0
+    return Scorecard(names, values, per_core, without, present, units)
 
 
 def _stacked(parts: Sequence[CoreScores]) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +132,8 @@ def _stacked(parts: Sequence[CoreScores]) -> tuple[np.ndarray, np.ndarray]:
 
 def _ranks(predicted: np.ndarray, measured: np.ndarray, thresholds: np.ndarray) -> Scores:
     """Rank scores (C,) of samples (C, n)."""
-    rows = [rank_scores(p, t, t > threshold) for p, t, threshold in zip(predicted, measured, thresholds, strict=True)]
+    markers = by_marker(predicted, measured, np.empty(measured.shape[1], int))
+    rows = [rank_scores(p, t, t > threshold) for (p, t, _), threshold in zip(markers, thresholds, strict=True)]
     return {metric: np.array([row[metric] for row in rows]) for metric in RANK_METRICS}
 
 

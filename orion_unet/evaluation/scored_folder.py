@@ -15,6 +15,7 @@ from orion_unet.data.channels import NAMES_FILE, excluded_channels
 from orion_unet.data.dataset import DATASET_FILE, pixel_size
 from orion_unet.data.normalization import Normalization, fit_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
+from orion_unet.data.panels import PANELS_FILE
 from orion_unet.data.patches import PatchPlace, PatchReader, grid_starts
 from orion_unet.data.scale import Progress, Scales, he_image, measure_scales, no_progress
 from orion_unet.data.transforms import BatchTransform
@@ -40,16 +41,21 @@ class FolderOptions:
 
 @dataclass(frozen=True)
 class Region:
-    """A core or a part of one: ``he`` (3, H, W), ``measured`` and ``predicted`` (C, H, W), float32 in [0, 1]."""
+    """A core or a part of one: ``he`` (3, H, W), ``measured`` and ``predicted`` (C, H, W), float32 in [0, 1].
+
+    ``present`` (C,) bool are the markers that were measured there; ``measured`` is 0 for the others.
+    """
 
     he: Tensor
     measured: Tensor
     predicted: Tensor
+    present: np.ndarray
 
     def crop(self, y: int, x: int, side: int) -> Region:
         """A square of it, in memory of its own on the CPU."""
         square = (..., slice(y, y + side), slice(x, x + side))
-        return Region(*(image[square].cpu().clone() for image in (self.he, self.measured, self.predicted)))
+        he, measured, predicted = (image[square].cpu().clone() for image in (self.he, self.measured, self.predicted))
+        return Region(he, measured, predicted, self.present)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ class ScoredFolder:
         """The whole of a core, on the model's device. Memory is that of its three images and of a row of tiles."""
         image = he_image(self.table, self.scales, core)
         he = torch.from_numpy(image.read(0, 0, *image.shape)).to(self.model.device)
-        return Region(he.permute(2, 0, 1).contiguous(), self._measured(core), self._predicted(image))
+        present = self.table.measured_in(core)
+        return Region(he.permute(2, 0, 1).contiguous(), self._measured(core), self._predicted(image), present)
 
     def _measured(self, core: int) -> Tensor:
         """Targets (C, H, W) in [0, 1] as validation sees them: made patch by patch of the size trained on."""
@@ -155,7 +162,7 @@ def _data_options(model: TrainedModel, pairs_dir: Path, options: FolderOptions) 
     trained = model.config.data
     same = Path(trained.pairs_dir).resolve() == pairs_dir.resolve()
     names, groups = options.channel_names, options.groups_csv
-    if names is None and (same or not (pairs_dir / NAMES_FILE).is_file()):
+    if names is None and (same or not any((pairs_dir / file).is_file() for file in (NAMES_FILE, PANELS_FILE))):
         names = trained.channel_names
     if groups is None and same and trained.groups_csv and Path(trained.groups_csv).is_file():
         groups = trained.groups_csv
@@ -191,7 +198,7 @@ def _normalization(
     per_core = {name: found[:, index] for name, found in zip(names, bounds, strict=True) if found is not None}
     new = [core for core, name in enumerate(names) if name not in per_core]
     if trained.method == "core" and new:
-        part = replace(table, names=table.names[new], he=table.he[new], orion=table.orion[new])
+        part = table.of(new)
         measured = fit_normalization(
             part, scales, np.arange(len(new)), "core", trained.transform, progress, keep=part.kept_names
         ).per_core

@@ -5,8 +5,8 @@ Undefined is NaN in here (a constant marker has no correlation); it is written a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,6 +48,10 @@ class CoreScores:
     sums: np.ndarray
     boxes: np.ndarray
     sample: np.ndarray
+
+    def of(self, present: np.ndarray) -> CoreScores:
+        """The same with no pixels of the markers that are not ``present`` (C,) bool."""
+        return replace(self, sums=np.where(present, self.sums, 0.0), boxes=np.where(present, self.boxes, 0.0))
 
 
 def score_core(predicted: Tensor, measured: Tensor, thresholds: Tensor, pixels: np.ndarray) -> CoreScores:
@@ -136,6 +140,15 @@ def counted_rank_scores(
         "auc": bins.auc(counts),
         "average_precision": bins.average_precision(counts),
     }
+
+
+def by_marker(
+    predicted: np.ndarray, measured: np.ndarray, core: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each marker, its predicted and measured values (C, n) and their cores (n,), where measured is not NaN."""
+    for p, t in zip(predicted, measured, strict=True):
+        known = ~np.isnan(t)
+        yield (p, t, core) if known.all() else (p[known], t[known], core[known])
 
 
 def overall(values: np.ndarray) -> np.ndarray:

@@ -68,6 +68,9 @@ def describe_channel(name: str, values: np.ndarray, step: float, evidence: dict[
 
 
 def most_varied(names: Sequence[str], sample: np.ndarray) -> str:
-    """The channel of a sample (C, N) that varies most for its range: it shows tissue best, after a nuclear one."""
-    spread = sample.std(axis=1) / np.maximum(np.quantile(sample, 0.999, axis=1), 1e-12)
+    """The channel of a sample (C, N) that varies most for its range: it shows tissue best, after a nuclear one.
+
+    Values are NaN where a channel was not measured.
+    """
+    spread = np.nanstd(sample, axis=1) / np.maximum(np.nanquantile(sample, 0.999, axis=1), 1e-12)
     return names[int(spread.argmax())]

@@ -24,7 +24,7 @@ from orion_unet.findings import Finding
 from orion_unet.inspection.channels import QUANTILES, ChannelRow, describe_channel, most_varied
 from orion_unet.inspection.cores import CoreView, sample_rows, thinned, view_core
 from orion_unet.inspection.duplicates import Twins, find_twins
-from orion_unet.inspection.findings import find_all, too_small
+from orion_unet.inspection.findings import find_all, in_one_group, named, too_small
 from orion_unet.run_log import SCHEMA, strict
 
 # How many pixels to sample over all cores, and at least of each; how many values, which bounds the memory.
@@ -69,6 +69,7 @@ class Inspection:
                     for (modality, dtype, layout), count in self.formats.items()
                 ],
                 "groups": dict(Counter(self.split.groups)),
+                "panels": None if self.table.panels is None else self.table.panels.document(),
                 "nuclear_marker": self.nuclear,
                 "unit": "stored value / full scale",
                 "sampled_pixels": self.sampled_pixels,
@@ -115,6 +116,7 @@ def core_record(core: CoreView) -> dict[str, Any]:
     return {
         "core": core.name,
         "group": core.group,
+        "panel": core.panel or None,
         "height": core.height,
         "width": core.width,
         "tissue_fraction": core.tissue,
@@ -148,8 +150,11 @@ def inspect_folder(
 
     def look(core: int) -> tuple[CoreView, np.ndarray, NoiseEvidence]:
         rows = sample_rows(table, scales, core, max(LEAST_PER_CORE, pixels))
-        sample, evidence = thinned(rows, max(LEAST_PER_CORE, pixels)), look_for_noise(rows)
+        present = table.measured_in(core)
+        sample = thinned(rows, max(LEAST_PER_CORE, pixels))
+        evidence = look_for_noise(rows) if present.all() else look_for_noise(rows[present]).placed(present)
         view = view_core(table, scales, core, split.groups[core], position, sample)
+        sample[~present] = np.nan
         step()
         return view, sample, evidence
 
@@ -161,7 +166,7 @@ def inspect_folder(
     del seen
     step_size = _smallest_step(table)
     channels = [
-        describe_channel(name, values, step_size, evidence.record(channel))
+        describe_channel(name, values[~np.isnan(values)], step_size, evidence.record(channel))
         for channel, (name, values) in enumerate(zip(names, sample, strict=True))
     ]
     twins = find_twins(cores)
@@ -177,7 +182,10 @@ def inspect_folder(
         marker=nuclear or most_varied(names, sample),
         sampled_pixels=sample.shape[1],
         notes=[*table.warnings, *split_warnings, *_notes(table, split, nuclear, cores)],
-        findings=find_all(channels, cores, twins, nuclear, _advice(table, nuclear)),
+        findings=[
+            *find_all(channels, cores, twins, nuclear, _advice(table, nuclear)),
+            *in_one_group(_groups_with(table, split)),
+        ],
     )
 
 
@@ -186,6 +194,17 @@ def _advice(table: PairTable, nuclear: str | None) -> str:
     stained = nuclear_channel(table.channel_names)
     named = nuclear is None or (stained is not None and table.channel_names[stained] == nuclear)
     return register_command(table) + ("" if named else f" --register_on {shlex.quote(str(nuclear))}")
+
+
+def _groups_with(table: PairTable, split: Split) -> dict[str, set[str]]:
+    """By marker, the groups in which it was measured; empty where panels do not differ."""
+    measured = table.measured
+    if measured is None or len(set(split.groups)) < 2:
+        return {}
+    return {
+        name: {group for group, found in zip(split.groups, measured[:, channel], strict=True) if found}
+        for channel, name in enumerate(table.kept_names)
+    }
 
 
 def _formats(table: PairTable) -> dict[tuple[str, str, str], int]:
@@ -216,6 +235,19 @@ def _notes(table: PairTable, split: Split, nuclear: str | None, cores: list[Core
             "no channel has the name of a nuclear stain, so the registration was not checked: name it with "
             "--nuclear_marker"
         )
+    elif lacking := table.lacking(table.channel_names.index(nuclear)):
+        notes.append(
+            f"the registration was not checked in {len(lacking)} cores, in which {nuclear} was not measured: "
+            f"{named(lacking)}"
+        )
     if small := too_small(cores):
         notes.append(small)
+    if table.panels is not None:
+        notes += [
+            f"panel {panel}, {about['cores']} core{'s' * (about['cores'] != 1)}: {', '.join(about['markers'])}"
+            for panel, about in table.panels.document().items()
+        ]
+    for side, indices in (("training", split.train), ("validation", split.val)):
+        if absent := table.never_measured(indices.tolist()):
+            notes.append(f"with this split, measured in no {side} core: {', '.join(absent)}")
     return notes

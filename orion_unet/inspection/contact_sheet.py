@@ -70,6 +70,7 @@ def _draw(inspection: Inspection, cores: range, page: str) -> Figure:
         title += " (red: see the warnings)"
     figure.text(GAP / width, 1 - 0.09 / height, title, fontsize=11, va="top")
     channel = inspection.table.channel_names.index(inspection.marker)
+    lacking = inspection.table.lacking(channel)
     for place, core in enumerate(cores):
         down, right = divmod(place, columns)
         left, top = GAP + right * (SIDE + GAP), TITLE + down * block
@@ -92,6 +93,8 @@ def _draw(inspection: Inspection, cores: range, page: str) -> Figure:
             under = top + TEXT + index * (SIDE + GAP / 2)
             axes = figure.add_axes((left / width, 1 - (under + SIDE) / height, SIDE / width, SIDE / height))
             _show(axes, picture, shown)
+            if index == 1 and view.name in lacking:
+                axes.text(0.5, 0.5, "not measured", color="white", fontsize=7, ha="center", transform=axes.transAxes)
     return figure
 
 

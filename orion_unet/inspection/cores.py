@@ -23,7 +23,8 @@ class CoreView:
 
     ``tissue`` is the share of pixels that are not glass, ``he_level`` the brightness in [0, 1] that 1 % of the H&E
     exceeds, ``digest`` a hash of the stored H&E pixels, ``constant`` the channels with a single value in the sample,
-    ``thumbnail`` (32, 32) float32 the darkness of the H&E. ``registration`` is None if no nuclear marker is known.
+    ``thumbnail`` (32, 32) float32 the darkness of the H&E. ``registration`` is None if no nuclear marker is known, or
+    it was not measured here. ``panel`` is empty where panels do not differ.
     """
 
     name: str
@@ -36,12 +37,13 @@ class CoreView:
     constant: tuple[str, ...]
     registration: Registration | None
     thumbnail: np.ndarray
+    panel: str = ""
 
 
 def view_core(
     table: PairTable, scales: Scales, core: int, group: str, nuclear: int | None, sample: np.ndarray
 ) -> CoreView:
-    """Measure one core. ``sample`` (C, N) are intensities of its kept channels, ``nuclear`` indexes the stored ones."""
+    """Measure one core. ``sample`` (C, N) are intensities of the kept channels, ``nuclear`` indexes all channels."""
     # Of tiles, all are decoded here, once.
     he = np.asarray(table.open(core, "he"))
     row = table.he[core]
@@ -49,7 +51,8 @@ def view_core(
     white = scales.white("he", he.dtype)
     picture = _picture(_channels_last(he, layout), white, THUMBNAIL)
     registration = None
-    if nuclear is not None:
+    nuclear = -1 if nuclear is None else int(table.places(core)[nuclear])
+    if nuclear >= 0:
         top, left = _densest_window(he, layout, white)
         density = haematoxylin(_channels_last(he, layout)[top : top + WINDOW, left : left + WINDOW] / np.float32(white))
         orion = table.image(core, "orion")
@@ -63,9 +66,14 @@ def view_core(
         tissue=tissue_fraction(he, layout, white),
         he_level=float(np.quantile(picture.mean(axis=2), 0.99)),
         digest=_digest(he),
-        constant=tuple(name for name, values in zip(table.kept_names, sample, strict=True) if np.ptp(values) == 0),
+        constant=tuple(
+            name
+            for name, values, measured in zip(table.kept_names, sample, table.measured_in(core), strict=True)
+            if measured and np.ptp(values) == 0
+        ),
         registration=registration,
         thumbnail=block_means(1 - picture.mean(axis=2), DESCRIPTOR, DESCRIPTOR),
+        panel="" if table.panels is None else table.panels.of_core[core],
     )
 
 
@@ -84,7 +92,7 @@ def thinned(rows: np.ndarray, pixels: int) -> np.ndarray:
 
 
 def marker_rows(table: PairTable, scales: Scales, core: int, channels: list[int], count: int) -> np.ndarray:
-    """Intensities (C, R, W) float32 of stored channels on up to ``count`` rows, evenly spaced over the core."""
+    """Intensities (C, R, W) float32 of channels on up to ``count`` rows, evenly spaced over the core."""
     height = table.shape(core, "orion")[0]
     count = max(1, min(count, height))
     rows = (np.arange(count) + 0.5) * height / count
@@ -103,7 +111,7 @@ def _picture(image: np.ndarray, white: float, side: int) -> np.ndarray:
 
 
 def marker_thumbnail(table: PairTable, scales: Scales, core: int, channel: int, side: int) -> np.ndarray:
-    """One stored channel (h, w) float32, intensities, its longer side at most ``side``: means over parts of rows."""
+    """One channel (h, w) float32, intensities, its longer side at most ``side``: means over parts of rows."""
     row = table.orion[core]
     step = -(-max(int(row["height"]), int(row["width"])) // side)
     rows = marker_rows(table, scales, core, [channel], int(row["height"]) // step)[0]

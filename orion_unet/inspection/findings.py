@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from orion_unet.findings import WARNING, Finding
 from orion_unet.inspection.channels import ChannelRow
@@ -167,8 +167,20 @@ def _constant(channels: Sequence[ChannelRow], cores: Sequence[CoreView]) -> Iter
         yield _warning(
             "missing_in_core",
             f"Channels with signal in other cores have a single value in {named(missing)}.",
-            "If the marker was not measured there, leave the core out: it would teach the network that the marker is "
-            "absent.",
+            "If the marker was not measured there, list the panels in panels.csv, or leave the core out: it would "
+            "teach the network that the marker is absent.",
+        )
+
+
+def in_one_group(groups: Mapping[str, set[str]]) -> Iterator[Finding]:
+    """A warning about markers that only one group has, from the groups in which each was measured."""
+    alone = [f"{marker} ({next(iter(found))})" for marker, found in groups.items() if len(found) == 1]
+    if alone:
+        yield _warning(
+            "marker_in_one_group",
+            f"Markers were measured in a single group: {named(alone)}. Held out, it leaves nothing to train them on; "
+            "trained on, nothing shows how well they are predicted.",
+            "Add groups that have them, or leave these markers out with --exclude_channels.",
         )
 
 

@@ -21,13 +21,16 @@ def diagnose_markers(
     """Judge the markers' Pearson of the newest epoch; nan where undefined.
 
     ``config`` is the document of config.json: ``regression_pearson`` is what a linear regression from the colours of
-    the H&E reaches on the same cores, ``empty_channels`` are markers that are trained as empty, which say nothing.
+    the H&E reaches on the same cores, ``empty_channels`` are markers that are trained as empty, which say nothing, and
+    ``unvalidated_channels`` those that were measured in no validation core.
     """
     if epoch < FIRST_EPOCH:
         return []
     reached, empty = config.get("regression_pearson"), config.get("empty_channels")
+    unvalidated = config.get("unvalidated_channels")
     reached = reached if isinstance(reached, Mapping) else {}
-    ignored = {name for name in empty if isinstance(name, str)} if isinstance(empty, list) else set()
+    lists = [names for names in (empty, unvalidated) if isinstance(names, list)]
+    ignored = {name for names in lists for name in names if isinstance(name, str)}
     silent, below = [], []
     for name, metrics in newest.items():
         here, colours = metrics["pearson"], advice.option_number(reached, name)

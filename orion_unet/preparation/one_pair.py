@@ -79,7 +79,7 @@ def register_pair(table: PairTable, scales: Scales, core: int, judgement: Judgem
     he, orion = (np.asarray(table.image(core, modality)) for modality in ("he", "orion"))
     white = scales.white("he", he.dtype)
     density = haematoxylin(he / np.float32(white))
-    marker = orion[..., judgement.nuclear].astype(np.float32)
+    marker = orion[..., table.places(core)[judgement.nuclear]].astype(np.float32)
     tissue = tissue_fraction(he, "hwc", white)
     found = refine(density, marker)
     reason = found.reason and (_other_way_round(density, marker) or found.reason)

@@ -95,7 +95,8 @@ def _pictures(folder: RegisteredFolder, core: int, row: Registered, output: Path
     y, x = (start + max(0, (side - PICTURE) // 2)
             for start, side in ((row.top, row.height), (row.left, row.width)))  # fmt: skip
     rows, columns = slice(y, y + min(PICTURE, row.height)), slice(x, x + min(PICTURE, row.width))
-    marker = orion[rows, columns, folder.nuclear : folder.nuclear + 1][..., 0].astype(np.float32)
+    place = table.places(core)[folder.nuclear]
+    marker = orion[rows, columns, place : place + 1][..., 0].astype(np.float32)
     found: list[np.ndarray | None] = [_overlaid(haematoxylin(he[rows, columns] / white), marker), None]
     if row.state == KEPT:
         moved = np.load(output / table.npy_name(core, "he"), mmap_mode="r", allow_pickle=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from orion_unet.data.channels import nuclear_channel
 from orion_unet.data.measured import file_state
 from orion_unet.data.packing import carried_files
 from orion_unet.data.pairs import PairTable, find_pairs, pair_file
+from orion_unet.data.panels import PANELS_FILE, panels_of
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.errors import InputError, RunError
 from orion_unet.preparation.one_pair import KEPT, Judgement, Registered, register_pair
@@ -51,6 +52,13 @@ def register_folder(data: DataOptions, given: RegisterOptions, progress: Progres
     """
     table = find_pairs(data)
     nuclear = _nuclear(table, given.register_on)
+    if lacking := table.lacking(nuclear):
+        raise InputError.listing(
+            f"{table.folder / PANELS_FILE}: {table.channel_names[nuclear]} was not measured in these cores, so they "
+            "cannot be registered on it:",
+            lacking,
+            "Name a marker that every core has with --register_on, or register each panel in a folder of its own.",
+        )
     output = given.output_dir
     _make(output, table, given.overwrite)
     scales = measure_scales(table, False, progress)
@@ -61,13 +69,18 @@ def register_folder(data: DataOptions, given: RegisterOptions, progress: Progres
     step = progress(len(missing), "registering cores")
     try:
         for name, content in carried_files(table, output).items():
-            write_atomic(output / name, content)
+            # Rejected cores must not be in it.
+            if name != PANELS_FILE:
+                write_atomic(output / name, content)
         for core, row in _register(table, scales, missing, judgement, given):
             done[row.core] = row
             _note(output, table, core, judgement, row)
             step()
         rows = [done[str(name)] for name in table.names]
         columns = list(rows[0].record())
+        kept = [row.core for row in rows if row.state == KEPT]
+        if (assigned := panels_of(table.folder, kept)) is not None:
+            write_atomic(output / PANELS_FILE, assigned)
         write_atomic(output / TABLE, csv_bytes(columns, [list(row.record().values()) for row in rows]))
     except OSError as error:
         raise RunError(
@@ -130,7 +143,7 @@ def _origin(table: PairTable, core: int, judgement: Judgement) -> dict[str, Any]
     for modality, rows in (("he", table.he), ("orion", table.orion)):
         size, modified_ns, _ = file_state(table.path(core, modality))
         files[modality] = [size, modified_ns, str(rows[core]["layout"])]
-    options = [judgement.nuclear, judgement.min_correlation, judgement.max_shift]
+    options = [int(table.places(core)[judgement.nuclear]), judgement.min_correlation, judgement.max_shift]
     if table.level:
         options.append(table.level)
     return {"folder": str(table.folder.resolve()), "files": files, "options": options}
@@ -169,7 +182,7 @@ def _note(output: Path, table: PairTable, core: int, judgement: Judgement, row: 
 
 
 def _check_space(output: Path, table: PairTable, missing: list[int]) -> None:
-    needed = replace(table, names=table.names[missing], he=table.he[missing], orion=table.orion[missing]).nbytes
+    needed = table.of(missing).nbytes
     free = shutil.disk_usage(output).free
     if needed > free:
         raise RunError(

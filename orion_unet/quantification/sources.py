@@ -9,6 +9,7 @@ from pathlib import Path
 from orion_unet.config import QuantifyOptions
 from orion_unet.data.channels import NAMES_FILE, channel_names
 from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
+from orion_unet.data.panels import PANELS_FILE, markers_of
 from orion_unet.data.split import GROUPS_FILE, read_groups
 from orion_unet.data.stain import StainJudgement
 from orion_unet.errors import InputError
@@ -119,10 +120,17 @@ def names_of(image: MarkerImage, given: str | None) -> tuple[str, ...]:
 def measured_channels(measured: MarkerImage, names: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs of a channel of the image (of these names) and the channel of the measured image with the same name.
 
-    A measured image without names has the image's channels. Raises InputError where they have none in common.
+    Names are those of its panel where its folder has a panels.csv, else its own, else those of channel_names.txt. A
+    measured image without names has the image's channels. Raises InputError where they have none in common.
     """
-    own = measured.channel_names
     folder = measured.path.parent
+    panel = markers_of(folder, image_name(measured.path))
+    if panel and len(panel) != measured.shape[0]:
+        raise InputError(
+            f"--measured {measured.path}: has {measured.shape[0]} channels, but its panel by {folder / PANELS_FILE} "
+            f"has {len(panel)} markers"
+        )
+    own = panel or measured.channel_names
     if not own and (folder / NAMES_FILE).is_file():
         own = channel_names(None, folder, measured.shape[0])
     if not own:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orion_unet.data.transforms import Batch
 from orion_unet.distributed import all_reduce_sum, world_size
-from orion_unet.losses import TERMS, CompositeLoss
+from orion_unet.losses import TERMS, CompositeLoss, boundary_pixels
 from orion_unet.metrics import MarkerSums
 from orion_unet.models.freezing import is_frozen
 from orion_unet.patch_sums import patch_sums
@@ -166,11 +166,14 @@ def train_steps(
             learner.optimizer.zero_grad(set_to_none=True)
             learner.statistics.keep()
 
-        shared = _shared(batch.boundary if loss.weights["boundary"] > 0 else None, requests, device)
+        boundary = batch.boundary if loss.weights["boundary"] > 0 else None
+        measured = batch.measured
+        shared = _shared(boundary, measured, requests, device)
         with nullcontext() if ends_window else _without_reduction(learner.model):
             with learner.precision.autocast(device):
                 prediction = learner.model(batch.he)
-            value, terms = loss(prediction, batch.target, batch.boundary, shared[0])
+            counts = (shared[0],) if measured is None else (shared[0], measured, shared[1])
+            value, terms = loss(prediction, batch.target, batch.boundary, *counts)
             finite = torch.isfinite(value)
             # A loss that is not finite makes the whole gradient NaN: the sum over ranks carries it to every rank.
             marked = value * torch.where(finite, 1.0, torch.nan) / window
@@ -192,7 +195,7 @@ def train_steps(
         if scaler:
             # Only float16 has to tell a loss that is not finite on some rank from a gradient that overflowed.
             all_reduce_sum(bad_losses)
-        journal.add(torch.cat([numbers, torch.stack([norm.double(), bad_here.double(), bad_losses]), shared[1:]]),
+        journal.add(torch.cat([numbers, torch.stack([norm.double(), bad_here.double(), bad_losses]), shared[2:]]),
                     _Note(step, tuple(batch.core.tolist()), ends_window, scaler is not None))  # fmt: skip
         for done in journal.due(drain_if_asked=ends_window):
             yield done
@@ -290,19 +293,21 @@ class _Journal:
         return step
 
 
-def _shared(boundary: Tensor | None, requests: Requests, device: torch.device) -> Tensor:
-    """Mean number of boundary pixels over ranks, and on how many ranks a stop and a save were asked for: (3,) on the
-    device."""
-    shared = torch.zeros(3, dtype=torch.float64, device=device)
+def _shared(boundary: Tensor | None, measured: Tensor | None, requests: Requests, device: torch.device) -> Tensor:
+    """Mean numbers of boundary pixels and of measured pairs of patch and marker over ranks, and on how many ranks a
+    stop and a save were asked for: (4,) on the device."""
+    shared = torch.zeros(4, dtype=torch.float64, device=device)
     if boundary is not None:
-        shared[0] = boundary.sum()
+        shared[0] = boundary_pixels(boundary, measured)
+    if measured is not None:
+        shared[1] = measured.sum()
     if requests.stop:
-        shared[1] = 1.0
-    if requests.save:
         shared[2] = 1.0
+    if requests.save:
+        shared[3] = 1.0
     if world_size() > 1:
         all_reduce_sum(shared)
-        shared[0] /= world_size()
+        shared[:2] /= world_size()
     return shared
 
 
@@ -427,6 +432,8 @@ class ValidationSums:
     def add(self, prediction: Tensor, batch: Batch, loss: CompositeLoss) -> None:
         """Add the prediction of a batch. Does not wait for the device."""
         patches = patch_sums(prediction, batch.target, batch.boundary)
+        if batch.measured is not None:
+            patches = patches.where(batch.measured)
         self.terms += torch.stack(loss.sums(patches))
         self.markers.add(patches)
         self.patches += len(batch.he)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from orion_unet.data.dataset import pixel_size
 from orion_unet.data.digests import core_digests
 from orion_unet.data.normalization import Normalization, known_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
+from orion_unet.data.panels import PANELS_FILE
 from orion_unet.data.patches import PatchReader, validation_patches
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
 from orion_unet.data.split import Split, make_split
@@ -32,7 +34,8 @@ class Prepared:
     ``digests`` of the training and validation cores by name, ``colour_regression``, the document of the baselines
     fitted to the training cores, and ``stain``, that of their stain, go into every checkpoint.
     ``regression_pearson`` is the correlation that the regression reaches on the validation cores, marker by marker,
-    None where undefined.
+    None where undefined. ``panels`` is the digest of which markers were measured in the cores of the split, None where
+    panels do not differ.
     """
 
     table: PairTable
@@ -47,6 +50,7 @@ class Prepared:
     regression_pearson: dict[str, float | None]
     warnings: list[str] = field(default_factory=list)
     pixel_size_um: float | None = None
+    panels: str | None = None
 
 
 def prepare_data(
@@ -72,6 +76,13 @@ def prepare_data(
             f"the run to resume was trained on the channels {', '.join(earlier['channel_names'])}; "
             f"the data and options give {', '.join(table.kept_names)}"
         )
+    panels = panels_digest(table, split)
+    if earlier and panels != earlier.get("panels"):
+        raise InputError(
+            f"{table.folder / PANELS_FILE}: says of the cores of the run to resume that other markers were measured in "
+            "them than when it began; restore the panels, or start another run in another --output_dir"
+        )
+    warnings += check_markers(table, split)
     names = table.kept_names
     keep = [names[channel] for channel in sorted(listed_channels("keep_channels", data.keep_channels, names))]
     if source is not None:
@@ -117,7 +128,55 @@ def prepare_data(
         reached,
         warnings,
         size_um,
+        panels,
     )
+
+
+def panels_digest(table: PairTable, split: Split) -> str | None:
+    """Digest of the markers that were measured in the cores of the split; None where panels do not differ."""
+    if table.panels is None:
+        return None
+    return table.panels.digest(table.names.tolist(), np.sort(np.concatenate([split.train, split.val])).tolist())
+
+
+def check_markers(table: PairTable, split: Split) -> list[str]:
+    """A warning where markers were measured in no validation core: they are trained, and nothing judges them.
+
+    Raises InputError where markers were measured in no training core, or where cores have none of the markers.
+    """
+    if table.measured is None:
+        return []
+    panels = table.folder / PANELS_FILE
+    if untrained := table.never_measured(split.train.tolist()):
+        raise InputError(
+            f"{panels}: measured in no training core, so that nothing can be learned of it: {', '.join(untrained)}. "
+            f'Leave it out with --exclude_channels "{",".join(untrained)}", or train on cores that have it (another '
+            "--split_file, --seed or fold)"
+        )
+    used = np.sort(np.concatenate([split.train, split.val]))
+    bare = [str(name) for name in table.names[used[~table.measured[used].any(axis=1)]]]
+    if bare:
+        raise InputError.listing(
+            f"{panels}: these cores have none of the markers that are trained on:",
+            bare,
+            "Leave them out of the split (--split_file), or exclude fewer channels.",
+        )
+    if not (unjudged := table.never_measured(split.val.tolist())):
+        return []
+    return [
+        f"measured in no validation core, so that nothing shows how well it is predicted: {', '.join(unjudged)} "
+        "(another --split_file or --seed can change that)"
+    ]
+
+
+def check_folds(configs: Sequence[TrainConfig]) -> None:
+    """Raise InputError where the training of a fold of one folder would be refused for its panels."""
+    table = find_pairs(configs[0].data)
+    for config in configs:
+        try:
+            check_markers(table, make_split(table, config.data, config.optimisation.seed)[0])
+        except InputError as error:
+            raise InputError(f"--fold {config.data.fold}: {error}") from None
 
 
 def _check_batches(config: TrainConfig, split: Split, ranks: int) -> None:

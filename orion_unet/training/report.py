@@ -28,6 +28,8 @@ def facts(run: Run) -> dict[str, Any]:
         "usable_cores": usable_cores(),
         "target_layouts": sorted({str(layout) for layout in run.prepared.table.orion["layout"]}),
         "empty_channels": list(run.prepared.normalization.empty),
+        "panels": _panels(run),
+        "unvalidated_channels": run.prepared.table.never_measured(run.prepared.split.val.tolist()),
         "regression_pearson": run.prepared.regression_pearson,
         "world_size": world_size(),
         "global_batch": global_batch(run.config) * run.config.optimisation.accumulate_steps,
@@ -39,6 +41,12 @@ def facts(run: Run) -> dict[str, Any]:
         "started_from": _origin(run),
         "encoder_weights": run.state.encoder,
     }
+
+
+def _panels(run: Run) -> dict[str, Any] | None:
+    """What panels.csv says, and the digest by which a resumed run knows it; None where panels do not differ."""
+    panels = run.prepared.table.panels
+    return None if panels is None else {"digest": run.prepared.panels, "of": panels.document()}
 
 
 def _origin(run: Run) -> dict[str, Any] | None:
@@ -60,6 +68,7 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
         + (f" ({accumulated} batches accumulated)" if accumulated > 1 else ""),
         f"data            {len(split.train)} training and {len(split.val)} validation cores, "
         f"{len(run.prepared.table.kept_names)} markers, loader processes per rank: {run.feeds.workers}",
+        *_listed_panels(run),
         f"patches         {run.steps * global_batch(config)} training per epoch ({run.steps} steps), "
         f"{len(run.prepared.validation)} validation, {config.data.patch_size} x {config.data.patch_size} pixels",
         f"pixel size      {_pixel_size(config)}",
@@ -86,6 +95,17 @@ def greeting(run: Run, known: dict[str, Any]) -> str:
     if run.resumed_from is not None:
         lines += _resumed(run, run.resumed_from)
     return "\n".join(lines)
+
+
+def _listed_panels(run: Run) -> list[str]:
+    panels = run.prepared.table.panels
+    if panels is None:
+        return []
+    listed = [
+        f"{name} ({about['cores']} core{'s' * (about['cores'] != 1)}, {len(about['markers'])} markers)"
+        for name, about in panels.document().items()
+    ]
+    return [f"panels          {', '.join(listed)}"]
 
 
 def _started_from(run: Run) -> list[str]:

@@ -38,6 +38,7 @@ class SanityPanel:
         self.labels = [f"{for_figure(reader.table.names[core])}\n({y}, {x})" for core, y, x in rows[:PATCHES]]
         batch = transform(reader.read([PatchPlace(*row) for row in rows[:PATCHES]]), augment=False)
         self.he, self.target = batch.he, batch.target
+        self.measured = torch.ones(self.target.shape[:2]).bool() if batch.measured is None else batch.measured.cpu()
         self.markers = _various_markers(self.target.transpose(0, 1).flatten(1).cpu())
         self.ranges = [display_range(self.target[:, marker]) for marker in self.markers]
 
@@ -77,6 +78,10 @@ class SanityPanel:
                         axes, images[patch, column], title, name if column == 0 else "",
                         cmap="inferno", vmin=0, vmax=high,
                     )  # fmt: skip
+                    if images is target and not self.measured[patch, marker]:
+                        axes.text(
+                            0.5, 0.5, "not measured", color="white", fontsize=7, ha="center", transform=axes.transAxes
+                        )
         path = run_dir / SANITY_DIR / f"epoch_{epoch:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn = io.BytesIO()

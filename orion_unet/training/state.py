@@ -130,6 +130,7 @@ def capture_model(state: TrainState, config: TrainConfig, prepared: Prepared, mo
         "encoder_weights": state.encoder,
         "colour_regression": prepared.colour_regression,
         "stain": prepared.stain,
+        "panels": prepared.panels,
         "epoch": state.epoch,
         "best_val_loss": state.early_stopping.best_loss,
     }

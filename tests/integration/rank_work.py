@@ -50,8 +50,18 @@ def patches(seed, count):
     return Batch(he, target, boundary, torch.arange(count))
 
 
+def of_two_panels(batch):
+    """The same with panels that differ: marker 1 in one patch of the first half alone, marker 2 in none."""
+    batch.measured = torch.zeros(len(batch.he), len(MARKERS)).bool()
+    batch.measured[:, 0] = True
+    batch.measured[0, 1] = True
+    batch.target *= batch.measured[:, :, None, None]
+    return batch
+
+
 def part(batch, index):
-    return Batch(batch.he[index], batch.target[index], batch.boundary[index], batch.core[index])
+    measured = None if batch.measured is None else batch.measured[index]
+    return Batch(batch.he[index], batch.target[index], batch.boundary[index], batch.core[index], measured)
 
 
 def own_share(batch):
@@ -85,18 +95,19 @@ def train(norm, batches, accumulate=1, stop_at=None):
     return model, sums, steps
 
 
-def gradients(accumulate):
+def gradients(accumulate, panels=False):
     """Of one optimiser step over ``accumulate`` global batches, and the reported means."""
-    batches = [own_share(patches(seed, GLOBAL_BATCH)) for seed in range(accumulate)]
+    whole = [patches(seed, GLOBAL_BATCH) for seed in range(accumulate)]
+    batches = [own_share(of_two_panels(batch) if panels else batch) for batch in whole]
     model, sums, _ = train("group", batches, accumulate)
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     return found, sums.reduced()
 
 
-def validation(batch_size):
+def validation(batch_size, panels=False):
     """The numbers of PATCHES validation patches, this rank's share of them computed here."""
     model, *_ = build("batch")
-    every = patches(9, PATCHES)
+    every = of_two_panels(patches(9, PATCHES)) if panels else patches(9, PATCHES)
     requests = ValidationOrder(PATCHES, batch_size, rank(), world_size())
     batches = [part(every, torch.from_numpy(request.indices)) for request in requests]
     loss, sums = CompositeLoss(WEIGHTS), ValidationSums(MARKERS, CPU)
@@ -173,6 +184,7 @@ def main(folder):
         found = {"answers": shared_answers(), "validation": {size: validation(size) for size in (1, 4)}}
         if world_size() == 2:
             found["gradients"] = {accumulate: gradients(accumulate) for accumulate in (1, 2)}
+            found["panels"] = gradients(1, panels=True), validation(1, panels=True)
             found["nan"] = nan_on_the_last_rank()
             found["stop"] = stop_on_the_last_rank()
             found["statistics"] = averaged_statistics()

@@ -57,6 +57,24 @@ def test_two_ranks_give_the_gradients_of_one_process_with_the_double_batch(accum
         assert found_means["grad_norm"] == pytest.approx(means["grad_norm"], rel=1e-5)
 
 
+def test_two_ranks_give_the_gradients_and_validation_of_one_process_where_panels_differ(found_by):
+    """One marker is measured on one rank only, another on none."""
+    (expected, means), validation = rank_work.gradients(1, panels=True), rank_work.validation(1, panels=True)
+    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
+    for found in found_by(2):
+        (gradients, found_means), found_validation = found["panels"]
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=0, msg=name)
+        assert found_means["terms"] == pytest.approx(means["terms"], rel=1e-5)
+        assert found_means["loss"] == pytest.approx(means["loss"], rel=1e-5)
+        known = {name: value for name, value in validation.items() if value is not None}
+        assert {name: found_validation[name] for name in known} == pytest.approx(known, rel=1e-9)
+        assert {name for name, value in found_validation.items() if value is None} == validation.keys() - known.keys()
+    assert "CD45 pearson" in known
+    assert {name for name in validation if name.startswith("Pan-CK")}.isdisjoint(known)
+    assert expected["head.weight"][1].any() and not expected["head.weight"][2].any()
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(("batch_size", "tolerance"), [(1, {"rel": 1e-9}), (4, {"abs": 1e-8})])
 def test_validation_of_21_patches_is_the_same_on_any_number_of_ranks(ranks, batch_size, tolerance, found_by):

@@ -18,6 +18,7 @@ from orion_unet.evaluation.cells import (
     load_labels,
     measure_cells,
 )
+from orion_unet.evaluation.scored_folder import Region
 from orion_unet.intervals import leave_one_out
 from orion_unet.segmentation import nuclear_marker, segment_nuclei
 
@@ -55,8 +56,37 @@ def test_an_image_without_nuclei_has_no_cells():
     empty = segment_nuclei(np.full((40, 40), 0.3))
     assert empty.max() == 0
     assert segment_nuclei(discs([], noise=0.005)).max() == 0
-    cells = measure_cells(empty, torch.rand(3, 40, 40), torch.rand(3, 40, 40))
+    cells = measure_cells(empty, Region(*torch.rand(3, 3, 40, 40), np.ones(3, bool)))
     assert cells.measured.shape == cells.predicted.shape == (0, 3)
+
+
+def test_scores_over_cells_are_those_of_the_cores_in_which_the_marker_was_measured():
+    """Marker 1 was measured in cores 0 to 8 of 12; its scores are those without the others."""
+    rng = np.random.default_rng(0)
+    core = np.repeat(np.arange(12), 30)
+    measured = rng.random((len(core), 2))
+    predicted = measured + rng.normal(0, 0.3, measured.shape)
+    partly = measured.copy()
+    partly[core > 8, 1] = np.nan
+    thresholds = otsu_thresholds(Cells(partly, predicted, core))
+    own = Cells(measured[core <= 8], predicted[core <= 8], core[core <= 8])
+    assert thresholds == pytest.approx([otsu_thresholds(Cells(measured, predicted, core))[0], otsu_thresholds(own)[1]])
+    cutoffs = best_cutoffs(Cells(partly, predicted, core), thresholds)
+    found = score_cells(
+        Cells(partly, predicted, core), thresholds, cutoffs, leave_one_out([f"{c:02d}" for c in range(12)])
+    )
+    expected = score_cells(own, thresholds, cutoffs, leave_one_out([f"{c:02d}" for c in range(9)]))
+    for metric, values in expected.values.items():
+        assert found.values[metric][1] == pytest.approx(values[1], abs=1e-12)
+        ends = [(scores.low[metric][1], scores.high[metric][1]) for scores in (found, expected)]
+        assert ends[0] == pytest.approx(ends[1], abs=1e-9)
+    # Below eight cores there is no interval.
+    partly[core > 6, 1] = np.nan
+    few = score_cells(
+        Cells(partly, predicted, core), thresholds, cutoffs, leave_one_out([f"{c:02d}" for c in range(12)])
+    )
+    assert np.isfinite(few.values["pearson"]).all()
+    assert np.isfinite(few.low["pearson"]).tolist() == [True, False]
 
 
 def test_means_of_cells_equal_those_of_scipy():

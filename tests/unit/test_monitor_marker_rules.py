@@ -33,6 +33,8 @@ def test_a_marker_without_correlation_is_named_unless_it_is_trained_as_empty():
     assert "constant: Blank" in finding.message and "regression" not in finding.message
     assert "check that these markers have signal" in " ".join(finding.advice)
     assert find({"Blank": float("nan")}) is None
+    # Where no validation core has the marker, a correlation that is missing says nothing.
+    assert find(empty_channels=[], unvalidated_channels=["Blank"], regression_pearson={}) is None
 
 
 def test_the_first_epochs_say_nothing_and_a_good_run_is_silent():

@@ -259,3 +259,27 @@ def test_the_interval_of_a_gain_is_that_of_the_jackknife_of_the_paired_differenc
     reach = student.ppf(0.975, CORES - 1) * error
     assert value == pytest.approx(gain(range(CORES)), abs=1e-6)
     assert (low, high) == pytest.approx((value - reach, value + reach), abs=1e-6)
+
+
+def test_a_marker_is_scored_by_the_cores_in_which_it_was_measured():
+    """Marker 1 was measured in 9 of 12 cores: its scores and intervals are those of a scorecard of the 9."""
+    cores = [draw_images(seed, size=(24, 24)) for seed in range(12)]
+    present = np.ones((12, 3), bool)
+    present[9:, 1] = False
+    parts, samples = {MODEL: [], MEAN: []}, []
+    for (predicted, measured), there in zip(cores, present, strict=True):
+        sample = measured.reshape(3, -1).copy()
+        sample[~there] = np.nan
+        samples.append(sample)
+        for kind, image in ((MODEL, predicted), (MEAN, np.full_like(predicted, 0.4))):
+            parts[kind].append(scored(image, measured * there[:, None, None]).of(there))
+    names = ("a", "b", "c")
+    card = make_scorecard(names, parts, samples, THRESHOLDS, leave_one_out([f"{core:02d}" for core in range(12)]))
+    nine = {kind: of_kind[:9] for kind, of_kind in parts.items()}
+    expected = make_scorecard(names, nine, samples[:9], THRESHOLDS, leave_one_out([f"{core:02d}" for core in range(9)]))
+    assert [card.cores_with(marker) for marker in range(3)] == [12, 9, 12]
+    for metric in expected.values[MODEL]:
+        assert card.score(MODEL, metric, 1) == pytest.approx(expected.score(MODEL, metric, 1), abs=1e-9)
+    assert card.gain(MEAN, "psnr_db", 1) == pytest.approx(expected.gain(MEAN, "psnr_db", 1), abs=1e-9)
+    assert np.isnan(card.per_core["mae"][9:, 1]).all() and np.isfinite(card.per_core["mae"][:9, 1]).all()
+    assert verdicts(card)
