@@ -165,7 +165,7 @@ def overflowing(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def starving(config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[str, ...]:
-    """More loader processes where there are cores for them; packed pairs; a faster disk.
+    """More loader processes, or cores for them; packed pairs; fewer transforms on a GPU; a faster disk.
 
     ``config`` is the document of config.json, which says what the run has.
     """
@@ -176,10 +176,13 @@ def starving(config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[str
         room = int(max(cores // max(ranks, 1) - 1, 0))
         if processes < room:
             found.append(f"--num_workers {int(min(room, max(2 * processes, processes + 1)))}")
+        else:
+            found.append(f"a machine with more cores (ranks and loader processes use all {int(cores)} of this one)")
     layouts = config.get("target_layouts")
     if isinstance(layouts, list) and "chw" in layouts:
         found.append("pack the pairs once, so that a patch is read in fewer pieces: python -m orion_unet pack")
-    if options.get("noise_removal") is True:
+    # On a CPU, transforming a batch is no waiting.
+    if options.get("noise_removal") is True and "CPU" not in str(config.get("device", "CPU")):
         found.append("--no_noise_removal")
     return (*found, "keep the pairs on a disk of this machine")
 

@@ -148,7 +148,13 @@ def test_starving_advises_what_the_run_does_not_have_yet():
         "keep the pairs on a disk of this machine",
     )
     full = {**CONFIG, "loader_processes": 15, "target_layouts": ["hwc"]}
-    assert held_back([0.4, 0.4], config=full)["starving"].advice == ("keep the pairs on a disk of this machine",)
+    assert held_back([0.4, 0.4], config=full)["starving"].advice == (
+        "a machine with more cores (ranks and loader processes use all 16 of this one)",
+        "keep the pairs on a disk of this machine",
+    )
+    # On a CPU, transforms are no part of the wait.
+    assert "--no_noise_removal" in advice.starving({"device": "1 GPU (made)"}, {"noise_removal": True})
+    assert "--no_noise_removal" not in advice.starving({"device": "CPU, 1 rank"}, {"noise_removal": True})
     # Four ranks share the cores: three processes each leave one core a rank.
     assert "--num_workers 3" in advice.starving({**CONFIG, "world_size": 4}, {})
     assert not [a for a in advice.starving({**CONFIG, "world_size": 8}, {}) if a.startswith("--num_workers")]
