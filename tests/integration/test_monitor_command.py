@@ -38,7 +38,8 @@ with Heartbeat(run, interval_s=0.1) as heart:
         heart.update(state="training", epoch=epoch, epochs=int(sys.argv[2]), step=0, steps_per_epoch=11)
         for step in range(1, 11):
             time.sleep(float(sys.argv[3]) / 10)
-            while (run / "frozen").exists():
+            # In the middle of an epoch: before its first step, patience is 15 minutes.
+            while step == 5 and (run / "frozen").exists():
                 time.sleep(0.05)
             heart.progress(step=step)
         writer.append(epoch_record(epoch, train, val))
