@@ -13,7 +13,7 @@ from orion_unet.monitor.report import to_json
 from orion_unet.text import clean
 
 LONGEST_S = 60.0
-# Warnings of what comes and goes; the others are told once a run.
+# Warnings that may come back, each time with a new notification; of the others there is one a run.
 PASSING = {"stalled", "crashed"}
 
 

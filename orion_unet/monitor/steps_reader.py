@@ -26,7 +26,7 @@ COLUMNS = (
     "non_finite_steps",
 )
 EPOCH, STEP, LOSS, LR, GRAD, SPEED, WAIT, COVERED, SKIPPED, NON_FINITE = range(len(COLUMNS))
-# What is kept: the newest lines, and points that each stand for as many lines as necessary for the whole run.
+# The newest lines are kept as they are. The whole run is kept as points, each the mean of several lines.
 MAX_RECENT = 1024
 MAX_POINTS = 2048
 # A log, or an addition to it, that is larger than this is read in full only at its end. Before that, single lines are
@@ -143,7 +143,7 @@ class StepsReader(GrowingLog):
             self._widen()
 
     def _widen(self) -> None:
-        """Let each point stand for twice as many lines."""
+        """Double the number of lines that each point summarises."""
         self._stride *= 2
         joined: list[_Point] = []
         for point in self._points:

@@ -53,7 +53,7 @@ def block_shifts(still: torch.Tensor, moving: torch.Tensor, points: np.ndarray) 
     windows, blocks = padded.unfold(0, side, 1).unfold(1, side, 1), other.unfold(0, side, 1).unfold(1, side, 1)
     energies = _box_sums(padded.square(), inner).unfold(0, 2 * reach + 1, 1).unfold(1, 2 * reach + 1, 1)
     down, across = _waves(torch.fft.fftfreq(side)), _waves(torch.fft.rfftfreq(side)).T.clone()
-    # Of a real image, all but the first and the last of these frequencies stand for two.
+    # rfft leaves out the negative frequencies of a real image: count all but the first and the last twice.
     across[1:-1] *= 2
     places = torch.from_numpy(np.rint(points / STEP).astype(np.int64))
     found = []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from panel_files import write_panels
 from scipy.stats import pearsonr
 from tiny_runs import TINY, command_line, differing, losses, read_metrics, weights
 
@@ -36,16 +37,9 @@ def folder(write_pairs):
         he, path = (pairs / f"core_{core:02d}_{kind}.npy" for kind in ("HE", "ORION"))
         stored = (np.load(path) // 8 + 100 * np.load(he)[..., [0, 1, 2, 0]].astype(np.uint16)).astype(np.uint16)
         np.save(path, stored[..., [UNION.index(name) for name in PANELS[panel]]])
-    write_panels(pairs)
+    write_panels(pairs, PANELS, OF_CORE)
     (pairs / "channel_names.txt").write_text("\n".join(UNION))
     return pairs
-
-
-def write_panels(pairs, of_core=OF_CORE, panels=PANELS):
-    rows = [f"core_{core:02d},{panel}" for core, panel in enumerate(of_core)]
-    (pairs / "panels.csv").write_text("\n".join(["core,panel", *rows]))
-    for panel, names in panels.items():
-        (pairs / f"panel_{panel}.txt").write_text("\n".join(names))
 
 
 def split_file(pairs, val):
@@ -112,10 +106,10 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit_and_not_with_other_pa
     with monkeypatch.context() as patched:
         patched.setattr(Loop, "_progress", stop)
         assert train("run", **options).code == 143
-    write_panels(folder, of_core=("one", "two", "one", "two", "one", "two"), panels={"two": ("Hoechst", "SMA")})
+    write_panels(folder, {"two": ("Hoechst", "SMA")}, OF_CORE)
     with pytest.raises(InputError, match=r"panels.csv: says of the cores of the run to resume"):
         train("run", **options, resume="auto")
-    write_panels(folder)
+    write_panels(folder, PANELS, OF_CORE)
     run = train("run", **options, resume="auto")
     assert losses(run.dir) == losses(straight.dir)
     assert differing(weights(run.dir), weights(straight.dir)) == []
@@ -123,7 +117,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit_and_not_with_other_pa
 
 def test_where_every_core_has_every_marker_panels_change_no_bit(pairs, train):
     plain = train("plain", **TERMS, epochs=1)
-    write_panels(pairs, ["all"] * 4, {"all": [f"channel_{index:02d}" for index in range(3)]})
+    write_panels(pairs, {"all": [f"channel_{index:02d}" for index in range(3)]}, ["all"] * 4)
     listed = train("listed", **TERMS, epochs=1)
     assert losses(listed.dir) == losses(plain.dir)
     assert differing(weights(listed.dir), weights(plain.dir)) == []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pair_formats import rewrite
+from panel_files import write_panels
 
 from orion_unet.config import DataOptions
 from orion_unet.data.camera_noise import look_for_noise
@@ -39,13 +40,6 @@ def keep_panels(folder, panels=PANELS, of_core=OF_CORE):
     return folder
 
 
-def write_panels(folder, panels=PANELS, of_core=OF_CORE):
-    rows = [f"core_{core:02d},{panel}" for core, panel in enumerate(of_core)]
-    (folder / "panels.csv").write_text("\n".join(["core,panel", *rows]))
-    for panel, names in panels.items():
-        (folder / f"panel_{panel}.txt").write_text("\n".join(names))
-
-
 def transform_of(opened, normalization):
     return BatchTransform(opened.table, opened.reader.formats, normalization, True, CPU)
 
@@ -65,7 +59,7 @@ def test_a_batch_has_every_marker_in_its_place_and_says_which_were_measured(writ
     folder = keep_panels(write_pairs(channels=4, orion_layout="chw" if form == "chw" else "hwc"))
     if form == "zstd":
         tiled = rewrite(folder, folder.with_name("tiled"), "zstd", keep_npy=("core_03",))
-        write_panels(tiled)
+        write_panels(tiled, PANELS, OF_CORE)
         folder = tiled
     if form == "mixed dtypes":
         path = folder / "core_01_ORION.npy"
@@ -252,7 +246,7 @@ def test_the_digest_follows_what_was_measured_in_the_cores_of_the_split_alone(wr
     before = panels_digest(open_pairs(folder).table, split)
     write_panels(folder, {**PANELS, "c": PANELS["a"]}, "abbc")
     assert panels_digest(open_pairs(folder).table, split) == before
-    write_panels(folder, {**PANELS, "b": PANELS["b"][::-1]})
+    write_panels(folder, {**PANELS, "b": PANELS["b"][::-1]}, OF_CORE)
     assert panels_digest(open_pairs(folder).table, split) != before
 
 
