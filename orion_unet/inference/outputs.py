@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +17,11 @@ import numpy as np
 from orion_unet.data.channels import NAMES_FILE
 from orion_unet.data.pairs import pair_file
 from orion_unet.errors import InputError, RunError
-from orion_unet.inference.trust import UNKNOWN, MarkerTrust
 from orion_unet.run_log import fsync_folder, read_document, write_atomic, write_json
 from orion_unet.slides.open import SUFFIXES
-from orion_unet.text import csv_bytes
 
 RESULT_SUFFIX = {"npy": ".npy", "ome-tiff": ".ome.tiff"}
 SPREAD = "_spread"
-VERDICTS_FILE = "marker_verdicts.csv"
 RECORD_FILE = ".predict.partial.json"
 
 
@@ -173,7 +172,8 @@ def prepare_folder(output_dir: Path) -> None:
 
 
 def refuse_existing(jobs: Sequence[Job], tables: Sequence[tuple[Path, str]] = ()) -> None:
-    """Raise InputError that lists every output that exists; ``tables`` are files with the content they should have."""
+    """Raise InputError that lists every output that exists; ``tables`` are files with the content they should have,
+    nothing for one that should not exist."""
     found = [str(path) for job in jobs for path in job.outputs if path.exists()]
     for path, content in tables:
         if path.exists() and _text(path) != content:
@@ -187,16 +187,6 @@ def refuse_existing(jobs: Sequence[Job], tables: Sequence[tuple[Path, str]] = ()
 def names_file(output_dir: Path, names: Sequence[str]) -> tuple[Path, str]:
     """The file that names the channels of .npy outputs, as training reads it, and its content."""
     return output_dir / NAMES_FILE, "".join(f"{name}\n" for name in names)
-
-
-def verdicts_file(output_dir: Path, names: Sequence[str], trust: Mapping[str, MarkerTrust]) -> tuple[Path, str]:
-    """The table of the verdicts on the predicted markers, and its content."""
-    rows = [(name, trust.get(name, UNKNOWN)) for name in names]
-    columns = ["marker", "verdict", "pearson", "pearson_low", "pearson_high", "regression_pearson"]
-    content = csv_bytes(
-        columns, ([name, found.verdict, found.pearson, found.low, found.high, found.regression] for name, found in rows)
-    )
-    return output_dir / VERDICTS_FILE, content.decode()
 
 
 def write_npy(path: Path, image: np.ndarray) -> None:
@@ -219,13 +209,33 @@ def write_npy(path: Path, image: np.ndarray) -> None:
 
 
 def write_table(path: Path, content: str) -> None:
-    """Write a text file unless it already has this content; raises RunError."""
+    """Write a text file unless it already has this content, and remove one without content; raises RunError."""
     if _text(path) == content:
         return
     try:
-        write_atomic(path, content.encode())
+        if content:
+            write_atomic(path, content.encode())
+        else:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[list[str]] | None:
+    """The rows of a CSV file that predict wrote; None where there is none. Raises InputError for any other file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    try:
+        header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
+    except csv.Error as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from None
+    if header != list(columns) or any(len(row) != len(columns) for row in rows):
+        raise InputError(f"{path}: is not a table that predict wrote; move it away, or name another folder")
+    return rows
 
 
 def _text(path: Path) -> str | None:

@@ -29,7 +29,6 @@ from orion_unet.inference.outputs import (
     plan_jobs,
     prepare_folder,
     refuse_existing,
-    verdicts_file,
     write_npy,
     write_table,
 )
@@ -38,8 +37,9 @@ from orion_unet.inference.progress import Progress
 from orion_unet.inference.resampled import ResampledImage, on_model_grid
 from orion_unet.inference.stain_table import add_stain, drop_stain, read_stain, stain_warning
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
-from orion_unet.inference.trust import SUPPORTED, UNKNOWN, MarkerTrust, file_digest, run_folder_of, summary
+from orion_unet.inference.trust import UNKNOWN, MarkerTrust, file_digest, run_folder_of, summary, verdict_mark
 from orion_unet.inference.units import LEVELS, Unit
+from orion_unet.inference.verdict_table import VERDICTS_FILE, verdicts_file
 from orion_unet.inference.working_file import WorkingFile
 from orion_unet.slides.images import HeImage
 from orion_unet.slides.open import open_he, require_readers
@@ -90,8 +90,8 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     if model.stain is None:
         progress.say("note: the checkpoint does not keep the stain of its training")
     tables = [names_file(output_dir, names)] if options.format == "npy" else []
-    if trust is not None:
-        tables.append(verdicts_file(output_dir, names, trust))
+    # What an earlier model's scorecard says does not hold for this one.
+    tables.append((output_dir / VERDICTS_FILE, "") if trust is None else verdicts_file(output_dir, names, trust))
     if not options.overwrite:
         refuse_existing(waiting, tables)
     if len(waiting) < len(jobs):
@@ -313,10 +313,7 @@ def _write_outputs(
         working.remove()
     if job.overview and pictures:
         shown = pixel_size_um * box_size(image.shape) if pixel_size_um else None
-        marked = [
-            f"{name} ({known[name].verdict})" if name in known and known[name].verdict != SUPPORTED else name
-            for name in names
-        ]
+        marked = [name + verdict_mark(name, trust.markers) for name in names]
         foreign = trust.stain is not None and trust.stain.state == OUTSIDE
         title = "H&E (stain outside the training's)" if foreign else "H&E"
         write_overview(job.overview, *pictures, marked, pixel_size_um=shown, title=title)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from pathlib import Path
 from typing import Any
 
 from orion_unet.data.stain import FEATURES, OUTSIDE, StainJudgement
 from orion_unet.errors import InputError, RunError
+from orion_unet.inference.outputs import read_table
 from orion_unet.run_log import write_atomic
 from orion_unet.text import csv_bytes
 
@@ -23,7 +22,7 @@ def add_stain(folder: Path, image: str, found: StainJudgement) -> None:
     Raises InputError where the file is another table, RunError where it cannot be written.
     """
     path = folder / STAIN_FILE
-    rows: dict[str, list[Any]] = {name: list(row) for name, *row in _rows(path)}
+    rows: dict[str, list[Any]] = {name: list(row) for name, *row in read_table(path, COLUMNS) or []}
     rows[image] = [found.state, found.distance, found.limit, *found.values.tolist()]
     _write(path, rows)
 
@@ -31,7 +30,7 @@ def add_stain(folder: Path, image: str, found: StainJudgement) -> None:
 def drop_stain(folder: Path, image: str) -> None:
     """Remove the row of an image where there is one; raises as ``add_stain`` does."""
     path = folder / STAIN_FILE
-    rows: dict[str, list[Any]] = {name: list(row) for name, *row in _rows(path)}
+    rows: dict[str, list[Any]] = {name: list(row) for name, *row in read_table(path, COLUMNS) or []}
     if rows.pop(image, None) is not None:
         _write(path, rows)
 
@@ -40,7 +39,7 @@ def read_stain(folder: Path) -> dict[str, StainJudgement]:
     """What image_stain.csv of a folder says of each image; nothing where there is none. Raises InputError."""
     path = folder / STAIN_FILE
     found = {}
-    for image, state, *numbers in _rows(path):
+    for image, state, *numbers in read_table(path, COLUMNS) or []:
         try:
             distance, limit = (float(text) if text else math.nan for text in numbers[:2])
         except ValueError:
@@ -54,22 +53,6 @@ def _write(path: Path, rows: dict[str, list[Any]]) -> None:
         write_atomic(path, csv_bytes(COLUMNS, ([name, *row] for name, row in rows.items())))
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def _rows(path: Path) -> list[list[str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    try:
-        header, *rows = list(csv.reader(io.StringIO(text))) or [[]]
-    except csv.Error as error:
-        raise InputError(f"{path}: cannot be read as CSV ({error})") from None
-    if header != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
-        raise InputError(f"{path}: is not a table that predict wrote; move it away, or name another folder")
-    return rows
 
 
 def stain_warning(image: str, found: StainJudgement) -> str:

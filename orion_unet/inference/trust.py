@@ -129,3 +129,10 @@ def summary(markers: Mapping[str, MarkerTrust], names: Sequence[str]) -> str:
         if listed:
             parts.append(f"{verdict}: {', '.join(listed)}")
     return f"On held-out tissue {'; '.join(parts)}"
+
+
+def verdict_mark(name: str, markers: Mapping[str, MarkerTrust] | None) -> str:
+    """What follows the name of a marker in a picture: its verdict in brackets, nothing where it is supported or there
+    are no verdicts."""
+    verdict = SUPPORTED if markers is None else markers.get(name, UNKNOWN).verdict
+    return "" if verdict == SUPPORTED else f" ({verdict})"

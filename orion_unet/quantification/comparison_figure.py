@@ -5,23 +5,26 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from orion_unet.inference.trust import MarkerTrust, verdict_mark
 from orion_unet.quantification.comparison import Comparison, RegionRow
 from orion_unet.text import for_figure
 
 MOST_MARKERS, COLUMNS, PANELS = 24, 2, 3
 # In inches: a panel, and the lines of text around it.
 SIDE, TEXT = 1.55, 0.75
+# So many bold letters lie between the edges of two panels.
+TITLE_LETTERS = 28
 DPI = 110
 MEASURED_COLOUR, PREDICTED_COLOUR = "#222222", "#d9480f"
 
 
-def draw_comparison(comparison: Comparison) -> bytes:
-    """A PNG with three panels for each of the first 24 markers with both cut-offs.
+def draw_comparison(comparison: Comparison, trust: Mapping[str, MarkerTrust] | None = None) -> bytes:
+    """A PNG with three panels for each of the first 24 markers with both cut-offs; ``trust`` as in the overview.
 
     The confusion matrix of all cells; the positive cells of each image, measured against predicted, as a density where
     the pixel size is known; and the share of positive cells whose nearest other positive cell is within a distance.
@@ -46,7 +49,9 @@ def draw_comparison(comparison: Comparison) -> bytes:
             panels.append(figure.add_axes((left / width, 1 - (top + SIDE) / height, SIDE / width, SIDE / height)))
         found = comparison.markers[name]
         assert found.confusion is not None
-        _matrix(panels[0], found.confusion, f"{for_figure(name, 18)}  F1 {_number(found.scores['f1'])}")
+        mark = verdict_mark(name, trust)
+        title = for_figure(name, TITLE_LETTERS - len(mark)) + mark
+        _matrix(panels[0], found.confusion, title, found.scores["f1"])
         _counts(panels[1], rows)
         _distances(panels[2], rows, with_legend=place == 0)
     drawn = io.BytesIO()
@@ -61,7 +66,7 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "-"
 
 
-def _matrix(axes: Any, confusion: np.ndarray, title: str) -> None:
+def _matrix(axes: Any, confusion: np.ndarray, title: str, f1: float) -> None:
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row in range(2):
@@ -72,7 +77,7 @@ def _matrix(axes: Any, confusion: np.ndarray, title: str) -> None:
     axes.set_xticks([0, 1], ["−", "+"])
     axes.set_yticks([0, 1], ["−", "+"])
     axes.tick_params(length=0, labelsize=8, pad=1)
-    _named(axes, "predicted", "measured")
+    _named(axes, f"predicted (F1 {_number(f1)})", "measured")
     axes.set_title(title, fontsize=8.5, loc="left", pad=3, fontweight="bold")
 
 

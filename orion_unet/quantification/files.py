@@ -1,4 +1,4 @@
-"""What quantify leaves behind: cells.csv, cells.geojson, cells.h5ad and quantify.json."""
+"""The files of quantify's cells: cells.csv, cells.geojson and cells.h5ad."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,13 +14,15 @@ import numpy as np
 
 from orion_unet.extras import needed
 from orion_unet.inference.ome_tiff import channel_colours
+from orion_unet.inference.trust import RULE, MarkerTrust
 from orion_unet.quantification.cell_labels import CellLabels, bands
 from orion_unet.quantification.cells import ImageCells
+from orion_unet.quantification.marker_table import COLUMNS, marker_rows
 from orion_unet.quantification.measure import Step
 from orion_unet.quantification.outlines import OutlineTracer, Polygon
 from orion_unet.quantification.positives import Positives
 
-CSV, H5AD, JSON = "cells.csv", "cells.h5ad", "quantify.json"
+CSV, MARKERS_CSV, H5AD, JSON = "cells.csv", "markers.csv", "cells.h5ad", "quantify.json"
 # Rows of a table that become text at a time.
 ROWS_AT_ONCE = 10_000
 # QuPath's own class for cells without any of the markers, and its colour.
@@ -180,8 +182,15 @@ class _Classes:
         return self._texts[key]
 
 
-def write_h5ad(path: Path, images: Sequence[ImageCells], names: Sequence[str], positives: Positives) -> None:
-    """An AnnData: X (n, C) float32 means, obs of the cells, and their centroids (x, y) in obsm["spatial"].
+def write_h5ad(
+    path: Path,
+    images: Sequence[ImageCells],
+    names: Sequence[str],
+    trust: Mapping[str, MarkerTrust] | None,
+    positives: Positives,
+) -> None:
+    """An AnnData: X (n, C) float32 means, obs of the cells, var of the markers as in markers.csv, and the centroids
+    (x, y) of the cells in obsm["spatial"].
 
     Layers are "ring" and "measured", where there are such means. ``uns["spatial_unit"]`` is "um", or "px" where an
     image has no pixel size. Raises InputError if anndata is not installed.
@@ -219,12 +228,14 @@ def write_h5ad(path: Path, images: Sequence[ImageCells], names: Sequence[str], p
                 values[:, list(cells.measured_columns)] = cells.measured.mean
             full.append(values)
         layers["measured"] = np.concatenate(full)
+    rows = marker_rows(names, trust, positives, images)
+    var = pandas.DataFrame([row[1:] for row in rows], index=list(names), columns=COLUMNS[1:])
     table = anndata.AnnData(
         np.concatenate([cells.means.mean for cells in images]).astype(np.float32),
         obs=pandas.DataFrame(obs, index=[f"{name}_{label}" for name, label in zip(image, labels, strict=True)]),
-        var=pandas.DataFrame(index=list(names)),
+        var=var,
         obsm={"spatial": np.concatenate(spatial)},
         layers=layers,
-        uns={"spatial_unit": "um" if in_um else "px"},
+        uns={"spatial_unit": "um" if in_um else "px", "verdict_rule": RULE},
     )
     table.write_h5ad(path)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from orion_unet.inference.overview import DISPLAY_QUANTILE, DPI, FONT_SIZE, GAP, MARGIN, TITLE, WIDTH, title_within
+from orion_unet.inference.trust import MarkerTrust, verdict_mark
 from orion_unet.quantification.cells import ImageCells
 from orion_unet.quantification.measure import ToUnit
 from orion_unet.quantification.positives import Positives
@@ -27,10 +28,16 @@ RING_COLOUR = "#30e0ff"
 
 
 def draw_positives(
-    image: MarkerImage, cells: ImageCells, names: Sequence[str], positives: Positives, to_unit: ToUnit | None
+    image: MarkerImage,
+    cells: ImageCells,
+    names: Sequence[str],
+    positives: Positives,
+    to_unit: ToUnit | None,
+    trust: Mapping[str, MarkerTrust] | None = None,
 ) -> bytes:
     """A PNG with one panel a marker, the first 60 of them. With ``to_unit`` a marker that has a range of training is
-    shown from 0 to 1, the same in every image; each positive cell has a ring around its centre.
+    shown from 0 to 1, the same in every image; each positive cell has a ring around its centre. With ``trust`` a
+    marker that is not supported has its verdict beside its name.
 
     Raises InputError where the image is damaged.
     """
@@ -67,7 +74,7 @@ def draw_positives(
             axes.scatter(
                 x[flags], y[flags], s=size, facecolors="none", edgecolors=RING_COLOUR, linewidths=0.6, marker="o"
             )
-        _frame(axes, pixels.shape[1:], title_within(name, ending, wide))
+        _frame(axes, pixels.shape[1:], title_within(name, verdict_mark(name, trust) + ending, wide))
     drawn = io.BytesIO()
     with warnings.catch_warnings():
         # Letters that the font lacks are drawn as boxes.

@@ -18,11 +18,13 @@ from orion_unet.extras import needed
 from orion_unet.inference.outputs import prepare_folder
 from orion_unet.inference.progress import Progress
 from orion_unet.inference.stain_table import stain_warning
+from orion_unet.inference.trust import MarkerTrust
+from orion_unet.quantification import marker_table
 from orion_unet.quantification.cell_labels import CellLabels, bands
 from orion_unet.quantification.cells import INSTEAD, ImageCells
 from orion_unet.quantification.comparison import COLUMNS, Comparison, compare
 from orion_unet.quantification.comparison_figure import draw_comparison
-from orion_unet.quantification.files import CSV, H5AD, JSON, write_csv, write_geojson, write_h5ad
+from orion_unet.quantification.files import CSV, H5AD, JSON, MARKERS_CSV, write_csv, write_geojson, write_h5ad
 from orion_unet.quantification.measure import Step, ToUnit, measure_geometry, measure_means
 from orion_unet.quantification.nuclei import Scaled, find_nuclei, own_range, tile_steps
 from orion_unet.quantification.overview import draw_positives
@@ -32,6 +34,7 @@ from orion_unet.quantification.sources import (
     Source,
     check_sources,
     find_sources,
+    find_trust,
     image_groups,
     measured_channels,
 )
@@ -64,8 +67,8 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
         needed("anndata", extra="cells")
     if options.measured is not None:
         needed("sklearn", "scikit-learn")
-    job = _Job(options, names, positives, nuclear, progress)
-    tables = [CSV, COMPARISON_CSV, COMPARISON_PNG, H5AD, JSON]
+    job = _Job(options, names, find_trust(sources), positives, nuclear, progress)
+    tables = [CSV, MARKERS_CSV, COMPARISON_CSV, COMPARISON_PNG, H5AD, JSON]
     possible = [*(name for source in sources for name in job.possible_files(source)), *tables]
     _refuse_existing(options, possible)
     new_folder = not options.output_dir.exists()
@@ -88,7 +91,7 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
         progress.end()
         if new_folder and not any(options.output_dir.iterdir()):
             options.output_dir.rmdir()
-    report(names, positives, images, comparison, progress.say)
+    report(names, job.trust, positives, images, comparison, progress.say)
     if not h5ad and options.h5ad is None:
         progress.say('note: no cells.h5ad, because anndata is not installed: pip install "orion-unet[cells]"')
     return options.output_dir
@@ -143,6 +146,7 @@ class _Job:
 
     options: QuantifyOptions
     names: tuple[str, ...]
+    trust: dict[str, MarkerTrust] | None
     positives: Positives
     nuclear: str | None
     progress: Progress
@@ -258,7 +262,8 @@ class _Job:
             with open(scratch / outlines, "w", encoding="utf-8", errors="backslashreplace") as file:
                 write_geojson(file, labels, cells, self.names, self.positives, step)
         if self.options.overview:
-            (scratch / overview).write_bytes(draw_positives(image, cells, self.names, self.positives, unit))
+            drawn = draw_positives(image, cells, self.names, self.positives, unit, self.trust)
+            (scratch / overview).write_bytes(drawn)
 
     def write_tables(
         self, images: Sequence[ImageCells], comparison: Comparison | None, scratch: Path, h5ad: bool
@@ -266,15 +271,18 @@ class _Job:
         """Write the tables of all images into the scratch folder; returns all files there that are results."""
         with open(scratch / CSV, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             write_csv(file, images, self.names, self.positives)
+        rows = marker_table.marker_rows(self.names, self.trust, self.positives, images)
+        (scratch / MARKERS_CSV).write_bytes(csv_bytes(marker_table.COLUMNS, rows))
         if h5ad:
-            write_h5ad(scratch / H5AD, images, self.names, self.positives)
+            write_h5ad(scratch / H5AD, images, self.names, self.trust, self.positives)
         compared = []
         if comparison is not None:
             compared.append(COMPARISON_CSV)
             (scratch / COMPARISON_CSV).write_bytes(csv_bytes(COLUMNS, comparison.table()))
             if self.options.overview and comparison.rows:
                 compared.append(COMPARISON_PNG)
-                (scratch / COMPARISON_PNG).write_bytes(draw_comparison(comparison))
-        write_json(scratch / JSON, document(self.options, self.names, self.positives, images, comparison))
+                (scratch / COMPARISON_PNG).write_bytes(draw_comparison(comparison, self.trust))
+        content = document(self.options, self.names, self.trust, self.positives, images, comparison)
+        write_json(scratch / JSON, content)
         own = sorted(path.name for path in scratch.iterdir() if path.name.endswith(("cells.geojson", "overview.png")))
-        return [*own, CSV, *compared, *([H5AD] if h5ad else []), JSON]
+        return [*own, CSV, MARKERS_CSV, *compared, *([H5AD] if h5ad else []), JSON]

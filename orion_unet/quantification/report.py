@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from orion_unet import __version__
 from orion_unet.config import QuantifyOptions
+from orion_unet.inference.trust import RULE, UNKNOWN, MarkerTrust, summary
 from orion_unet.quantification.cells import ImageCells
 from orion_unet.quantification.comparison import Comparison
+from orion_unet.quantification.marker_table import positive_counts
 from orion_unet.quantification.positives import Positives
 from orion_unet.run_log import utc_now
 from orion_unet.text import clean, short_number
@@ -20,6 +23,7 @@ SCORES = {"pearson": "Pearson", "auc": "AUC", "average_precision": "AP", "f1": "
 def document(
     options: QuantifyOptions,
     names: Sequence[str],
+    trust: Mapping[str, MarkerTrust] | None,
     positives: Positives,
     images: Sequence[ImageCells],
     comparison: Comparison | None,
@@ -46,6 +50,8 @@ def document(
             for cells in images
         ],
         "markers": list(names),
+        "verdicts": None if trust is None else {name: asdict(trust.get(name, UNKNOWN)) for name in names},
+        "verdict_rule": None if trust is None else RULE,
         "rings_px": options.rings,
         "measured": None if options.measured is None else str(options.measured),
         "cutoffs": {
@@ -63,27 +69,21 @@ def document(
     }
 
 
-def positive_counts(names: Sequence[str], positives: Positives, images: Sequence[ImageCells]) -> dict[str, int]:
-    """How many cells of all images are positive, for each marker with a cut-off."""
-    counts: dict[str, int] = {}
-    for cells in images:
-        for name, flags in positives.called(names, cells.means).items():
-            counts[name] = counts.get(name, 0) + int(flags.sum())
-    return counts
-
-
 def report(
     names: Sequence[str],
+    trust: Mapping[str, MarkerTrust] | None,
     positives: Positives,
     images: Sequence[ImageCells],
     comparison: Comparison | None,
     say: Callable[[str], None],
 ) -> None:
-    """Show positive cells, agreement and the origin of the cut-offs on the terminal."""
+    """Show verdicts, positive cells, agreement and the origin of the cut-offs on the terminal."""
     counts = positive_counts(names, positives, images)
     scores = {} if comparison is None else {name: found.scores for name, found in comparison.markers.items()}
     if scores or counts:
-        _show(names, positives, counts, scores)
+        _show(names, trust, positives, counts, scores)
+    elif trust is not None:
+        say(summary(trust, names))
     origins = sorted({cutoff.origin for cutoff in positives.cutoffs.values()})
     if origins:
         say(f"Cut-offs from {'; '.join(origins)}.")
@@ -92,7 +92,11 @@ def report(
 
 
 def _show(
-    names: Sequence[str], positives: Positives, counts: dict[str, int], scores: dict[str, dict[str, float]]
+    names: Sequence[str],
+    trust: Mapping[str, MarkerTrust] | None,
+    positives: Positives,
+    counts: dict[str, int],
+    scores: dict[str, dict[str, float]],
 ) -> None:
     """Print a row for each marker that has a cut-off or measured values."""
     from rich.console import Console
@@ -101,13 +105,16 @@ def _show(
 
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("marker", no_wrap=True, max_width=18, overflow="ellipsis")
+    if trust is not None:
+        table.add_column("held-out tissue", no_wrap=True)
     words = SCORES if scores else {}
     for title in ("cut-off", "positive", *words.values()):
         table.add_column(title, justify="right", no_wrap=True)
     for name in names:
         if name in counts or name in scores:
             count = f"{counts[name]:,}" if name in counts else "-"
-            row = [short_number(positives.value(name, "predicted")), count]
+            row = [] if trust is None else [trust.get(name, UNKNOWN).verdict]
+            row += [short_number(positives.value(name, "predicted")), count]
             row += [short_number(scores[name][score], 3) if name in scores else "-" for score in words]
             # Text, so that a name like CD3[e] is not taken for markup.
             table.add_row(Text(clean(name)), *row)

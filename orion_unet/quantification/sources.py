@@ -15,6 +15,8 @@ from orion_unet.data.stain import StainJudgement
 from orion_unet.errors import InputError
 from orion_unet.inference.outputs import RESULT_SUFFIX
 from orion_unet.inference.stain_table import read_stain
+from orion_unet.inference.trust import MarkerTrust
+from orion_unet.inference.verdict_table import read_verdicts
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.open import is_zarr, open_labels, open_markers
 
@@ -99,6 +101,15 @@ def image_name(path: Path) -> str:
     if name.lower().endswith(".ome"):
         name = name[: -len(".ome")]
     return name.removesuffix(MEASURED_ENDING) or name
+
+
+def find_trust(sources: Sequence[Source]) -> dict[str, MarkerTrust] | None:
+    """The verdicts that predict wrote beside its images, by marker; None for measured images and where there are none.
+
+    Raises InputError where the table is damaged.
+    """
+    image = sources[0].image
+    return None if image.stem.endswith(MEASURED_ENDING) else read_verdicts(image.parent)
 
 
 def image_groups(sources: Sequence[Source], measured: Path | None) -> list[str]:

@@ -441,3 +441,14 @@ def test_a_table_of_another_scorecard_is_not_replaced_unasked(predict, core, mod
     made = predict(core, out="one")
     assert made.code == 2
     assert "marker_verdicts.csv (of another scorecard)" in made.err
+
+
+def test_the_verdicts_of_an_earlier_model_do_not_stay_beside_a_prediction_without_any(predict, core, model):
+    card = write_scorecard(model, TRUST, {})
+    assert predict(core, out="one").code == 0
+    card.unlink()
+    made = predict(core, out="one")
+    assert made.code == 2
+    assert "marker_verdicts.csv (of another scorecard)" in made.err
+    assert predict(core, out="one", overwrite=True).code == 0
+    assert not (made.dir / "marker_verdicts.csv").exists()

@@ -16,6 +16,8 @@ from orion_unet.data.normalization import LOG_CURVATURE
 from orion_unet.data.stain import FEATURES, StainJudgement
 from orion_unet.inference.ome_tiff import write_ome_tiff
 from orion_unet.inference.stain_table import add_stain
+from orion_unet.inference.trust import MarkerTrust
+from orion_unet.inference.verdict_table import verdicts_file
 
 pytest.importorskip("skimage")
 pytest.importorskip("imagecodecs")
@@ -25,6 +27,7 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 NAMES = ("DAPI", "CD3e", "CD20")
 SIZE = (90, 110)
+LABELS = "core_LABELS.npy"
 
 
 @pytest.fixture
@@ -116,6 +119,44 @@ def test_the_stain_that_predict_found_foreign_goes_with_the_cells(quantify, file
     assert (image["stain"], image["stain_distance"], image["stain_limit"]) == ("outside", 4.5, 2.0)
 
 
+TRUST = {
+    "DAPI": MarkerTrust(0.9, 0.8, 0.95, 0.7, "supported"),
+    "CD3e": MarkerTrust(0.1, -0.1, 0.3, 0.2, "not supported"),
+}
+
+
+def verdicts_beside(folder):
+    path, content = verdicts_file(folder, NAMES, TRUST)
+    path.write_text(content)
+
+
+def test_the_verdicts_of_predict_go_into_every_table(quantify, files, image):
+    verdicts_beside(files)
+    np.save(files / "core_ORION.npy", image)
+    done = quantify(
+        "--labels", files / LABELS, "--measured", files / "core_ORION.npy", "--positive", "CD3e=20000", "--no_h5ad"
+    )
+    assert done.code == 0, done.err
+    with open(done.dir / "markers.csv", newline="") as file:
+        table = {row["marker"]: row for row in csv.DictReader(file)}
+    assert [row["verdict"] for row in table.values()] == ["supported", "not supported", "not judged"]
+    assert (table["CD3e"]["pearson"], table["CD3e"]["pearson_low"]) == ("0.1", "-0.1")
+    assert table["CD20"]["pearson"] == table["CD20"]["positive"] == table["CD20"]["cutoff_unit"] == ""
+    positive = int((column(done.dir, "CD3e_mean") > 20000).sum())
+    assert (table["CD3e"]["positive_cutoff"], table["CD3e"]["cutoff_unit"]) == ("20000", "as stored")
+    assert (int(table["CD3e"]["positive"]), table["CD3e"]["cells"]) == (positive, "40")
+    found = document(done.dir)["verdicts"]
+    assert {name: entry["verdict"] for name, entry in found.items()} == {
+        name: row["verdict"] for name, row in table.items()
+    }
+    assert "not supported" in next(line for line in done.out.splitlines() if "CD3e" in line)
+    # Beside measured markers the same table says nothing.
+    again = quantify("--labels", files / LABELS, out="measured", image="core_ORION.npy")
+    assert again.code == 0, again.err
+    assert document(again.dir)["verdicts"] is None
+    assert "supported" not in again.out
+
+
 def test_outlines_are_features_that_qupath_reads_and_cover_the_cells(quantify, files, labels):
     shapely = pytest.importorskip("shapely", reason="shapely is not installed")
     done = quantify("--labels", files / "core_LABELS.npy", "--positive", "CD3e=20000,CD20=20000")
@@ -145,9 +186,15 @@ def test_outlines_are_features_that_qupath_reads_and_cover_the_cells(quantify, f
 
 def test_an_anndata_has_the_means_and_the_places_of_the_cells(quantify, files):
     anndata = pytest.importorskip("anndata", reason="the extra cells is not installed")
+    verdicts_beside(files)
     done = quantify("--labels", files / "core_LABELS.npy", "--positive", "CD3e=20000", "--rings", "2")
     table = anndata.read_h5ad(done.dir / "cells.h5ad")
     assert table.var_names.tolist() == list(NAMES)
+    assert table.var["verdict"].tolist() == ["supported", "not supported", "not judged"]
+    np.testing.assert_array_equal(table.var["pearson_low"], [0.8, -0.1, np.nan])
+    np.testing.assert_array_equal(table.var["positive_cutoff"], [np.nan, 20000, np.nan])
+    assert table.var.loc["CD3e", "positive"] == table.obs["CD3e_positive"].sum()
+    assert table.uns["verdict_rule"].startswith("supported: ")
     np.testing.assert_allclose(table.X[:, 1], column(done.dir, "CD3e_mean"), rtol=1e-6)
     np.testing.assert_allclose(table.layers["ring"][:, 2], column(done.dir, "CD20_ring_mean"), rtol=1e-6)
     spatial = np.stack([column(done.dir, "x_um"), column(done.dir, "y_um")], axis=1)
@@ -173,7 +220,7 @@ def test_without_anndata_one_line_says_so_and_asking_for_it_names_the_extra(quan
 def test_nuclei_are_found_in_the_nuclear_marker(quantify, image):
     done = quantify("--no_geojson", "--no_overview", "--no_h5ad")
     assert done.code == 0, done.err
-    assert sorted(path.name for path in done.dir.iterdir()) == ["cells.csv", "quantify.json"]
+    assert sorted(path.name for path in done.dir.iterdir()) == ["cells.csv", "markers.csv", "quantify.json"]
     assert "nuclei found in DAPI (in the range of its own quantiles)" in done.out
     table = rows(done.dir)
     assert len(table) > 5
@@ -190,7 +237,7 @@ def test_a_folder_of_predictions_is_one_table(quantify, files, image, labels):
     done = quantify("--predictions", folder, "--labels", files, image=None)
     assert done.code == 0, done.err
     assert [row["image"] for row in rows(done.dir)] == ["one"] * 40 + ["two"] * 40
-    expected = {"cells.csv", "quantify.json"}
+    expected = {"cells.csv", "markers.csv", "quantify.json"}
     expected |= {f"{name}_{file}" for name in ("one", "two") for file in ("cells.geojson", "overview.png")}
     assert {path.name for path in done.dir.iterdir()} - {"cells.h5ad"} == expected
     assert rows(done.dir)[0]["y_um"] == ""
@@ -338,7 +385,6 @@ def empty(files):
     return files / "empty.npy"
 
 
-LABELS = "core_LABELS.npy"
 REFUSED = {
     "labels of another size": (lambda f: ["--labels", small(f)], "small.npy: has 5 x 5 pixels, core.ome.tiff"),
     "no cells": (lambda f: ["--labels", empty(f)], "empty.npy: holds no cell, all labels are 0"),
@@ -358,8 +404,19 @@ REFUSED = {
     "nuclei of nothing": (lambda f: ["--nuclei_in", "measured"], "--nuclei_in measured: cannot be used"),
     "cut-off of nothing": (lambda f: ["--measured_positive", "CD3e=1"], "--measured_positive: is for --measured"),
     "both images": (lambda f: ["--predictions", f], "give either --image FILE or --predictions DIR"),
+    "other verdicts": (lambda f: verdicts(f, "marker,verdict"), "is not a table that predict wrote"),
+    "unknown verdict": (lambda f: verdicts(f, f"{COLUMNS}\nDAPI,good,,,,"), "is damaged, 'good' is none of supported"),
+    "no number of a verdict": (lambda f: verdicts(f, f"{COLUMNS}\nDAPI,weak,x,,,"), "is damaged, ['x', "),
     "rings below 0": (lambda f: ["--rings", "-1"], "--rings -1: must be at least 0"),
 }  # fmt: skip
+
+
+COLUMNS = "marker,verdict,pearson,pearson_low,pearson_high,regression_pearson"
+
+
+def verdicts(files, content):
+    (files / "marker_verdicts.csv").write_text(content + "\n")
+    return ["--labels", files / LABELS]
 
 
 def negative(files):

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("skimage")
 PIL = pytest.importorskip("PIL.Image")
 
+from orion_unet.inference.trust import MarkerTrust  # noqa: E402
 from orion_unet.quantification.cell_labels import CellLabels  # noqa: E402
 from orion_unet.quantification.cells import ImageCells  # noqa: E402
 from orion_unet.quantification.measure import measure_geometry, measure_means  # noqa: E402
@@ -20,7 +21,7 @@ def no_step():
     pass
 
 
-def drawn(image, cutoff=np.nan, scale=None):
+def drawn(image, cutoff=np.nan, scale=None, trust=None):
     """The picture (h, w, 3) of one marker with two cells, the left one brighter."""
     labels = np.zeros((1, 100, 100), np.int32)
     labels[0, 40:60, 15:35], labels[0, 40:60, 65:85] = 1, 2
@@ -31,7 +32,7 @@ def drawn(image, cutoff=np.nan, scale=None):
     geometry = measure_geometry(cells, no_step)
     found = ImageCells("image", "image", "", (100, 100), None, cells.numbers, geometry, means, None, ())
     positives = Positives({"CD3e": Cutoff(cutoff, cutoff, "as stored", "a test")}, scale)
-    picture = draw_positives(opened, found, ["CD3e"], positives, to_unit)
+    picture = draw_positives(opened, found, ["CD3e"], positives, to_unit, trust)
     return np.asarray(PIL.open(io.BytesIO(picture)).convert("RGB")).astype(int)
 
 
@@ -67,3 +68,12 @@ def test_a_nearly_empty_marker_looks_empty():
     picture = drawn(two_cells(60, 30))
     inside = picture[len(picture) // 5 : -len(picture) // 8, len(picture) // 8 : -len(picture) // 8]
     assert inside.max() < 8
+
+
+def test_a_marker_that_is_not_supported_has_its_verdict_in_its_title():
+    image = two_cells(9000, 9000)
+    plain, weak = drawn(image), drawn(image, trust={"CD3e": MarkerTrust(0.3, 0.1, 0.5, 0.2, "weak")})
+    changed = np.argwhere((plain != weak).any(axis=2))
+    assert len(changed) and changed[:, 0].max() < 0.12 * len(plain)
+    supported = drawn(image, trust={"CD3e": MarkerTrust(0.9, 0.8, 0.95, 0.2, "supported")})
+    np.testing.assert_array_equal(supported, plain)
