@@ -120,6 +120,12 @@ class ModelOptions:
     )
     depth: int = option(4, "number of down-sampling levels", minimum=1, maximum=7)
     norm: str = option("batch", "normalisation layer", choices=("batch", "group", "instance"))
+    upsampling: str = option(
+        "transposed",
+        "how the decoder doubles the resolution: bilinear interpolation, or transposed convolutions, which may leave a "
+        "grid in the prediction",
+        choices=("bilinear", "transposed"),
+    )
     dropout: float = option(0.0, "probability of dropping a feature map in the bottleneck", minimum=0, below=1)
     output_start: str = option(
         "mean",

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+NAMED = 8
 _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -44,6 +45,13 @@ def clean(value: Any, limit: int | None = 120) -> str:
 def clean_lines(text: str) -> str:
     """Text of several lines, each of them cleaned, none of them shortened."""
     return "\n".join(clean(line, None) for line in text.split("\n"))
+
+
+def named(items: Iterable[str]) -> str:
+    """A list for a sentence; only the first NAMED items, and how many more there are."""
+    items = list(items)
+    rest = len(items) - NAMED
+    return ", ".join(items[:NAMED]) + (f", and {rest} more" if rest > 0 else "")
 
 
 def for_figure(value: Any, limit: int | None = 120) -> str:

@@ -17,6 +17,7 @@ from orion_unet.data.panels import PANELS_FILE, Panels, find_panels
 from orion_unet.errors import InputError
 from orion_unet.slides.stored import TILED_SUFFIXES, StoredImage, open_tiles
 from orion_unet.slides.tiles import TileCache, TiledArray
+from orion_unet.text import named
 
 KINDS = {"he": "_HE", "orion": "_ORION"}
 HE_SUFFIX, ORION_SUFFIX = (f"{kind}{NPY}" for kind in KINDS.values())
@@ -230,7 +231,7 @@ def find_pairs(options: DataOptions) -> PairTable:
         )
     panels, warnings = find_panels(folder, paired, options.channel_names)
     if unpaired:
-        warnings.append(f"{len(unpaired)} files without a partner are ignored: {', '.join(unpaired)}")
+        warnings.append(f"{len(unpaired)} files without a partner are ignored: {named(unpaired)}")
 
     problems = list(_twice(paired, suffixes))
     he, orion = (np.zeros(len(paired), RECORD) for _ in KINDS)

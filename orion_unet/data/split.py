@@ -17,6 +17,7 @@ from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import SPLIT, counter_rng
 from orion_unet.errors import InputError
 from orion_unet.run_log import SCHEMA
+from orion_unet.text import named
 
 GROUPS_FILE = "groups.csv"
 
@@ -150,6 +151,6 @@ def _from_document(document: Any, source: str, table: PairTable, groups: list[st
     if problems:
         raise InputError.listing(f"{source} cannot be used:", problems)
     left_out = sorted(set(position) - set(sides["train"]) - set(sides["val"]))
-    warnings = [f"{len(left_out)} cores are not in {source} and are ignored: {', '.join(left_out)}"] if left_out else []
+    warnings = [f"{len(left_out)} cores are not in {source} and are ignored: {named(left_out)}"] if left_out else []
     train, val = (np.unique([position[core] for core in sides[side]]) for side in ("train", "val"))
     return Split(train, val, tuple(groups)), warnings

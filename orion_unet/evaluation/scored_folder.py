@@ -22,7 +22,7 @@ from orion_unet.data.transforms import BatchTransform
 from orion_unet.errors import InputError
 from orion_unet.evaluation.known_cores import KnownCores, recognise_cores
 from orion_unet.inference.model import TrainedModel
-from orion_unet.inference.resampled import SAME
+from orion_unet.inference.resampled import LARGEST_FACTOR, SAME, ResampledImage, on_model_grid
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.slides.images import HeImage
 
@@ -105,11 +105,15 @@ class ScoredFolder:
         return measured
 
     def _predicted(self, image: HeImage) -> Tensor:
-        """Markers (C, H, W) in [0, 1] as ``predict`` gives them."""
-        tiles = TiledPrediction(self.model, image, choose_tiling(self.model, image.shape), kept=self.channels)
-        predicted = torch.empty(len(self.names), *image.shape, device=self.model.device)
+        """Markers (C, H, W) in [0, 1] as ``predict`` gives them, on the pixels of the image."""
+        fitted = on_model_grid(image, pixel_size(self.table, None), self.model.pixel_size_um)
+        tiles = TiledPrediction(self.model, fitted, choose_tiling(self.model, fitted.shape), kept=self.channels)
+        predicted = torch.empty(len(self.names), *fitted.shape, device=self.model.device)
         for y, rows in tiles.run():
             predicted[:, y : y + rows.shape[1]] = rows
+        if isinstance(fitted, ResampledImage):
+            # The prediction, because measured markers are never interpolated.
+            predicted = fitted.back(predicted)
         return predicted.clamp_(0, 1)
 
 
@@ -120,7 +124,6 @@ def open_folder(
     cores of the training. Raises InputError."""
     data = _data_options(model, pairs_dir, options)
     table = find_pairs(data)
-    _check_pixel_size(model, table)
     stored = table.channel_names
     excluded = {stored[index] for index in excluded_channels(options.exclude_channels, stored)}
     names = tuple(name for name in model.names if name not in excluded)
@@ -140,20 +143,25 @@ def open_folder(
     normalization = _normalization(model.normalization, table, scales, channels, known, progress)
     formats = PatchReader(table, scales, 1).formats
     transform = BatchTransform(table, formats, normalization, model.config.data.noise_removal, model.device)
-    warnings = (*table.warnings, *known.warnings)
+    warnings = (*table.warnings, *_other_pixels(model, table), *known.warnings)
     return ScoredFolder(model, table, scales, names, channels, normalization, transform, known, warnings)
 
 
-def _check_pixel_size(model: TrainedModel, table: PairTable) -> None:
-    """Raise InputError where the pairs have other pixels than the training: their markers would have to be
-    interpolated, and the score would be that of the interpolation."""
+def _other_pixels(model: TrainedModel, table: PairTable) -> tuple[str, ...]:
+    """A warning where the pairs have other pixels than the training, else nothing; raises InputError where they are too
+    far apart for a prediction."""
     own, trained = pixel_size(table, None), model.pixel_size_um
-    if own is not None and trained is not None and abs(own / trained - 1) > SAME:
+    if own is None or trained is None or abs(own / trained - 1) <= SAME:
+        return ()
+    if not 1 / LARGEST_FACTOR <= own / trained <= LARGEST_FACTOR:
         raise InputError(
             f"--pairs_dir {table.folder}: its {DATASET_FILE} or its files state pixels of {own:g} µm, and the model "
-            f"was trained on {trained:g} µm; measured markers are not interpolated, so prepare the pairs at the size "
-            "of the training"
+            f"was trained on {trained:g} µm; more than a factor of {LARGEST_FACTOR:g} apart, nothing can be predicted"
         )
+    return (
+        f"the pairs have pixels of {own:g} µm and the training had {trained:g} µm: the H&E is resampled for the model, "
+        "and the prediction brought back to the pixels of the pairs, which are scored as they were measured",
+    )
 
 
 def _data_options(model: TrainedModel, pairs_dir: Path, options: FolderOptions) -> DataOptions:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from orion_unet.data.channels import NAMES_FILE
+from orion_unet.data.measured import file_state
 from orion_unet.data.pairs import pair_file
 from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import fsync_folder, read_document, write_atomic, write_json
-from orion_unet.slides.open import SUFFIXES
+from orion_unet.slides.open import SUFFIXES, is_zarr_image
 
 RESULT_SUFFIX = {"npy": ".npy", "ome-tiff": ".ome.tiff"}
 SPREAD = "_spread"
@@ -52,7 +53,7 @@ class Job:
 
 
 def find_inputs(given: Sequence[str | Path]) -> list[Path]:
-    """The given files, and of folders their ``NAME_HE`` files (.npy or .ome.tif), otherwise every image.
+    """The given files, and of folders their ``NAME_HE`` files (.npy, .ome.tif or .ome.zarr), otherwise every image.
 
     Raises InputError that lists everything that is missing or empty.
     """
@@ -60,7 +61,7 @@ def find_inputs(given: Sequence[str | Path]) -> list[Path]:
     problems = []
     for path in map(Path, given):
         try:
-            images = _images(path) if path.is_dir() else [path]
+            images = _images(path) if path.is_dir() and not is_zarr_image(path) else [path]
         except OSError as error:
             problems.append(f"{path}: cannot be read ({error.strerror})")
             continue
@@ -75,8 +76,8 @@ def find_inputs(given: Sequence[str | Path]) -> list[Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
-    readable = [path for path in files if path.suffix.lower() in SUFFIXES]
+    found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    readable = [path for path in found if path.suffix.lower() in SUFFIXES and (path.is_file() or is_zarr_image(path))]
     return [path for path in readable if pair_file(path.name) == "he"] or [
         path for path in readable if pair_file(path.name) is None
     ]
@@ -114,8 +115,8 @@ def plan_jobs(
             problems.append(f"{taken[name]} and {source}: both would become {name}; predict them into two folders")
             continue
         taken[name] = source
-        stat = source.stat()
-        seen = {"file": source.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        nbytes, modified, _ = file_state(source)
+        seen = {"file": source.name, "bytes": nbytes, "modified_ns": modified}
         result = output_dir / f"{name}{RESULT_SUFFIX[kind]}"
         if result.resolve() in inputs:
             problems.append(f"{result}: is an input, and would be replaced; name another --output_dir")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
 
 from orion_unet.errors import InputError
 from orion_unet.registration.transform import Affine, move
@@ -28,6 +32,8 @@ class ResampledImage(HeImage):
         height, width = (max(1, round(side * factor)) for side in image.shape)
         super().__init__(image.path, (height, width), image.white, PixelSize(wanted_um))
         self.is_slide = image.is_slide
+        self._factor = factor
+        self._source_shape = image.shape
         self._image = image.nearest_level(1 / factor)
         down, across = (1 / (factor * level_factor(full, level))
                         for full, level in zip(image.shape, self._image.shape, strict=True))  # fmt: skip
@@ -38,6 +44,18 @@ class ResampledImage(HeImage):
         if height <= 0 or width <= 0:
             return self._image.stored(0, 0, 0, 0)
         return move(self._image.stored, self._image.shape, self._affine, None, (y, x, height, width))[0]
+
+    def back(self, markers: Tensor) -> Tensor:
+        """Markers (C, h, w) that were predicted from this image, on the pixels of the image it was made from (C, H, W).
+
+        Bilinear; where they get coarser, each pixel is a weighted mean of all that it covers.
+        """
+        height, width = self._source_shape
+        # Rounding may have left out up to half a pixel at the right and the bottom.
+        beyond = 2 + math.ceil(self._factor)
+        padded = F.pad(markers[None], (0, beyond, 0, beyond), mode="replicate")
+        found = F.interpolate(padded, scale_factor=1 / self._factor, mode="bilinear", antialias=True)
+        return found[0, :, :height, :width]
 
 
 def on_model_grid(image: HeImage, pixel_size_um: float | None, model_um: float | None) -> HeImage:

@@ -24,8 +24,9 @@ from orion_unet.findings import Finding
 from orion_unet.inspection.channels import QUANTILES, ChannelRow, describe_channel, most_varied
 from orion_unet.inspection.cores import CoreView, sample_rows, thinned, view_core
 from orion_unet.inspection.duplicates import Twins, find_twins
-from orion_unet.inspection.findings import find_all, in_one_group, named, too_small
+from orion_unet.inspection.findings import find_all, in_one_group, too_small
 from orion_unet.run_log import SCHEMA, strict
+from orion_unet.text import named
 
 # How many pixels to sample over all cores, and at least of each; how many values, which bounds the memory.
 SAMPLED_PIXELS, LEAST_PER_CORE, SAMPLED_VALUES = 2_000_000, 256, 48_000_000

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from orion_unet.findings import WARNING, Finding
 from orion_unet.inspection.channels import ChannelRow
 from orion_unet.inspection.cores import CoreView
 from orion_unet.inspection.duplicates import Twins
 from orion_unet.registration.shift import LEAST_SIDE, LONGEST_SHIFT
+from orion_unet.text import named
 
 # Warn above this share of saturated pixels, and below this share of tissue and this brightness of the H&E.
 MUCH_SATURATION, LITTLE_TISSUE, DARK = 0.01, 0.05, 0.4
@@ -17,7 +18,6 @@ MUCH_SATURATION, LITTLE_TISSUE, DARK = 0.01, 0.05, 0.4
 SHIFT, GAIN, CLEAR_PEAK = 3.0, 0.05, 6.0
 # The best of all shifts of two unrelated images reaches a peak of about 4.5.
 CHANCE_PEAK = 5.0
-NAMED = 8
 
 
 def find_all(
@@ -195,10 +195,3 @@ def _stain(cores: Sequence[CoreView]) -> Iterator[Finding]:
             f"The brightest parts of the H&E stay below {DARK:.0%} of full scale in {named(dark)}.",
             "Glass should be nearly white: check that the file is the H&E, and that 8-bit values are stored as uint8.",
         )
-
-
-def named(items: Iterable[str]) -> str:
-    """A list for a sentence; only the first NAMED items, and how many more there are."""
-    items = list(items)
-    rest = len(items) - NAMED
-    return ", ".join(items[:NAMED]) + (f", and {rest} more" if rest > 0 else "")

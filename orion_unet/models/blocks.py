@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORMS = ("batch", "group", "instance")
+UPSAMPLINGS = ("bilinear", "transposed")
 MAX_GROUPS = 8
 
 
@@ -26,6 +27,16 @@ def norm_layer(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {kind!r}")
 
 
+def upsampling_layer(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+    """(B, in, H, W) to (B, out, 2H, 2W). Raises ValueError if the kind is not in ``UPSAMPLINGS``."""
+    if kind == "transposed":
+        return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+    if kind == "bilinear":
+        # The convolution first: it commutes with the interpolation, and has a quarter of the pixels.
+        return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.Upsample(scale_factor=2, mode="bilinear"))
+    raise ValueError(f"upsampling must be one of {', '.join(UPSAMPLINGS)}, not {kind!r}")
+
+
 class ConvBlock(nn.Sequential):
     """Two 3×3 convolutions, each with norm and ReLU: (B, in, H, W) to (B, out, H, W)."""
 
@@ -42,11 +53,15 @@ class ConvBlock(nn.Sequential):
 
 
 class UpBlock(nn.Module):
-    """Upsample by 2, concatenate the skip and convolve: (B, 2C, H, W) and (B, C, 2H, 2W) to (B, C, 2H, 2W)."""
+    """Upsample by 2, concatenate the skip and convolve: (B, 2C, H, W) and (B, C, 2H, 2W) to (B, C, 2H, 2W).
 
-    def __init__(self, out_channels: int, norm: str) -> None:
+    ``upsampling`` is one of UPSAMPLINGS: a transposed convolution, whose 2×2 pixels have weights of their own, or a 1×1
+    convolution and bilinear interpolation, which treat all pixels alike.
+    """
+
+    def __init__(self, out_channels: int, norm: str, upsampling: str) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose2d(2 * out_channels, out_channels, 2, stride=2)
+        self.up = upsampling_layer(upsampling, 2 * out_channels, out_channels)
         self.block = ConvBlock(2 * out_channels, out_channels, norm)
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:

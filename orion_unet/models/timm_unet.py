@@ -120,6 +120,7 @@ class TimmUNet(UNet):
         use_boundary_guidance: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        upsampling: str = "transposed",
     ) -> None:
         encoder = create_encoder(name)
         own_mean, own_std = _colours(name)
@@ -135,7 +136,7 @@ class TimmUNet(UNet):
         projections = [Projection(channels, widths[level], norm) for level, _, channels, _ in maps]
         self.project = nn.ModuleList(projections[:-1])
         self.bottleneck = nn.Sequential(projections[-1], nn.Dropout2d(dropout))
-        self._add_decoder(out_channels, base_features, norm)
+        self._add_decoder(out_channels, base_features, norm, upsampling)
         self.apply(initialise)
         # Only now: the encoder keeps timm's own initialisation.
         self.standardise = Standardise(mean or own_mean, std or own_std)
@@ -153,6 +154,7 @@ class TimmUNet(UNet):
             use_boundary_guidance=options.use_boundary_guidance,
             mean=channel_values(options.encoder_mean),
             std=channel_values(options.encoder_std),
+            upsampling=options.upsampling,
         )
 
     def encode(self, he: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -35,8 +35,10 @@ class UNet(nn.Module, ABC):
         self.depth = depth
         self.use_boundary_guidance = use_boundary_guidance
 
-    def _add_decoder(self, out_channels: int, base_features: int, norm: str) -> None:
-        self.decoder = nn.ModuleList(UpBlock(base_features * 2**level, norm) for level in reversed(range(self.depth)))
+    def _add_decoder(self, out_channels: int, base_features: int, norm: str, upsampling: str) -> None:
+        self.decoder = nn.ModuleList(
+            UpBlock(base_features * 2**level, norm, upsampling) for level in reversed(range(self.depth))
+        )
         self.head = nn.Conv2d(base_features, out_channels, 1)
 
     @abstractmethod
@@ -112,7 +114,7 @@ class SpatialUNet(UNet):
     ``base_features * 2**depth``. ``dropout`` drops whole feature maps of the bottleneck in training.
     ``use_boundary_guidance`` adds the Sobel magnitude of the H&E as a fourth input channel.
 
-    Raises ValueError for an unknown ``norm``.
+    Raises ValueError for an unknown ``norm`` or ``upsampling``.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class SpatialUNet(UNet):
         norm: str = "batch",
         dropout: float = 0.0,
         use_boundary_guidance: bool = False,
+        upsampling: str = "transposed",
     ) -> None:
         super().__init__(depth, use_boundary_guidance)
         widths = [base_features * 2**level for level in range(depth)]
@@ -132,7 +135,7 @@ class SpatialUNet(UNet):
         )
         self.pool = nn.MaxPool2d(2)
         self.bottleneck = nn.Sequential(ConvBlock(widths[-1], 2 * widths[-1], norm), nn.Dropout2d(dropout))
-        self._add_decoder(out_channels, base_features, norm)
+        self._add_decoder(out_channels, base_features, norm, upsampling)
         self.apply(initialise)
 
     @classmethod
@@ -145,6 +148,7 @@ class SpatialUNet(UNet):
             norm=options.norm,
             dropout=options.dropout,
             use_boundary_guidance=options.use_boundary_guidance,
+            upsampling=options.upsampling,
         )
 
     def encode(self, he: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -7,12 +7,12 @@ from typing import Any
 
 from orion_unet.findings import NOTICE, Finding
 from orion_unet.monitor import advice
-from orion_unet.text import clean
+from orion_unet.text import clean, named
 
 # The first epochs say nothing yet.
 FIRST_EPOCH = 6
-# A correlation must lie so far below that of the regression; so many markers are named.
-MARGIN, NAMED = 0.02, 8
+# A correlation must lie so far below that of the regression.
+MARGIN = 0.02
 
 
 def diagnose_markers(
@@ -44,17 +44,12 @@ def diagnose_markers(
             below.append((here - colours, f"{clean(name, 30)} {here:.2f} (colours {colours:.2f})"))
     parts = []
     if silent:
-        parts.append(f"no correlation, because the prediction or the measured marker is constant: {_listed(silent)}")
+        parts.append(f"no correlation, because the prediction or the measured marker is constant: {named(silent)}")
     if below:
-        named = _listed([text for _, text in sorted(below)])
-        parts.append(f"below a linear regression from the colours of the H&E: {named}")
+        worst = named(text for _, text in sorted(below))
+        parts.append(f"below a linear regression from the colours of the H&E: {worst}")
     if not parts:
         return []
     count = len(silent) + len(below)
     message = f"{count} of {len(newest)} markers in epoch {epoch}: {'; '.join(parts)}"
     return [Finding("no_signal", NOTICE, message, float(count), 0.0, advice.no_signal(options, bool(silent)))]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -98,6 +98,12 @@ def prepare_region(
     return _row(plan, region, found, final, (*corner, height * plan.step, width * plan.step), reason)
 
 
+def unread(plan: SlidePlan, region: Region, reason: str) -> PreparedRegion:
+    """The outcome for a region that could not be read."""
+    lies = Affine.scaling(plan.step).then(Affine.shift(region.y, region.x)).then(plan.affine)
+    return _row(plan, region, None, lies, (region.y, region.x, region.height, region.width), reason)
+
+
 def _channels(orion: MarkerImage, channels: tuple[int, ...]) -> Any:
     return lambda y, x, height, width: orion.read(channels, y, x, height, width)
 

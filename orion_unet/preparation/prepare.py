@@ -17,7 +17,7 @@ from orion_unet.data.split import GROUPS_FILE
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.progress import Progress
 from orion_unet.preparation.one_pair import KEPT
-from orion_unet.preparation.one_region import PreparedRegion, prepare_region
+from orion_unet.preparation.one_region import PreparedRegion, prepare_region, unread
 from orion_unet.preparation.regions import Region
 from orion_unet.preparation.slide_overview import OverviewOf, write_overview
 from orion_unet.preparation.slide_plan import SlidePlan, plan_slide
@@ -86,15 +86,17 @@ def prepare_slides(options: PrepareOptions, progress: Progress | None = None) ->
                 state.keep_plan(plan, origin(plan.slide, options))
         progress.start("preparing regions", len(wanted), len(wanted) - len(missing), "region")
         damaged: dict[str, str] = {}
-        for plan, outcome in _prepare(missing, options):
+        for plan, region, outcome in _prepare(missing, options):
             if isinstance(outcome, str):
                 damaged.setdefault(plan.slide.name, outcome)
+                # In the tables, but not among what is done: the next call tries it again.
+                done[region.core] = unread(plan, region, outcome)
             else:
                 done[outcome.core] = outcome
                 state.note(outcome)
             progress.advance(1)
         progress.end()
-        rows = [done[region.core] for _, region in wanted if region.core in done]
+        rows = [done[region.core] for _, region in wanted]
         _write_tables(output, plans, rows)
         changed = {plan.slide.name for plan, _ in missing}
         for plan in plans:
@@ -174,10 +176,10 @@ def _try_plan(slide: Slide, options: PrepareOptions) -> SlidePlan | str:
 
 def _prepare(
     missing: list[tuple[SlidePlan, Region]], options: PrepareOptions
-) -> Iterator[tuple[SlidePlan, PreparedRegion | str]]:
+) -> Iterator[tuple[SlidePlan, Region, PreparedRegion | str]]:
     tasks = [(plan, region, options) for plan, region in missing]
     for task, outcome in over_workers(_try_region, tasks, options.jobs, options.dask_scheduler):
-        yield task[0], outcome
+        yield task[0], task[1], outcome
     _close_images()
 
 

@@ -131,23 +131,24 @@ def _outline(axes: Any, of: OverviewOf, factor: float, affine: Affine | None) ->
 
 def _details(of: OverviewOf, he: Any) -> list[tuple[PreparedRegion, np.ndarray, np.ndarray]]:
     """The middle of a few kept regions, before and after the fine registration, (h, w, 3) in [0, 1]."""
-    if of.options.register != "auto" or of.options.format != "npy":
+    if of.options.register != "auto":
         return []
     plan, kept = of.plan, [row for row in of.rows if row.state == KEPT]
     chosen = [kept[round(index)] for index in np.linspace(0, len(kept) - 1, min(SHOWN, len(kept)))]
     nuclear = plan.channels.index(plan.nuclear)
     found = []
     for row in chosen:
-        paths = pair_paths(Path(of.options.output_dir), row.core, "npy")
-        stored, orion = (np.load(paths[name], mmap_mode="r", allow_pickle=False) for name in ("he", "orion"))
-        side = min(DETAIL, *orion.shape[:2])
-        top, left = ((length - side) // 2 for length in orion.shape[:2])
-        part = np.s_[top : top + side, left : left + side]
-        marker = orion[part][..., nuclear].astype(np.float32)
+        paths = pair_paths(Path(of.options.output_dir), row.core, of.options.format)
+        with open_he(paths["he"]) as written, open_markers(paths["orion"]) as orion:
+            side = min(DETAIL, *orion.shape[1:])
+            top, left = ((length - side) // 2 for length in orion.shape[1:])
+            part = (top, left, side, side)
+            marker = orion.read([nuclear], *part)[0].astype(np.float32)
+            after = written.stored(*part)
         lies = Affine.scaling(plan.step).then(Affine.shift(row.y, row.x)).then(plan.affine)
-        before, _ = move(he.stored, he.shape, lies, None, (top, left, side, side))
+        before, _ = move(he.stored, he.shape, lies, None, part)
         images = [_overlaid(haematoxylin(image.astype(np.float32) / np.float32(he.white)), marker)
-                  for image in (before, stored[part])]  # fmt: skip
+                  for image in (before, after)]  # fmt: skip
         found.append((row, images[0], images[1]))
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.config import PrepareOptions
+from orion_unet.data.measured import file_state
 from orion_unet.errors import InputError
 from orion_unet.preparation.one_pair import KEPT
 from orion_unet.preparation.one_region import PreparedRegion
@@ -35,10 +36,11 @@ def origin(slide: Slide, options: PrepareOptions) -> dict[str, Any]:
         if path is None:
             continue
         try:
-            found = path.stat()
+            path.stat()
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-        files[str(path.resolve())] = [found.st_size, found.st_mtime_ns]
+        # Of an OME-Zarr, all files in the folder count.
+        files[str(path.resolve())] = list(file_state(path)[:2])
     chosen = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in FREE}
     sizes = [slide.he_pixel_size_um, slide.orion_pixel_size_um]
     return {"files": files, "options": chosen, "pixel_sizes_um": sizes, "group": slide.group}

@@ -18,7 +18,7 @@ from orion_unet.inference.stain_table import read_stain
 from orion_unet.inference.trust import MarkerTrust
 from orion_unet.inference.verdict_table import read_verdicts
 from orion_unet.slides.markers import MarkerImage
-from orion_unet.slides.open import is_zarr, open_labels, open_markers
+from orion_unet.slides.open import is_zarr_image, open_labels, open_markers
 
 LABELS_ENDING, MEASURED_ENDING = "_LABELS", "_ORION"
 # Endings of the files of a folder, after the name of the image.
@@ -75,7 +75,7 @@ def find_sources(options: QuantifyOptions) -> list[Source]:
 
 def _is_folder(path: Path) -> bool:
     """A folder of images, not one that is an image."""
-    return path.is_dir() and path.suffix.lower() != ".zarr" and not is_zarr(path)
+    return path.is_dir() and not is_zarr_image(path)
 
 
 def _predictions(folder: Path) -> list[Path]:

@@ -18,21 +18,25 @@ from orion_unet.slides.markers import DTYPES, ArrayMarkers, MarkerImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
 from orion_unet.slides.tiff import open_tiff
 from orion_unet.slides.whole_slide import open_whole_slide
+from orion_unet.slides.zarr_he import open_zarr_he
 
 # PNG and JPEG can only be decoded whole, which takes about seven bytes a pixel.
 LARGEST_PICTURE = 16384**2
 
 
 def open_he(path: str | Path) -> HeImage:
-    """Open an H&E image: .npy, .png, .jpg, .tif (tiled, striped, pyramidal, OME), .svs, or what OpenSlide reads.
+    """Open an H&E image: .npy, .png, .jpg, .tif (tiled, striped, pyramidal, OME), .svs, what OpenSlide reads, or an
+    OME-Zarr folder (.zarr).
 
     Raises InputError if the file is missing, damaged, of another format or without three colour channels, or if a
     package that reads this format is not installed.
     """
     path = Path(path)
+    if is_zarr_image(path):
+        return open_zarr_he(_zarr_folder(path))
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
-        raise InputError(f"{path}: cannot be read; use {', '.join(KINDS)}")
+        raise InputError(f"{path}: cannot be read; use {', '.join(SUFFIXES)}")
     require_readers([path])
     try:
         open_regular(path).close()
@@ -43,9 +47,12 @@ def open_he(path: str | Path) -> HeImage:
 
 def require_readers(paths: Iterable[Path]) -> None:
     """Raise InputError if a package that one of these files needs is missing; opens none of them."""
-    for suffix in sorted({path.suffix.lower() for path in paths} & KINDS.keys()):
+    suffixes = {path.suffix.lower() for path in paths}
+    for suffix in sorted(suffixes & KINDS.keys()):
         for module, package in KINDS[suffix].packages.items():
             needed(module, package, KINDS[suffix].extra)
+    if ".zarr" in suffixes:
+        needed("zarr")
 
 
 def open_npy(path: Path) -> HeImage:
@@ -106,18 +113,23 @@ def open_labels(path: str | Path) -> MarkerImage:
     return image
 
 
-def is_zarr(path: Path) -> bool:
-    """Whether a folder is a Zarr group: the labels of an OME-Zarr image are one of any name."""
-    return any((path / name).is_file() for name in (".zattrs", ".zgroup", "zarr.json"))
+def is_zarr_image(path: Path) -> bool:
+    """Whether a path is called .zarr, or a folder is a Zarr group, of any name as the labels of an OME-Zarr image are."""
+    documents = (path / name for name in (".zattrs", ".zgroup", "zarr.json"))
+    return path.suffix.lower() == ".zarr" or any(document.is_file() for document in documents)
+
+
+def _zarr_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise InputError(f"{path}: cannot be read (no such folder)")
+    needed("zarr")
+    return path
 
 
 def _open_planes(path: Path, kind: str, map_npy: Callable[[Path], Callable[[], np.ndarray]]) -> MarkerImage:
     suffix = path.suffix.lower()
-    if suffix == ".zarr" or is_zarr(path):
-        if not path.is_dir():
-            raise InputError(f"{path}: cannot be read (no such folder)")
-        needed("zarr")
-        return open_marker_zarr(path)
+    if is_zarr_image(path):
+        return open_marker_zarr(_zarr_folder(path))
     if suffix not in MARKER_SUFFIXES:
         raise InputError(f"{path}: cannot be read as {kind}; use {', '.join(MARKER_SUFFIXES)}")
     require_readers([path])
@@ -186,5 +198,5 @@ KINDS = {
     **dict.fromkeys((".tif", ".tiff", ".svs"), TIFF),
     **dict.fromkeys((".ndpi", ".mrxs", ".scn", ".bif", ".svslide"), WHOLE_SLIDE),
 }
-SUFFIXES = tuple(KINDS)
+SUFFIXES = (*KINDS, ".zarr")
 MARKER_SUFFIXES = (".npy", ".tif", ".tiff", ".zarr")

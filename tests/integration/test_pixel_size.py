@@ -1,6 +1,7 @@
 """The pixel size goes with the data: from dataset.json into the run, and from the run to what it predicts."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from orion_unet.config import PredictOptions, TrainConfig
 from orion_unet.data.dataset import pixel_size, stated_pixel_size
 from orion_unet.demo.make import make_demo
 from orion_unet.errors import InputError
+from orion_unet.evaluation.scored_folder import FolderOptions, open_folder
 from orion_unet.inference.model import load_trained
 from orion_unet.inference.predict_files import predict_files
 from orion_unet.inference.resampled import ResampledImage, on_model_grid
@@ -197,9 +199,65 @@ def test_a_factor_over_four_is_refused(trained):
         assert on_model_grid(image, *sizes) is image
 
 
-def test_evaluate_refuses_pairs_of_another_pixel_size(trained, tmp_path, capsys):
-    make_demo(tmp_path / "other", cores=4, size=128, seed=1)
-    (tmp_path / "other" / "dataset.json").write_text('{"schema": 1, "pixel_size_um": 0.65, "source": "x"}')
-    words = ["evaluate", "--checkpoint", str(trained / "run"), "--pairs_dir", str(tmp_path / "other")]
+def pairs_of_pixels(folder, um, he, markers):
+    """A folder of one pair whose pixels have this size."""
+    folder.mkdir()
+    np.save(folder / "new_HE.npy", he)
+    np.save(folder / "new_ORION.npy", markers)
+    (folder / "dataset.json").write_text(json.dumps({"schema": 1, "pixel_size_um": um, "source": "x"}))
+    shutil.copy(folder.parent / "names.txt", folder / "channel_names.txt")
+    return folder
+
+
+def coarser(image, factor=2):
+    """An image (H, W, C) of which each pixel is the mean of several."""
+    height, width = (side // factor for side in image.shape[:2])
+    blocks = image[: height * factor, : width * factor].reshape(height, factor, width, factor, -1)
+    return np.rint(blocks.mean(axis=(1, 3))).astype(image.dtype)
+
+
+def test_evaluate_scores_pairs_of_another_pixel_size_as_they_were_measured(trained, tmp_path, capsys):
+    shutil.copy(trained / "pairs" / "channel_names.txt", tmp_path / "names.txt")
+    he = smooth(161, detail=23)
+    markers = np.random.default_rng(0).integers(0, 60000, (161, 161, 20)).astype(np.uint16)
+    fine = pairs_of_pixels(tmp_path / "fine", 0.325, he, markers)
+    coarse = pairs_of_pixels(tmp_path / "coarse", 0.65, coarser(he), coarser(markers))
+    model = load_trained(trained / "run", "cpu")
+    one, other = (open_folder(model, folder, FolderOptions()).region(0) for folder in (fine, coarse))
+    assert other.predicted.shape == other.measured.shape == (20, 80, 80)
+    expected = one.predicted[:, :160, :160].unflatten(2, (80, 2)).mean(3).unflatten(1, (80, 2)).mean(2)
+    # The coarse H&E is rounded to 8 bits and interpolated. Not at the edge, where the two images do not end at the same place.
+    difference = (other.predicted - expected).abs()[:, :-2, :-2]
+    assert difference.mean() < 0.006 and difference.max() < 0.08
+    # Validation's own steps on the pixels of the pairs, which nothing has touched.
+    scales, normalization = open_folder(model, coarse, FolderOptions()).scales, model.normalization
+    bounds = np.stack([normalization.lower, normalization.upper])
+    target = (coarser(markers) / scales.white("orion", np.dtype("uint16")) - bounds[0]) / (bounds[1] - bounds[0])
+    empty = bounds[1] <= bounds[0]
+    found = other.measured.permute(1, 2, 0).numpy()[..., ~empty]
+    np.testing.assert_allclose(found, target[..., ~empty].clip(0, 1), atol=1e-4)
+    words = ["evaluate", "--checkpoint", str(trained / "run"), "--pairs_dir", str(coarse), "--split", "all"]
+    assert run_command(dispatch, [*words, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "pairs have pixels of 0.65 µm and the training had 0.325 µm" in " ".join(capsys.readouterr().out.split())
+
+
+def test_evaluate_refuses_pixels_more_than_a_factor_of_4_apart(trained, tmp_path, capsys):
+    shutil.copy(trained / "pairs" / "channel_names.txt", tmp_path / "names.txt")
+    other = pairs_of_pixels(tmp_path / "other", 1.5, smooth(64), np.ones((64, 64, 20), np.uint16))
+    words = ["evaluate", "--checkpoint", str(trained / "run"), "--pairs_dir", str(other)]
     assert run_command(dispatch, [*words, "--output_dir", str(tmp_path / "out")]) == 2
-    assert "or its files state pixels of 0.65 µm, and the model was trained on 0.325 µm" in capsys.readouterr().err
+    assert "state pixels of 1.5 µm, and the model was trained on 0.325 µm; more than a fact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.3, 2.0])
+def test_what_was_predicted_comes_back_to_the_place_it_was_predicted_for(factor):
+    side, centre = 97, np.array([40.0, 52.5])
+    image = ResampledImage(array_image(np.full((side, side, 3), 255, np.uint8)), 0.5 * factor, 0.5)
+    points = np.stack(np.meshgrid(*[np.arange(size) for size in image.shape], indexing="ij"), -1)
+    there = (centre + 0.5) * factor - 0.5
+    blob = np.exp(-0.5 * ((points - there) ** 2).sum(-1) / (8 * factor) ** 2).astype(np.float32)
+    back = image.back(torch.from_numpy(blob)[None])[0].numpy()
+    assert back.shape == (side, side)
+    grid = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1)
+    np.testing.assert_allclose((grid * back[..., None]).sum((0, 1)) / back.sum(), centre, atol=0.02)
+    np.testing.assert_allclose(back, np.exp(-0.5 * ((grid - centre) ** 2).sum(-1) / 8**2), atol=0.02)

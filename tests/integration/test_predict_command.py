@@ -15,6 +15,7 @@ from predictions import LOWER, NAMES, UPPER, WHITE, contents, image, predictor, 
 
 import orion_unet
 from orion_unet.data.stain import StainProfile, measure_stain
+from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.inference.trust import MarkerTrust, write_scorecard
 from orion_unet.slides.images import ArrayImage
 
@@ -46,6 +47,19 @@ def test_an_npy_holds_every_marker_in_the_unit_of_the_training_data(predict, cor
     assert 0 <= target.min() < target.max() <= 1
     expected = (LOWER + target.transpose(1, 2, 0) * (UPPER - LOWER)) * WHITE
     np.testing.assert_allclose(found.transpose(1, 2, 0), expected, rtol=1e-5)
+
+
+def test_an_ome_zarr_alone_or_in_a_folder_is_predicted_like_the_npy(predict, core, tmp_path):
+    pytest.importorskip("zarr")
+    he = np.load(core)
+    (tmp_path / "slides").mkdir()
+    about = {"names": ("red", "green", "blue"), "pixel_size_um": None}
+    write_zarr(tmp_path / "slides" / "core_HE.ome.zarr", he.shape, he.dtype, iter([he]), about)
+    plain = predict(core, out="plain")
+    for where, out in ((tmp_path / "slides", "folder"), (tmp_path / "slides" / "core_HE.ome.zarr", "alone")):
+        made = predict(where, out=out)
+        assert made.code == 0, made.err
+        np.testing.assert_array_equal(np.load(made.dir / "core.npy"), np.load(plain.dir / "core.npy"))
 
 
 def test_a_log_transform_is_inverted_too(predict, core, tmp_path):

@@ -14,6 +14,7 @@ from orion_unet.cli import prepare
 from orion_unet.cli.arguments import run_command
 from orion_unet.config import DataOptions
 from orion_unet.data.pairs import find_pairs
+from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.demo.make import MARKERS, draw_core
 from orion_unet.errors import InputError
 from orion_unet.slides.open import open_he, open_markers
@@ -276,9 +277,14 @@ def test_a_damaged_tile_is_named_with_its_level_and_place_and_everything_else_is
     said = capsys.readouterr().err
     assert "slide C: " in said and "these slides failed, the others are done" in said
     assert "slide B: " in said and "bad.ome.tif: is damaged or truncated at level 0, row 128, column 128" in said
-    rows = {(row["slide"], int(row["y"]), int(row["x"])) for row in rows_of(tmp_path)}
-    everywhere = {(y, x) for y in (0, 384) for x in (0, 384)}
-    assert rows == {("A", *place) for place in everywhere} | {("B", *place) for place in everywhere - {(0, 0)}}
+    rows = {(row["slide"], int(row["y"]), int(row["x"])): row for row in rows_of(tmp_path)}
+    assert set(rows) == {(slide, y, x) for slide in "AB" for y in (0, 384) for x in (0, 384)}
+    lost = {place for place, row in rows.items() if row["state"] != "kept"}
+    assert lost == {("B", 0, 0)}
+    assert "bad.ome.tif: is damaged or truncated at level 0" in rows["B", 0, 0]["reason"]
+    assert "bad.ome.tif: is damaged" in (tmp_path / "pairs" / "rejected.csv").read_text()
+    # Once the file is whole again, the lost region alone is prepared.
+    assert not (tmp_path / "pairs" / f"{rows['B', 0, 0]['core']}_HE.npy").exists()
 
 
 def test_nineteen_channels_listed_in_another_order_get_their_own_names_and_a_short_list_is_refused(tmp_path, core):
@@ -358,6 +364,39 @@ def test_pairs_as_ome_zarr_have_the_same_pixels_names_and_size(slides, tmp_path,
         assert image.pixel_size_um == pytest.approx(0.325)
         found = image.read(range(len(MARKERS)), 0, 0, 256, 256)
     np.testing.assert_array_equal(found, core[1][(slice(None), *place(row))])
+
+
+def test_the_overview_shows_the_same_details_whatever_the_format(slides, tmp_path):
+    pytest.importorskip("zarr")
+    pictures = []
+    for form in ("npy", "ome-zarr"):
+        words = [*QUICK[2:5], "256", "--regions_per_slide", "1", "--format", form, "--overwrite"]
+        assert run(slides, "--register", "auto", *words) == 0
+        pictures.append((tmp_path / "pairs" / "A_overview.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert run(slides, *QUICK, "--overwrite") == 0
+    heights = [
+        int.from_bytes(png[20:24], "big") for png in (pictures[0], (tmp_path / "pairs" / "A_overview.png").read_bytes())
+    ]
+    assert heights[0] > heights[1]
+
+
+def test_a_chunk_replaced_inside_an_ome_zarr_slide_is_noticed(tmp_path, core):
+    pytest.importorskip("zarr")
+    write_he(tmp_path / "he.ome.tif", core[0])
+    about = {"names": tuple(MARKERS), "pixel_size_um": 0.325}
+    planes = core[1].transpose(1, 2, 0)
+    write_zarr(tmp_path / "orion.ome.zarr", planes.shape, planes.dtype, iter([planes]), about)
+    slides = listed(tmp_path, "A,he.ome.tif,orion.ome.zarr")
+    assert run(slides, *QUICK) == 0
+    before = (tmp_path / "pairs" / "dataset.json").stat().st_mtime_ns
+    chunk = max(
+        (path for path in (tmp_path / "orion.ome.zarr").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    chunk.write_bytes(chunk.read_bytes() + b"\0")
+    with pytest.raises(InputError, match="were made of other files"):
+        run(slides, *QUICK)
+    assert (tmp_path / "pairs" / "dataset.json").stat().st_mtime_ns == before
 
 
 def test_a_turned_cropped_he_with_a_fold_is_moved_where_it_fits_and_rejected_where_not(tmp_path, core):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.errors import InputError
 from orion_unet.slides.images import ArrayImage
 from orion_unet.slides.open import open_he
@@ -467,3 +468,45 @@ def test_of_the_last_region_the_lowest_tiles_are_kept_within_the_cache_and_read_
 
 def test_an_array_in_memory_reads_like_a_file():
     assert_same_pixels(ArrayImage(Path("he"), lambda: CHW))
+
+
+@pytest.fixture
+def zarr_he(tmp_path):
+    """An H&E as OME-Zarr with a level of half the side, and its pixels."""
+    zarr = pytest.importorskip("zarr")
+    he = np.random.default_rng(0).integers(0, 256, (90, 70, 3)).astype(np.uint8)
+    root = zarr.open_group(tmp_path / "slide_HE.ome.zarr", mode="w", zarr_format=2)
+    for level, image in enumerate((he, he[::2, ::2])):
+        root.create_array(str(level), data=np.ascontiguousarray(image.transpose(2, 0, 1)), chunks=(3, 32, 32))
+    scales = [[{"type": "scale", "scale": [1.0, size, size]}] for size in (0.5, 1.0)]
+    root.attrs["multiscales"] = [{
+        "version": "0.4",
+        "axes": [{"name": "c", "type": "channel"}]
+        + [{"name": name, "type": "space", "unit": "micrometer"} for name in "yx"],
+        "datasets": [{"path": str(at), "coordinateTransformations": scale} for at, scale in enumerate(scales)],
+    }]  # fmt: skip
+    return tmp_path / "slide_HE.ome.zarr", he
+
+
+def test_an_ome_zarr_is_read_by_region_from_its_nearest_level(zarr_he):
+    path, he = zarr_he
+    with open_he(path) as image:
+        assert (image.shape, image.white, image.pixel_size_um, image.is_slide) == ((90, 70), 255.0, 0.5, True)
+        np.testing.assert_array_equal(image.stored(20, 30, 41, 40), he[20:61, 30:70])
+        np.testing.assert_allclose(image.read(80, -3, 20, 10), he[80:90, :7] / np.float32(255), rtol=1e-6)
+        np.testing.assert_array_equal(image.nearest_level(2).stored(0, 0, 45, 35), he[::2, ::2])
+        assert image.nearest_level(1.5) is image
+
+
+def test_an_ome_zarr_that_is_no_he_is_refused_by_name(tmp_path):
+    pytest.importorskip("zarr")
+    four = np.ones((40, 40, 4), np.uint8)
+    write_zarr(tmp_path / "four.zarr", four.shape, four.dtype, iter([four]), {"names": "abcd", "pixel_size_um": None})
+    with pytest.raises(InputError, match=r"four\.zarr: has 4 channels; an H&E has 3"):
+        open_he(tmp_path / "four.zarr")
+    floats = np.ones((40, 40, 3), np.float32)
+    write_zarr(tmp_path / "f.zarr", floats.shape, floats.dtype, iter([floats]), {"names": "abc", "pixel_size_um": None})
+    with pytest.raises(InputError, match=r"f\.zarr: has dtype float32; an H&E as OME-Zarr is uint8 or uint16"):
+        open_he(tmp_path / "f.zarr")
+    with pytest.raises(InputError, match=r"none\.zarr: cannot be read"):
+        open_he(tmp_path / "none.zarr")

@@ -16,7 +16,7 @@ from orion_unet.inspection.cores import (
     view_core,
 )
 from orion_unet.inspection.duplicates import find_twins
-from orion_unet.inspection.findings import find_all, mismatched, named, shifted, too_small
+from orion_unet.inspection.findings import find_all, mismatched, shifted, too_small
 from orion_unet.registration.shift import Registration, overlap, register
 from orion_unet.registration.stains import haematoxylin
 
@@ -309,8 +309,3 @@ def test_saturation_is_reported_with_its_share():
     (found,) = find_all([describe_channel("CD3", values, 0.0)], [], [], None)
     assert found.code == "saturated"
     assert "CD3 (3." in found.message
-
-
-def test_a_long_list_is_cut():
-    assert named(str(index) for index in range(11)) == "0, 1, 2, 3, 4, 5, 6, 7, and 3 more"
-    assert named("ab") == "a, b"

@@ -50,7 +50,7 @@ def test_advice_never_names_what_the_run_has():
 def test_the_worst_of_many_are_named():
     many = {f"m{at:02d}": at / 100 for at in range(20)}
     finding = find(many, regression_pearson=dict.fromkeys(many, 0.9))
-    assert finding.message.count("(colours") == 8 and finding.message.endswith("m07 0.07 (colours 0.90) and 12 more")
+    assert finding.message.count("(colours") == 8 and finding.message.endswith("m07 0.07 (colours 0.90), and 12 more")
 
 
 @pytest.mark.parametrize("odd", [None, 3, [], "x", {"CD45": "y"}, {"CD45": True}, {"CD45": 1e300}])

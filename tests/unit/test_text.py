@@ -10,7 +10,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from orion_unet.text import clean, clean_lines, csv_bytes, duration, for_figure, short_number
+from orion_unet.text import clean, clean_lines, csv_bytes, duration, for_figure, named, short_number
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,8 @@ def test_a_table_is_read_back_with_what_is_undefined_empty():
 
 def test_a_file_name_that_is_not_utf8_makes_a_table_that_is():
     assert csv_bytes(["core"], [["core\udcff"]]).decode() == "core\ncore\\udcff\n"
+
+
+def test_a_long_list_is_cut():
+    assert named(str(index) for index in range(11)) == "0, 1, 2, 3, 4, 5, 6, 7, and 3 more"
+    assert named("ab") == "a, b"
