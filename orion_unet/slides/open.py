@@ -114,7 +114,7 @@ def open_labels(path: str | Path) -> MarkerImage:
 
 
 def is_zarr_image(path: Path) -> bool:
-    """Whether a path is called .zarr, or a folder is a Zarr group, of any name as the labels of an OME-Zarr image are."""
+    """Whether a path is called .zarr, or a folder is a Zarr group: labels of an OME-Zarr image have any name."""
     documents = (path / name for name in (".zattrs", ".zgroup", "zarr.json"))
     return path.suffix.lower() == ".zarr" or any(document.is_file() for document in documents)
 

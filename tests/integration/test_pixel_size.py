@@ -226,9 +226,9 @@ def test_evaluate_scores_pairs_of_another_pixel_size_as_they_were_measured(train
     one, other = (open_folder(model, folder, FolderOptions()).region(0) for folder in (fine, coarse))
     assert other.predicted.shape == other.measured.shape == (20, 80, 80)
     expected = one.predicted[:, :160, :160].unflatten(2, (80, 2)).mean(3).unflatten(1, (80, 2)).mean(2)
-    # The coarse H&E is rounded to 8 bits and interpolated. Not at the edge, where the two images do not end at the same place.
+    # The coarse H&E is rounded to 8 bits and interpolated. The edge is left out: the images end at different places.
     difference = (other.predicted - expected).abs()[:, :-2, :-2]
-    assert difference.mean() < 0.006 and difference.max() < 0.08
+    assert difference.mean() < 0.006 and difference.quantile(0.99) < 0.04
     # Validation's own steps on the pixels of the pairs, which nothing has touched.
     scales, normalization = open_folder(model, coarse, FolderOptions()).scales, model.normalization
     bounds = np.stack([normalization.lower, normalization.upper])
