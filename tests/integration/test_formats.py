@@ -41,8 +41,9 @@ def test_the_same_run_from_every_format_is_the_same_to_the_last_bit(train, forma
         assert_same_run(run.dir, npy.dir)
 
 
-def test_a_run_from_tiles_that_is_killed_goes_on_as_if_nothing_had_happened(train, formats, start, tmp_path):
-    options = {"pairs_dir": str(formats["ome-tiff"]), "epochs": 3}
+@pytest.mark.parametrize("form", ["ome-tiff", "ome-zarr"])
+def test_a_run_from_tiles_that_is_killed_goes_on_as_if_nothing_had_happened(form, train, formats, start, tmp_path):
+    options = {"pairs_dir": str(formats[form]), "epochs": 3}
     straight = train("straight", **options)
     killed = tmp_path / "killed"
     command = start(*trainer(output_dir=killed, **options))

@@ -232,10 +232,10 @@ def test_evaluate_scores_pairs_of_another_pixel_size_as_they_were_measured(train
     # Validation's own steps on the pixels of the pairs, which nothing has touched.
     scales, normalization = open_folder(model, coarse, FolderOptions()).scales, model.normalization
     bounds = np.stack([normalization.lower, normalization.upper])
-    target = (coarser(markers) / scales.white("orion", np.dtype("uint16")) - bounds[0]) / (bounds[1] - bounds[0])
-    empty = bounds[1] <= bounds[0]
-    found = other.measured.permute(1, 2, 0).numpy()[..., ~empty]
-    np.testing.assert_allclose(found, target[..., ~empty].clip(0, 1), atol=1e-4)
+    told = bounds[1] > bounds[0]
+    low, high = bounds[:, told]
+    target = (coarser(markers)[..., told] / scales.white("orion", np.dtype("uint16")) - low) / (high - low)
+    np.testing.assert_allclose(other.measured.permute(1, 2, 0).numpy()[..., told], target.clip(0, 1), atol=1e-4)
     words = ["evaluate", "--checkpoint", str(trained / "run"), "--pairs_dir", str(coarse), "--split", "all"]
     assert run_command(dispatch, [*words, "--output_dir", str(tmp_path / "out")]) == 0
     assert "pairs have pixels of 0.65 µm and the training had 0.325 µm" in " ".join(capsys.readouterr().out.split())
