@@ -18,15 +18,11 @@ same command continues. --report trains nothing.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import shutil
 import sys
 import tempfile
-import time
+from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -34,16 +30,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orion_unet import load_model, predict
-from orion_unet.cli.arguments import Parser, parse_train_config, run_command
+from held_out import Trials, predictions, step_seconds, train_once
+
+from orion_unet.cli.arguments import Parser, run_command
 from orion_unet.correlation import moments, pearson
-from orion_unet.data.split import GROUPS_FILE
 from orion_unet.demo.make import make_demo
 from orion_unet.errors import InputError
 from orion_unet.models.blocks import UPSAMPLINGS
 from orion_unet.models.unet import SpatialUNet, parameter_count
-from orion_unet.run_log import write_json
-from orion_unet.training.loop import train
 
 PERIODS = (4, 8)
 # A prediction may have so much more of a grid than the measured image, in so many of the cores.
@@ -70,67 +64,29 @@ def grid_ratios(image: np.ndarray) -> np.ndarray:
     return np.stack(found, axis=1)
 
 
-def sides(pairs: Path, seed: int, training: int) -> tuple[list[str], list[str]]:
-    """Training cores and held-out cores: ``training`` groups drawn by the seed, and all others."""
-    with open(pairs / GROUPS_FILE, newline="", encoding="utf-8") as file:
-        group_of = {row["core"]: row["group"] for row in csv.DictReader(file)}
-    groups = sorted(set(group_of.values()))
-    if not 0 < training < len(groups):
-        raise InputError(f"--training_groups {training}: {pairs} has {len(groups)} groups, and some must be held out")
-    drawn = {groups[place] for place in np.random.default_rng(seed).permutation(len(groups))[:training]}
-    return ([core for core in sorted(group_of) if (group_of[core] in drawn) is wanted] for wanted in (True, False))  # type: ignore[return-value]
-
-
-def trial(pairs: Path, seed: int, upsampling: str, training: int, size: str, run: Path, words: list[str]) -> dict:
+def trial(pairs: Path, seed: int, upsampling: str, training: int, size: str, run: Path) -> dict[str, Any]:
     """Train once and score the held-out cores: r by marker, and the grid of every core, predicted and measured."""
     epochs, base, patch, patches, batch = SIZES[size]
-    fitted, held_out = sides(pairs, seed, training)
-    run.mkdir(parents=True, exist_ok=True)
-    split = run / "given_split.json"
-    # Validation chooses nothing here, so one core of the held-out groups is enough for it.
-    parts = {"train": fitted, "val": held_out[:1]}
-    write_json(split, {"schema": 1, **{k: [{"core": c, "group": c} for c in cores] for k, cores in parts.items()}})
-    alone = run / "given_groups.csv"
-    alone.write_text("\n".join(["core,group", *(f"{core},{core}" for core in (*fitted, *held_out))]), encoding="utf-8")
-    config = parse_train_config([
-        "--pairs_dir", str(pairs), "--output_dir", str(run / "run"), "--resume", "auto", "--gpus", "0",
-        "--split_file", str(split), "--groups_csv", str(alone), "--seed", str(seed), "--epochs", str(epochs),
-        "--patch_size", str(patch), "--patches_per_image", str(patches), "--patches_per_image_val", "4",
-        "--batch_size", str(batch), "--base_features", str(base), "--early_stopping_patience", "0",
-        "--sanity_check_freq", "0", "--num_workers", "0", "--upsampling", upsampling, *words,
-    ])  # fmt: skip
-    if train(config) != 0:
-        raise InputError(f"{run}: the training did not finish; the same command continues")
-    model = load_model(run / "run" / "checkpoints" / "last.pt", device="cpu")
-    sums = np.zeros((6, len(model.names)))
+    numbers = {
+        "epochs": epochs, "base_features": base, "patch_size": patch, "patches_per_image": patches, "batch_size": batch,
+    }  # fmt: skip
+    words = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
+    train_once(pairs, seed, training, run, [*words, "--upsampling", upsampling])
+    names, images = predictions(pairs, seed, training, run)
+    sums = np.zeros((6, len(names)))
     grids: dict[str, list[Any]] = {"predicted": [], "measured": []}
-    for core in held_out:
-        he, measured = (np.load(pairs / f"{core}_{kind}.npy", mmap_mode="r") for kind in ("HE", "ORION"))
-        measured = np.asarray(measured if measured.shape[0] == len(model.names) else np.moveaxis(measured, -1, 0))
-        found = predict(he, model)
+    for found, measured in images:
         sums += moments(found.reshape(len(found), -1), measured.reshape(len(measured), -1))
         grids["predicted"].append(grid_ratios(found).tolist())
         grids["measured"].append(grid_ratios(measured).tolist())
-    shutil.rmtree(run)
-    return {"markers": list(model.names), "pearson": pearson(sums).tolist(), **grids}
+    return {"markers": list(names), "pearson": pearson(sums).tolist(), **grids}
 
 
 def step_times(base: int, patch: int, batch: int, rounds: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Median seconds of a training step with each upsampling, taken in turns, and the numbers of parameters."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in UPSAMPLINGS}
-    models, inputs = {}, torch.rand(batch, 3, patch, patch).contiguous(memory_format=torch.channels_last)
-    for kind in UPSAMPLINGS:
-        model = SpatialUNet(4, base_features=base, use_boundary_guidance=True, upsampling=kind)
-        models[kind] = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for _ in range(rounds):
-        for kind, model in models.items():
-            began = time.perf_counter()
-            model(inputs).square().mean().backward()
-            model.zero_grad()
-            seconds[kind].append(time.perf_counter() - began)
-    return {kind: median(found[1:] or found) for kind, found in seconds.items()}, {
-        kind: parameter_count(model) for kind, model in models.items()
-    }
+    """Median seconds of a step with each upsampling, and the numbers of parameters."""
+    networks = {kind: SpatialUNet(4, base_features=base, use_boundary_guidance=True, upsampling=kind)
+                for kind in UPSAMPLINGS}  # fmt: skip
+    return step_seconds(networks, batch, patch, rounds), {kind: parameter_count(net) for kind, net in networks.items()}
 
 
 def report(trials: dict[str, Any], speed: tuple[dict[str, float], dict[str, int]] | None) -> str:
@@ -145,7 +101,8 @@ def report(trials: dict[str, Any], speed: tuple[dict[str, float], dict[str, int]
     r = {kind: np.array([trials[f"{seed} {kind}"]["pearson"] for seed in complete], float) for kind in UPSAMPLINGS}
     for kind, found in r.items():
         means = np.nanmean(found, axis=1)
-        cells = [*(f"{value:.3f}" for value in np.nanmean(found, axis=0)), f"{means.mean():.3f}"]
+        # A constant marker has no correlation, in any seed.
+        cells = [*(f"{value:.3f}" for value in found.mean(axis=0)), f"{means.mean():.3f}"]
         lines.append(f"| {kind} | " + " | ".join([*cells, ", ".join(f"{value:.3f}" for value in means)]) + " |")
     lines += ["", "## Grid: steps at multiples of a period over steps elsewhere", ""]
     lines += ["| | period | median | 95 % | highest | cores of which the ratio is at most the measured one + 0.05 |"]
@@ -157,16 +114,20 @@ def report(trials: dict[str, Any], speed: tuple[dict[str, float], dict[str, int]
         }
         for kind in UPSAMPLINGS
     }
-    rows = [("measured", grids[UPSAMPLINGS[0]]["measured"], None)]
+    rows: list[tuple[str, np.ndarray, np.ndarray | None]] = [("measured", grids[UPSAMPLINGS[0]]["measured"], None)]
     rows += [(kind, found["predicted"], found["measured"]) for kind, found in grids.items()]
     for (index, period), (what, values, beside) in product(enumerate(PERIODS), rows):
         for marker, name in enumerate(names):
             its = values[:, marker, index]
+            if not np.isfinite(its).any():
+                # A constant marker has no steps.
+                continue
             low, high, most = (np.nanquantile(its, q) for q in (0.5, 0.95, 1))
             share = ""
             if beside is not None:
                 other = beside[:, marker, index]
-                share = f"{100 * np.nanmean((its <= other + MORE)[np.isfinite(its) & np.isfinite(other)]):.1f} %"
+                both = np.isfinite(its) & np.isfinite(other)
+                share = f"{100 * np.mean(its[both] <= other[both] + MORE):.1f} %" if both.any() else ""
             lines.append(f"| {what}, {name} | {period} | {low:.3f} | {high:.3f} | {most:.3f} | {share} |")
     if speed is not None:
         lines += ["", "## A training step", "", "| | s | parameters |", "| --- | --- | --- |"]
@@ -186,26 +147,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/upsampling"), metavar="DIR", help="default: runs/…"
     )
-    options, words = parser.parse_known_args(argv)
+    options = parser.parse_args(argv)
     if options.pairs is None and not options.quick:
         raise InputError("--pairs DIR: is needed; or try the benchmark with --quick")
     torch.set_num_threads(options.threads)
     size = "quick" if options.quick else "full"
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    kept = options.output_dir / f"trials_{size}.json"
-    trials = json.loads(kept.read_text()) if kept.exists() else {}
+    trials = Trials(options.output_dir / f"trials_{size}.json")
     with tempfile.TemporaryDirectory() as scratch:
         pairs = options.pairs or demo(Path(scratch))
         training = options.training_groups if options.pairs else 1
         seeds = 1 if options.quick else options.seeds
         for seed, kind in product(range(0 if options.report else seeds), UPSAMPLINGS):
-            if f"{seed} {kind}" not in trials:
-                print(f"seed {seed}: {kind}", file=sys.stderr, flush=True)
-                run = options.output_dir / f"seed_{seed}_{kind}"
-                trials[f"{seed} {kind}"] = trial(pairs, seed, kind, training, size, run, words)
-                write_json(kept, trials)
+            print(f"seed {seed}: {kind}", file=sys.stderr, flush=True)
+            make = partial(trial, pairs, seed, kind, training, size)
+            trials.get(f"{seed} {kind}", options.output_dir / f"seed_{seed}_{kind}", make)
     _, base, patch, _, batch = SIZES[size]
-    print(report(trials, None if options.report else step_times(base, patch, batch, 2 if options.quick else 12)))
+    print(report(trials.found, None if options.report else step_times(base, patch, batch, 2 if options.quick else 12)))
     return 0
 
 
