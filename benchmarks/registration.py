@@ -1,12 +1,12 @@
-"""Is the H&E found where it lies, is what does not match refused, and what is it worth to register?
+"""Does registration find the displacement of the H&E and reject what does not match, and does training gain from it?
 
     python benchmarks/registration.py                                  # generated tissue, moved by known amounts
     python benchmarks/registration.py --pairs DIR [DIR ...]            # real pairs too: before, after, strangers
     python benchmarks/registration.py --pairs DIR ... --train --seeds 3  # and trainings on raw and registered pairs
     python benchmarks/registration.py --pairs DIR ... --train --launcher --seeds 6 --only real  # at the launcher's size
 
-Generated tissue tells the error, because the truth is known; real pairs tell how often a match is found, and how often
-one is found where there is none. Trainings hold out whole groups (a third of them, drawn by the seed) and are scored on
+Generated tissue gives the error, because the truth is known; real pairs show how often matches are found, right and
+wrong ones. Trainings hold out whole groups (a third of them, drawn by the seed) and are scored on
 the held-out cores, raw and registered; a model of either kind is scored on both.
 """
 

@@ -9,10 +9,10 @@ from orion_unet.cli.arguments import EXIT_OK, end_process, run_command
 from orion_unet.errors import InputError
 
 COMMANDS = {
-    "train": ("train", "train a spatial U-Net from paired .npy cores"),
+    "train": ("train", "train a spatial U-Net on pairs of H&E and ORION images"),
     "find-rate": ("find_rate", "find a learning rate for your own data"),
     "monitor": ("monitor", "watch a run and say what is going wrong"),
-    "export-run": ("export_run", "turn a run's logs into CSV tables or TensorBoard events"),
+    "export-run": ("export_run", "turn a run's logs into CSV tables, TensorBoard events or an MLflow store"),
     "predict": ("predict", "predict the markers of H&E images and slides"),
     "evaluate": ("evaluate", "score a model against measured markers"),
     "quantify": ("quantify", "measure the markers of every cell of an image"),
@@ -39,7 +39,9 @@ def dispatch(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         raise InputError(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
     module = importlib.import_module(f"orion_unet.cli.{COMMANDS[argv[0]][0]}")
-    return int(module.main(argv[1:]))
+    # Both are also scripts, so their parsers take the program's name from the command line: here that is __main__.py.
+    named = {"prog": f"orion_unet {argv[0]}"} if argv[0] in ("train", "monitor") else {}
+    return int(module.main(argv[1:], **named))
 
 
 def main() -> int:

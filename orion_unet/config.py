@@ -254,7 +254,7 @@ class OptimisationOptions:
         choices=("loss", "pearson"),
     )
     early_stopping_patience: int = option(
-        10, "stop after so many epochs without a better one, by best_by; 0 = off", unit="epochs", minimum=0, fixed=False
+        10, "stop after this many epochs without a new best, by best_by; 0 = off", unit="epochs", minimum=0, fixed=False
     )
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 = no clipping", minimum=0)
     accumulate_steps: int = option(1, "batches whose gradients make one optimiser step", minimum=1)
@@ -324,10 +324,10 @@ class OutputOptions:
 
     output_dir: str = option("runs/orion_spatial", "the run folder", metavar="DIR", inherited=False, fixed=False)
     sanity_check_freq: int = option(
-        2, "draw a panel of predictions every so many epochs; 0 = off", unit="epochs", minimum=0, fixed=False
+        2, "draw a panel of predictions every N epochs; 0 = off", unit="epochs", minimum=0, fixed=False
     )
     save_every_minutes: float = option(
-        0.0, "also save the state within an epoch, so often; 0 = off", unit="minutes", minimum=0, fixed=False
+        0.0, "also save the state within an epoch, at this interval; 0 = off", unit="minutes", minimum=0, fixed=False
     )
     log_every_steps: int | None = option(
         None,
@@ -517,8 +517,8 @@ class PredictRequest:
     )
     input: tuple[Path, ...] = option(
         None,
-        "images (.npy, .png, .jpg, .tif, .svs; .ndpi, .mrxs, .scn with the extra openslide); for a folder: its "
-        "NAME_HE.npy files, otherwise every image",
+        "images (.npy, .png, .jpg, .tif, .svs, .zarr; .ndpi, .mrxs, .scn with the extra openslide); for a folder: its "
+        "NAME_HE files (.npy, .ome.tif, .ome.zarr), otherwise every image",
         metavar="FILE|DIR",
         required=True,
     )
@@ -540,7 +540,7 @@ class DeviceOptions:
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """prediction: how to predict and what to write; None is what suits the input"""
+    """prediction: how to predict"""
 
     format: str = option(
         "npy",
@@ -640,7 +640,7 @@ class QuantifyOptions:
     )
     rings: int = option(
         0,
-        "also measure a ring so wide around each cell, for membranes and cytoplasm; 0 = none",
+        "also measure a ring of this width around each cell, for membranes and cytoplasm; 0 = none",
         unit="pixels",
         minimum=0,
         maximum=100,
@@ -654,7 +654,7 @@ class QuantifyOptions:
     )
     positive: str | None = option(
         None,
-        "cells are positive whose mean lies above it, in the unit of the image",
+        "a cell is positive if its mean is above this, in the unit of the image",
         metavar="NAME=X,...",
         section="positive cells",
     )
@@ -672,7 +672,7 @@ class QuantifyOptions:
     )
     measured_positive: str | None = option(
         None,
-        "cells are positive whose measured mean lies above it, in the unit of --measured; default: as --positive",
+        "a cell is positive if its measured mean is above this, in the unit of --measured; default: as --positive",
         metavar="NAME=X,...",
         section="measured markers",
     )
@@ -744,7 +744,7 @@ class PrepareOptions:
 
     slides: Path = option(
         None,
-        "CSV with columns slide,he,orion and, where need be, patient,markers,he_pixel_size_um,orion_pixel_size_um; "
+        "CSV with columns slide,he,orion and, if needed, patient,markers,he_pixel_size_um,orion_pixel_size_um; "
         "its paths are relative to it",
         metavar="SLIDES.csv",
         positional=True,
@@ -752,7 +752,7 @@ class PrepareOptions:
     output_dir: Path = option(None, "folder of pairs; made if it does not exist", metavar="PAIRS", required=True)
     markers: Path | None = option(
         None,
-        "names of the channels: markers.csv as MCMICRO has it (marker_name, background, remove), or one a line; "
+        "names of the channels: MCMICRO's markers.csv (columns marker_name and, optionally, remove), or one a line; "
         "default: those of the OME metadata",
         metavar="FILE",
     )
@@ -778,7 +778,7 @@ class PrepareOptions:
     seed: int = option(42, "seed of the choice of regions", minimum=0, maximum=2**63 - 1, section="regions")
     register: str = option(
         "auto",
-        "auto: move the H&E onto the markers; check: only reject regions that are off; off: trust the slides",
+        "auto: move the H&E onto the markers; check: only reject misaligned regions; off: use the pixel sizes alone",
         choices=("auto", "check", "off"),
         section="registration",
     )
@@ -868,9 +868,7 @@ class MonitorOptions:
         section="mode",
     )
     interval: float = option(10.0, "time between polls", unit="seconds", minimum=0.1, maximum=86400, section="mode")
-    compare: tuple[Path, ...] = option(
-        (), "set further runs beside this one; default: none", metavar="RUN", section="mode"
-    )
+    compare: tuple[Path, ...] = option((), "compare with these runs; default: none", metavar="RUN", section="mode")
     json: bool = option(False, "strict JSON on standard output; with --watch one line a change", section="output")
     html: Path | None = option(
         None, "also write a self-contained page, refreshed by --watch", metavar="FILE", section="output"

@@ -131,7 +131,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
     started.wait()
     for future in waiting:
         future.result()
-    # The number of a thread that runs is its own, but threads that start later take the last one set anywhere.
+    # A running thread keeps its own number, but threads that start later inherit the last one set by any thread.
     torch.set_num_threads(count)
     return pool
 

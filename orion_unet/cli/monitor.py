@@ -29,9 +29,9 @@ def monitor_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], prog: str | None = None) -> int:
     """Run the monitor; returns the exit code. Raises InputError."""
-    given = vars(monitor_parser().parse_args(argv))
+    given = vars(monitor_parser(prog).parse_args(argv))
     from orion_unet.monitor import watch as command
     from orion_unet.monitor.diagnostics import Thresholds
 

@@ -47,7 +47,7 @@ def evidence(report: Report, lines: Lines) -> tuple[str, list[str], list[list[st
         values = [(name, rows[:, column]) for name, column in _STEPS]
         heads = ["epoch", "step"]
         what = " to ".join(f"epoch {epoch} step {step}" for epoch, step in (lines.first, lines.last))
-    # A column of nothing proves nothing.
+    # Leave out columns without any value.
     values = [(name, column) for name, column in values if not np.isnan(column).all()]
     kept = np.unique(np.linspace(0, len(places) - 1, min(MOST_ROWS, len(places))).round().astype(int))
     table = [[*places[at], *(_cell(name, float(column[at])) for name, column in values)] for at in kept.tolist()]

@@ -21,9 +21,9 @@ from typing import Any
 from orion_unet.text import clean, short_number
 
 ASK = ("--query-gpu=index,name,utilization.gpu,memory.used,memory.total", "--format=csv,noheader,nounits")
-# An answer that takes longer, or is longer, is none.
+# An answer that takes longer, or is longer, is ignored.
 DEADLINE_S, MOST_BYTES, MOST_GPUS = 2.0, 64 << 10, 64
-# The utilisation of a moment is that of a fraction of a second: a mean of so many looks says more.
+# One reading covers only a fraction of a second, so the mean of this many is shown.
 LOOKS = 30
 # After an answer that was none, wait this long: a driver that hangs must not slow down every poll.
 PAUSE_S = 300.0

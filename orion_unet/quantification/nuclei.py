@@ -141,7 +141,7 @@ def _add_tile(
     canvas = np.load(path, mmap_mode="r+")[0, around[0] : around[2], around[1] : around[3]]
     numbers = np.cumsum(own) * own
     new = np.where(canvas == 0, numbers[found], 0)
-    # A nucleus that another tile has covered is none: numbers have no gaps.
+    # Drop a nucleus that other tiles cover completely, so that the numbers have no gaps.
     left = np.bincount(new.ravel(), minlength=int(numbers.max()) + 1) > 0
     left[0] = False
     dense = np.cumsum(left) * left

@@ -48,7 +48,7 @@ def block_shifts(still: torch.Tensor, moving: torch.Tensor, points: np.ndarray) 
     """
     inner, reach = BLOCK // STEP, REACH // STEP
     side = inner + 2 * reach
-    # Nothing beyond the border is like anything.
+    # Zeros beyond the border correlate with nothing.
     padded, other = (F.pad(image[None, None], (side // 2,) * 4)[0, 0] for image in (still, moving))
     windows, blocks = padded.unfold(0, side, 1).unfold(1, side, 1), other.unfold(0, side, 1).unfold(1, side, 1)
     energies = _box_sums(padded.square(), inner).unfold(0, 2 * reach + 1, 1).unfold(1, 2 * reach + 1, 1)
