@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.data.channels import NAMES_FILE
+from orion_unet.data.dataset import stated_pixel_size
 from orion_unet.data.measured import file_state
 from orion_unet.data.pairs import pair_file
 from orion_unet.errors import InputError, RunError
@@ -31,6 +32,7 @@ class Job:
     """One input and its outputs. ``fingerprint`` is everything that decides the values of the prediction.
 
     ``pixel_size_um`` comes from the command line. It is written to an output and does not change its values.
+    ``stated_pixel_size_um`` is that of the dataset.json beside the H&E of a pair, for files that state none.
     """
 
     source: Path
@@ -40,6 +42,7 @@ class Job:
     fingerprint: dict[str, Any]
     pixel_size_um: float | None = None
     spread: Path | None = None
+    stated_pixel_size_um: float | None = None
 
     @property
     def outputs(self) -> list[Path]:
@@ -116,7 +119,8 @@ def plan_jobs(
             continue
         taken[name] = source
         nbytes, modified, _ = file_state(source)
-        seen = {"file": source.name, "bytes": nbytes, "modified_ns": modified}
+        stated = stated_pixel_size(source.parent) if pair_file(source.name) == "he" else None
+        seen = {"file": source.name, "bytes": nbytes, "modified_ns": modified, "stated_pixel_size_um": stated}
         result = output_dir / f"{name}{RESULT_SUFFIX[kind]}"
         if result.resolve() in inputs:
             problems.append(f"{result}: is an input, and would be replaced; name another --output_dir")
@@ -128,7 +132,7 @@ def plan_jobs(
             problems.append(f"{drawn}: is an input, and would be replaced; name another --output_dir")
         # Through JSON and back, because it is compared with what was stored as JSON.
         fingerprint = json.loads(json.dumps({"input": seen, **decisive}))
-        jobs.append(Job(source, name, result, drawn, fingerprint, pixel_size_um, extra))
+        jobs.append(Job(source, name, result, drawn, fingerprint, pixel_size_um, extra, stated))
     if problems:
         raise InputError.listing("--input cannot be used:", problems)
     return jobs

@@ -102,6 +102,7 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     for job in waiting:
         try:
             with open_he(job.source) as opened:
+                opened.pixel_size_um = opened.pixel_size_um or job.stated_pixel_size_um
                 image = _fitted(model, opened, job, options, progress)
                 if opened.pixel_size_um and not model.pixel_size_um and not warned:
                     warned = True

@@ -199,6 +199,23 @@ def test_a_factor_over_four_is_refused(trained):
         assert on_model_grid(image, *sizes) is image
 
 
+def test_the_dataset_json_beside_a_pair_states_the_pixel_size_of_its_he(trained, tmp_path, capsys):
+    (tmp_path / "pairs").mkdir()
+    np.save(tmp_path / "pairs" / "core_HE.npy", smooth(160))
+    np.save(tmp_path / "pairs" / "other.npy", smooth(160))
+    model, options = load_trained(trained / "run", "cpu"), PredictOptions(format="ome-tiff", overview=False)
+    for um, size in ((0.325, 160), (0.65, 320)):
+        (tmp_path / "pairs" / "dataset.json").write_text(json.dumps({"schema": 1, "pixel_size_um": um, "source": "x"}))
+        assert predict_files(model, [tmp_path / "pairs" / "core_HE.npy"], tmp_path / f"{um}", options) == 0
+        assert "its pixel size is unknown" not in capsys.readouterr().out
+        with tifffile.TiffFile(tmp_path / f"{um}" / "core.ome.tiff") as file:
+            assert file.series[0].shape == (20, size, size)
+            assert 'PhysicalSizeX="0.325"' in file.ome_metadata
+    # It says nothing of a file that is not of its pairs.
+    assert predict_files(model, [tmp_path / "pairs" / "other.npy"], tmp_path / "other", options) == 0
+    assert "other: its pixel size is unknown" in capsys.readouterr().out
+
+
 def pairs_of_pixels(folder, um, he, markers):
     """A folder of one pair whose pixels have this size."""
     folder.mkdir()
