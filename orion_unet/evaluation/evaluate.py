@@ -11,7 +11,7 @@ import numpy as np
 
 from orion_unet.config import DeviceOptions, EvaluateOptions
 from orion_unet.data.patches import PatchReader
-from orion_unet.data.scale import Progress, he_image, no_progress
+from orion_unet.data.scale import Progress, no_progress
 from orion_unet.data.stain import OUTSIDE, StainJudgement, measure_stain
 from orion_unet.errors import InputError, RunError
 from orion_unet.evaluation.baselines import find_baselines
@@ -198,7 +198,7 @@ def _judge_stain(folder: ScoredFolder, cores: Sequence[int]) -> tuple[StainJudge
     profile = folder.model.stain
     if profile is None:
         return ()
-    return tuple(profile.judge(measure_stain(he_image(folder.table, folder.scales, core))) for core in cores)
+    return tuple(profile.judge(measure_stain(folder.he_for_model(core))) for core in cores)
 
 
 def _foreign(folder: ScoredFolder, cores: Sequence[int], stain: Sequence[StainJudgement]) -> str:

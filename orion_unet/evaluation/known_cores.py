@@ -11,6 +11,7 @@ from orion_unet.data.pairs import PairTable
 from orion_unet.data.split import GROUPS_FILE, core_groups
 from orion_unet.errors import InputError
 from orion_unet.inference.model import TrainedModel
+from orion_unet.text import named
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,13 @@ class KnownCores:
     warnings: tuple[str, ...]
 
 
-def recognise_cores(model: TrainedModel, table: PairTable, groups_csv: str | None) -> KnownCores:
+def recognise_cores(
+    model: TrainedModel, table: PairTable, groups_csv: str | None, other_pixels: bool = False
+) -> KnownCores:
     """Recognise the cores of the training by their digests, in a checkpoint of version 0.1 by their names.
+
+    With ``other_pixels``, pairs of another pixel size than the training, names count as well: no digest is the same
+    where the tissue is.
 
     New cores can be judged by, unless their group was trained on. Cores that an earlier model was trained on, from
     whose weights this one started, cannot. Raises InputError.
@@ -48,6 +54,13 @@ def recognise_cores(model: TrainedModel, table: PairTable, groups_csv: str | Non
         digests = {name: digest for name, digest in model.digests.items() if name in group_of}
         found = core_digests(table, range(len(table)))
         known = _by_digest(digests, trained_on, own, found)
+        namesakes = [name for name, same in zip(own, known, strict=True) if same is None and name in group_of]
+        if other_pixels and namesakes:
+            known = [name if name in namesakes else same for name, same in zip(own, known, strict=True)]
+            warnings.append(
+                f"{len(namesakes)} cores have other pixels than the training and the names of cores that it had; they "
+                f"are taken for those: {named(namesakes)}. If they are others, give them other names"
+            )
         seen = [core for core, name in enumerate(own) if found[name] in model.earlier_digests]
         matching = _matching(own, known, group_of)
     else:
@@ -71,12 +84,12 @@ def recognise_cores(model: TrainedModel, table: PairTable, groups_csv: str | Non
     if seen:
         warnings.append(
             f"{len(seen)} cores were not trained on here, but by the model that this one started from "
-            f"(--init_from); they do not count as held out: {', '.join(own[core] for core in seen)}"
+            f"(--init_from); they do not count as held out: {named(own[core] for core in seen)}"
         )
     if related:
         warnings.append(
             f"{len(related)} cores are new, but in groups with the names of groups that were trained on; they do not "
-            f"count as held out: {', '.join(own[core] for core in related)}. If those are other patients, give the "
+            f"count as held out: {named(own[core] for core in related)}. If those are other patients, give the "
             "groups other names with --groups_csv"
         )
     return KnownCores(tuple(known), np.array(train, int), np.array(val, int), tuple(groups), matching, tuple(warnings))

@@ -63,7 +63,8 @@ class ScoredFolder:
     """Pairs whose markers are those of a model.
 
     ``names`` are the C scored markers, in the model's order; ``channels`` their places in its output. ``known`` says
-    which cores the model was trained on, and which it can be judged by. ``warnings`` are sentences for a person.
+    which cores the model was trained on, and which it can be judged by. ``pixel_size_um`` is the side of their pixels,
+    None if unknown. ``warnings`` are sentences for a person.
     """
 
     model: TrainedModel
@@ -74,6 +75,7 @@ class ScoredFolder:
     normalization: Normalization
     transform: BatchTransform
     known: KnownCores
+    pixel_size_um: float | None
     warnings: tuple[str, ...]
 
     @property
@@ -86,12 +88,20 @@ class ScoredFolder:
         row = self.table.he[core]
         return int(row["height"]), int(row["width"])
 
+    def he(self, core: int) -> HeImage:
+        """The H&E of a core, as it is stored."""
+        return he_image(self.table, self.scales, core)
+
+    def he_for_model(self, core: int) -> HeImage:
+        """The H&E of a core on the pixel grid of the training."""
+        return on_model_grid(self.he(core), self.pixel_size_um, self.model.pixel_size_um)
+
     def region(self, core: int) -> Region:
         """The whole of a core, on the model's device. Memory is that of its three images and of a row of tiles."""
-        image = he_image(self.table, self.scales, core)
+        image = self.he(core)
         he = torch.from_numpy(image.read(0, 0, *image.shape)).to(self.model.device)
         present = self.table.measured_in(core)
-        return Region(he.permute(2, 0, 1).contiguous(), self._measured(core), self._predicted(image), present)
+        return Region(he.permute(2, 0, 1).contiguous(), self._measured(core), self._predicted(core), present)
 
     def _measured(self, core: int) -> Tensor:
         """Targets (C, H, W) in [0, 1] as validation sees them: made patch by patch of the size trained on."""
@@ -104,9 +114,9 @@ class ScoredFolder:
             measured[:, y : y + side, x : x + side] = batch.target[0]
         return measured
 
-    def _predicted(self, image: HeImage) -> Tensor:
-        """Markers (C, H, W) in [0, 1] as ``predict`` gives them, on the pixels of the image."""
-        fitted = on_model_grid(image, pixel_size(self.table, None), self.model.pixel_size_um)
+    def _predicted(self, core: int) -> Tensor:
+        """Markers (C, H, W) in [0, 1] as ``predict`` gives them, on the pixels of the core."""
+        fitted = self.he_for_model(core)
         tiles = TiledPrediction(self.model, fitted, choose_tiling(self.model, fitted.shape), kept=self.channels)
         predicted = torch.empty(len(self.names), *fitted.shape, device=self.model.device)
         for y, rows in tiles.run():
@@ -138,19 +148,28 @@ def open_folder(
         raise InputError("--exclude_channels: leaves no marker of the model to score")
     table = replace(table, kept_channels=tuple(stored.index(name) for name in names))
     scales = measure_scales(table, model.normalization.method == "none", progress)
-    known = recognise_cores(model, table, data.groups_csv)
+    size = _pixel_size(model, table, data)
+    others = _other_pixels(model, table, size)
+    known = recognise_cores(model, table, data.groups_csv, other_pixels=bool(others))
     channels = tuple(model.names.index(name) for name in names)
     normalization = _normalization(model.normalization, table, scales, channels, known, progress)
     formats = PatchReader(table, scales, 1).formats
     transform = BatchTransform(table, formats, normalization, model.config.data.noise_removal, model.device)
-    warnings = (*table.warnings, *_other_pixels(model, table), *known.warnings)
-    return ScoredFolder(model, table, scales, names, channels, normalization, transform, known, warnings)
+    warnings = (*table.warnings, *others, *known.warnings)
+    return ScoredFolder(model, table, scales, names, channels, normalization, transform, known, size, warnings)
 
 
-def _other_pixels(model: TrainedModel, table: PairTable) -> tuple[str, ...]:
+def _pixel_size(model: TrainedModel, table: PairTable, data: DataOptions) -> float | None:
+    """Side of the pairs' pixels: what the training took it for in its own folder, else what the folder states."""
+    trained = model.config.data
+    same = Path(trained.pairs_dir).resolve() == table.folder.resolve() and trained.level == data.level
+    return model.pixel_size_um if same else pixel_size(table, None)
+
+
+def _other_pixels(model: TrainedModel, table: PairTable, own: float | None) -> tuple[str, ...]:
     """A warning where the pairs have other pixels than the training, else nothing; raises InputError where they are too
     far apart for a prediction."""
-    own, trained = pixel_size(table, None), model.pixel_size_um
+    trained = model.pixel_size_um
     if own is None or trained is None or abs(own / trained - 1) <= SAME:
         return ()
     if not 1 / LARGEST_FACTOR <= own / trained <= LARGEST_FACTOR:

@@ -32,7 +32,7 @@ class Job:
     """One input and its outputs. ``fingerprint`` is everything that decides the values of the prediction.
 
     ``pixel_size_um`` comes from the command line. It is written to an output and does not change its values.
-    ``stated_pixel_size_um`` is that of the dataset.json beside the H&E of a pair, for files that state none.
+    ``stated_pixel_size_um`` is that of the dataset.json beside the H&E of a pair, which wins over the file's own.
     """
 
     source: Path

@@ -91,7 +91,8 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
         progress.say("note: the checkpoint does not keep the stain of its training")
     tables = [names_file(output_dir, names)] if options.format == "npy" else []
     # What an earlier model's scorecard says does not hold for this one.
-    tables.append((output_dir / VERDICTS_FILE, "") if trust is None else verdicts_file(output_dir, names, trust))
+    own = model.names[:markers]
+    tables.append((output_dir / VERDICTS_FILE, "") if trust is None else verdicts_file(output_dir, own, trust))
     if not options.overwrite:
         refuse_existing(waiting, tables)
     if len(waiting) < len(jobs):
@@ -102,7 +103,7 @@ def predict_files(model: TrainedModel, inputs: Sequence[str | Path], output_dir:
     for job in waiting:
         try:
             with open_he(job.source) as opened:
-                opened.pixel_size_um = opened.pixel_size_um or job.stated_pixel_size_um
+                opened.pixel_size_um = job.stated_pixel_size_um or opened.pixel_size_um
                 image = _fitted(model, opened, job, options, progress)
                 if opened.pixel_size_um and not model.pixel_size_um and not warned:
                     warned = True

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +26,19 @@ def add_stain(folder: Path, image: str, found: StainJudgement) -> None:
     Raises InputError where the file is another table, RunError where it cannot be written.
     """
     path = folder / STAIN_FILE
-    rows: dict[str, list[Any]] = {name: list(row) for name, *row in read_table(path, COLUMNS) or []}
-    rows[image] = [found.state, found.distance, found.limit, *found.values.tolist()]
-    _write(path, rows)
+    with _alone(folder):
+        rows: dict[str, list[Any]] = {name: list(row) for name, *row in read_table(path, COLUMNS) or []}
+        rows[image] = [found.state, found.distance, found.limit, *found.values.tolist()]
+        _write(path, rows)
 
 
 def drop_stain(folder: Path, image: str) -> None:
     """Remove the row of an image where there is one; raises as ``add_stain`` does."""
     path = folder / STAIN_FILE
-    rows: dict[str, list[Any]] = {name: list(row) for name, *row in read_table(path, COLUMNS) or []}
-    if rows.pop(image, None) is not None:
-        _write(path, rows)
+    with _alone(folder):
+        rows: dict[str, list[Any]] = {name: list(row) for name, *row in read_table(path, COLUMNS) or []}
+        if rows.pop(image, None) is not None:
+            _write(path, rows)
 
 
 def read_stain(folder: Path) -> dict[str, StainJudgement]:
@@ -46,6 +52,19 @@ def read_stain(folder: Path) -> dict[str, StainJudgement]:
             raise InputError(f"{path}: is damaged, {numbers[:2]} are no numbers") from None
         found[image] = StainJudgement(state, distance, limit, f"see {STAIN_FILE}")
     return found
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that processes that predict into one folder keep each other's rows."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems have no locks; there the last writer wins.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write(path: Path, rows: dict[str, list[Any]]) -> None:

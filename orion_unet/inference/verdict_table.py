@@ -1,4 +1,4 @@
-"""marker_verdicts.csv: the verdict on every predicted marker, which predict writes and quantify reads."""
+"""marker_verdicts.csv: the verdict on every marker of a model, which predict writes and quantify reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def verdict_rows(names: Sequence[str], trust: Mapping[str, MarkerTrust]) -> list
 
 
 def verdicts_file(output_dir: Path, names: Sequence[str], trust: Mapping[str, MarkerTrust]) -> tuple[Path, str]:
-    """The table of the verdicts on the predicted markers, and its content."""
+    """The table of the verdicts on the markers of a model, and its content."""
     return output_dir / VERDICTS_FILE, csv_bytes(COLUMNS, verdict_rows(names, trust)).decode()
 
 

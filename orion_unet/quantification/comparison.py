@@ -197,10 +197,12 @@ def _region_rows(names: Sequence[str], positives: Positives, cells: ImageCells, 
     area = cells.shape[0] * cells.shape[1] * (side / 1000) ** 2
     for name, truth in positives.called(own, cells.measured, "measured").items():
         if name in predicted:
-            found = predicted[name]
+            # As in the scores, cells without a value on either side do not count.
+            known = np.isfinite(np.stack(_pair(cells, positives, name, names.index(name)))).all(axis=0)
+            found, truth = predicted[name] & known, truth & known
             both = int((found & truth).sum())
             yield RegionRow(
-                cells.name, group, name, len(truth), int(truth.sum()), int(found.sum()), both, area, side,
+                cells.name, group, name, int(known.sum()), int(truth.sum()), int(found.sum()), both, area, side,
                 _nearest(places[truth]), _nearest(places[found]),
             )  # fmt: skip
 

@@ -15,6 +15,7 @@ from orion_unet.errors import InputError
 from orion_unet.quantification.measure import CellMeans, ToUnit
 from orion_unet.run_log import read_document
 from orion_unet.slides.intensity import WHITE
+from orion_unet.text import named
 
 SCORES_FILE = "scores.json"
 STORED, UNIT = "as stored", "[0, 1]"
@@ -90,15 +91,26 @@ class Positives:
 
 
 def find_positives(
-    names: Sequence[str], evaluation: Path | None, positive: str | None, measured_positive: str | None
+    names: Sequence[str],
+    evaluation: Path | None,
+    positive: str | None,
+    measured_positive: str | None,
+    compared: bool = False,
 ) -> Positives:
-    """The cut-offs of an evaluation's cells, and those of the command line, which win. Raises InputError."""
+    """The cut-offs of an evaluation's cells, and those of the command line, which win. ``compared`` says whether there
+    are measured images. Raises InputError."""
     cutoffs: dict[str, Cutoff] = {}
     found = None
     if evaluation is not None:
-        found, cutoffs = _read_evaluation(evaluation, names)
+        found, cutoffs = _read_evaluation(evaluation, names, compared)
     given = _given("--positive", positive, names)
     measured = _given("--measured_positive", measured_positive, names)
+    alone = [name for name in measured if name not in given and name in cutoffs]
+    if alone:
+        raise InputError(
+            f"--measured_positive {named(alone)}: give --positive for it, too: the predicted cut-off of the evaluation "
+            "is in another unit"
+        )
     for name in names:
         if name in given or name in measured:
             value = given.get(name, math.nan)
@@ -130,7 +142,7 @@ def _given(option: str, text: str | None, names: Sequence[str]) -> dict[str, flo
     return found
 
 
-def _read_evaluation(given: Path, names: Sequence[str]) -> tuple[TrainingRange, dict[str, Cutoff]]:
+def _read_evaluation(given: Path, names: Sequence[str], measured: bool) -> tuple[TrainingRange, dict[str, Cutoff]]:
     path = given / SCORES_FILE if given.is_dir() else given
     try:
         document, _ = read_document(path, 1 << 26)
@@ -143,6 +155,11 @@ def _read_evaluation(given: Path, names: Sequence[str]) -> tuple[TrainingRange, 
     if "white" not in document["target"]:
         raise InputError(
             f"--evaluation {path}: is of an older version without the range of markers; run evaluate again"
+        )
+    if measured and document["target"].get("normalization") == "core":
+        raise InputError(
+            f"--evaluation {path}: its model normalised every core by itself (--target_normalization core), so its "
+            "measured thresholds fit no --measured image; leave one of the two out: evaluate --cells has these scores"
         )
     try:
         bounds = {

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from orion_unet.config import QuantifyOptions
+from orion_unet.data.dataset import stated_pixel_size
+from orion_unet.data.pairs import pair_file
 from orion_unet.errors import InputError, RunError
 from orion_unet.extras import needed
 from orion_unet.inference.outputs import prepare_folder
@@ -38,7 +40,7 @@ from orion_unet.quantification.sources import (
     image_groups,
     measured_channels,
 )
-from orion_unet.run_log import fsync_folder, write_json
+from orion_unet.run_log import fsync_folder, read_document, write_json
 from orion_unet.segmentation import nuclear_marker
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.open import open_labels, open_markers
@@ -60,7 +62,9 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
     needed("skimage", "scikit-image")
     names = check_sources(sources, options.channel_names)
     groups = image_groups(sources, options.measured)
-    positives = find_positives(names, options.evaluation, options.positive, options.measured_positive)
+    positives = find_positives(
+        names, options.evaluation, options.positive, options.measured_positive, options.measured is not None
+    )
     nuclear = _check_nuclear(options, sources, names)
     h5ad = options.h5ad if options.h5ad is not None else find_spec("anndata") is not None
     if h5ad:
@@ -70,7 +74,10 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
     job = _Job(options, names, find_trust(sources), positives, nuclear, progress)
     tables = [CSV, MARKERS_CSV, COMPARISON_CSV, COMPARISON_PNG, H5AD, JSON]
     possible = [*(name for source in sources for name in job.possible_files(source)), *tables]
-    _refuse_existing(options, possible)
+    if options.predictions is not None and options.output_dir.resolve() == options.predictions.resolve():
+        raise InputError(f"--output_dir {options.output_dir}: is the folder of the predictions; name another")
+    earlier = _files_of(options.output_dir)
+    _refuse_existing(options, [*possible, *earlier])
     new_folder = not options.output_dir.exists()
     prepare_folder(options.output_dir)
     try:
@@ -82,7 +89,7 @@ def quantify_files(options: QuantifyOptions, progress: Progress) -> Path:
             for name in written:
                 os.replace(Path(scratch) / name, options.output_dir / name)
         # What an earlier call left and this one did not replace belongs to other cells.
-        for name in set(possible) - set(written):
+        for name in {*possible, *earlier} - set(written):
             (options.output_dir / name).unlink(missing_ok=True)
         fsync_folder(options.output_dir)
     except OSError as error:
@@ -121,6 +128,17 @@ def _check_nuclear(options: QuantifyOptions, sources: Sequence[Source], names: S
                 if found not in [names[index] for index, _ in measured_channels(measured, names)]:
                     raise InputError(f"--nuclei_in measured: {source.measured} has no {found}")
     return found
+
+
+def _files_of(output_dir: Path) -> list[str]:
+    """The files that an earlier call left in the folder, by its quantify.json."""
+    try:
+        document, _ = read_document(output_dir / JSON)
+    except OSError:
+        return []
+    files = (document or {}).get("files")
+    names = files if isinstance(files, list) else []
+    return [name for name in names if isinstance(name, str) and Path(name).name == name]
 
 
 def _refuse_existing(options: QuantifyOptions, files: Sequence[str]) -> None:
@@ -176,7 +194,7 @@ class _Job:
                 truth = measure_means(
                     labels, measured, [channel for _, channel in common], 0, self._unit(measured, in_order, False), step
                 )
-            pixel_size = self.options.pixel_size_um or image.pixel_size_um
+            pixel_size = self.options.pixel_size_um or self._stated_size(source) or image.pixel_size_um
             cells = ImageCells(
                 source.name, source.image, origin, labels.shape, pixel_size, labels.numbers, geometry, means, truth,
                 tuple(index for index, _ in common), source.stain,
@@ -192,6 +210,11 @@ class _Job:
     @staticmethod
     def _nuclei_file(source: Source, scratch: Path) -> Path:
         return scratch / f"{source.name}.nuclei.npy"
+
+    @staticmethod
+    def _stated_size(source: Source) -> float | None:
+        """That of the dataset.json beside the image, if it is a measured one of its pairs."""
+        return stated_pixel_size(source.image.parent) if pair_file(source.image.name) == "orion" else None
 
     def _unit(self, image: MarkerImage, names: Sequence[str], normalized: bool) -> ToUnit | None:
         scale = self.positives.range
@@ -282,7 +305,8 @@ class _Job:
             if self.options.overview and comparison.rows:
                 compared.append(COMPARISON_PNG)
                 (scratch / COMPARISON_PNG).write_bytes(draw_comparison(comparison, self.trust))
-        content = document(self.options, self.names, self.trust, self.positives, images, comparison)
-        write_json(scratch / JSON, content)
         own = sorted(path.name for path in scratch.iterdir() if path.name.endswith(("cells.geojson", "overview.png")))
-        return [*own, CSV, MARKERS_CSV, *compared, *([H5AD] if h5ad else []), JSON]
+        files = [*own, CSV, MARKERS_CSV, *compared, *([H5AD] if h5ad else []), JSON]
+        content = document(self.options, self.names, self.trust, self.positives, images, comparison)
+        write_json(scratch / JSON, {**content, "files": files})
+        return files

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from orion_unet.config import QuantifyOptions
 from orion_unet.data.channels import NAMES_FILE, channel_names
-from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
 from orion_unet.data.panels import PANELS_FILE, markers_of
 from orion_unet.data.split import GROUPS_FILE, read_groups
 from orion_unet.data.stain import StainJudgement
 from orion_unet.errors import InputError
-from orion_unet.inference.outputs import RESULT_SUFFIX
+from orion_unet.inference.outputs import RESULT_SUFFIX, SPREAD
 from orion_unet.inference.stain_table import read_stain
 from orion_unet.inference.trust import MarkerTrust
 from orion_unet.inference.verdict_table import read_verdicts
@@ -22,7 +21,7 @@ from orion_unet.slides.open import is_zarr_image, open_labels, open_markers
 
 LABELS_ENDING, MEASURED_ENDING = "_LABELS", "_ORION"
 # Endings of the files of a folder, after the name of the image.
-LABEL_SUFFIXES = (".npy", ".tif", ".tiff", ".ome.tif", ".ome.tiff", ".zarr")
+LABEL_SUFFIXES = (".npy", ".tif", ".tiff", ".ome.tif", ".ome.tiff", ".zarr", ".ome.zarr")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ def find_sources(options: QuantifyOptions) -> list[Source]:
                     problems.append(f"--{option} {given}: has no {name}{ending}.npy, .tif or .zarr for {image.name}")
         if image.parent not in stains:
             stains[image.parent] = read_stain(image.parent)
-        sources.append(Source(name, image, found["labels"], found["measured"], stains[image.parent].get(name)))
+        stain = None if _is_measured(image) else stains[image.parent].get(name)
+        sources.append(Source(name, image, found["labels"], found["measured"], stain))
     if len(problems) == 1:
         raise InputError(problems[0])
     if problems:
@@ -83,9 +83,10 @@ def _predictions(folder: Path) -> list[Path]:
         files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     except OSError as error:
         raise InputError(f"--predictions {folder}: cannot be read ({error.strerror or error})") from None
-    unwanted = (HE_SUFFIX, f"{LABELS_ENDING}.npy", ORION_SUFFIX)
     images = [path for path in files if path.name.endswith(tuple(RESULT_SUFFIX.values()))]
-    images = [path for path in images if not path.name.endswith(unwanted)]
+    images = [path for path in images if not _stem(path).endswith(("_HE", LABELS_ENDING, MEASURED_ENDING))]
+    stems = {_stem(path) for path in images}
+    images = [path for path in images if _stem(path).removesuffix(SPREAD) not in stems - {_stem(path)}]
     if not images:
         raise InputError(f"--predictions {folder}: contains no prediction ({', '.join(RESULT_SUFFIX.values())})")
     names = [image_name(path) for path in images]
@@ -97,10 +98,16 @@ def _predictions(folder: Path) -> list[Path]:
 
 def image_name(path: Path) -> str:
     """Name of an image without its endings: core_1 of core_1.ome.tiff and of core_1_ORION.npy."""
+    return _stem(path).removesuffix(MEASURED_ENDING) or _stem(path)
+
+
+def _stem(path: Path) -> str:
     name = path.stem
-    if name.lower().endswith(".ome"):
-        name = name[: -len(".ome")]
-    return name.removesuffix(MEASURED_ENDING) or name
+    return name[: -len(".ome")] if name.lower().endswith(".ome") else name
+
+
+def _is_measured(path: Path) -> bool:
+    return _stem(path).endswith(MEASURED_ENDING)
 
 
 def find_trust(sources: Sequence[Source]) -> dict[str, MarkerTrust] | None:
@@ -109,7 +116,7 @@ def find_trust(sources: Sequence[Source]) -> dict[str, MarkerTrust] | None:
     Raises InputError where the table is damaged.
     """
     image = sources[0].image
-    return None if image.stem.endswith(MEASURED_ENDING) else read_verdicts(image.parent)
+    return None if _is_measured(image) else read_verdicts(image.parent)
 
 
 def image_groups(sources: Sequence[Source], measured: Path | None) -> list[str]:
@@ -122,10 +129,25 @@ def image_groups(sources: Sequence[Source], measured: Path | None) -> list[str]:
 
 
 def names_of(image: MarkerImage, given: str | None) -> tuple[str, ...]:
-    """Names of the channels: as given, else as the file or a channel_names.txt beside it states."""
+    """Names of the channels: as given, else those of a measured image's panel, else as the file or a channel_names.txt
+    beside it states."""
+    if given is None and _is_measured(image.path) and (panel := _panel_of(image)):
+        return panel
     if given is None and image.channel_names:
         return image.channel_names
     return channel_names(given, image.path.parent, image.shape[0])
+
+
+def _panel_of(image: MarkerImage) -> tuple[str, ...]:
+    """The markers of a measured image by the panels.csv of its folder; none without one. Raises InputError."""
+    folder = image.path.parent
+    panel = markers_of(folder, image_name(image.path))
+    if panel and len(panel) != image.shape[0]:
+        raise InputError(
+            f"{image.path}: has {image.shape[0]} channels, but its panel by {folder / PANELS_FILE} has {len(panel)} "
+            "markers"
+        )
+    return panel
 
 
 def measured_channels(measured: MarkerImage, names: Sequence[str]) -> list[tuple[int, int]]:
@@ -135,12 +157,7 @@ def measured_channels(measured: MarkerImage, names: Sequence[str]) -> list[tuple
     measured image without names has the image's channels. Raises InputError where they have none in common.
     """
     folder = measured.path.parent
-    panel = markers_of(folder, image_name(measured.path))
-    if panel and len(panel) != measured.shape[0]:
-        raise InputError(
-            f"--measured {measured.path}: has {measured.shape[0]} channels, but its panel by {folder / PANELS_FILE} "
-            f"has {len(panel)} markers"
-        )
+    panel = _panel_of(measured)
     own = panel or measured.channel_names
     if not own and (folder / NAMES_FILE).is_file():
         own = channel_names(None, folder, measured.shape[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,11 +119,13 @@ def _array(path: Path, group: Any, dataset: dict[str, Any], level: int) -> Any:
 
 def _sides_um(multiscale: dict[str, Any], dataset: dict[str, Any]) -> tuple[float | None, float | None]:
     """Side of a pixel across and down, None where no unit of length is stated."""
-    scales = [t["scale"] for t in dataset.get("coordinateTransformations", ()) if t.get("type") == "scale"]
+    # The transformations of the whole pyramid come after those of its levels.
+    steps = [*dataset.get("coordinateTransformations", ()), *multiscale.get("coordinateTransformations", ())]
+    scales = [step["scale"] for step in steps if step.get("type") == "scale"]
     found: dict[str, float | None] = {"x": None, "y": None}
     if scales:
-        for axis, scale in zip(multiscale["axes"], scales[0], strict=True):
+        for axis, *along in zip(multiscale["axes"], *scales, strict=True):
             unit = UNITS_UM.get(axis.get("unit", ""))
             if axis["name"] in found and unit is not None:
-                found[axis["name"]] = float(scale) * unit
+                found[axis["name"]] = math.prod(float(scale) for scale in along) * unit
     return found["x"], found["y"]
