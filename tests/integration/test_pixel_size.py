@@ -258,6 +258,37 @@ def test_evaluate_scores_pairs_of_another_pixel_size_as_they_were_measured(train
     assert "pairs have pixels of 0.65 µm and the training had 0.325 µm" in " ".join(capsys.readouterr().out.split())
 
 
+def test_evaluate_takes_the_folder_of_the_training_as_the_training_did(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained / "pairs", tmp_path / "pairs")
+    (folder / "dataset.json").unlink()
+    options = {**TINY, "pairs_dir": str(folder), "output_dir": str(tmp_path / "run"), "epochs": 1}
+    assert train(TrainConfig.from_options({**options, "pixel_size_um": 0.325})) == 0
+    # Stated afterwards, it contradicts what the model was told, which counts in its own folder.
+    (folder / "dataset.json").write_text('{"schema": 1, "pixel_size_um": 0.65, "source": "x"}')
+    model = load_trained(tmp_path / "run", "cpu")
+    assert open_folder(model, folder, FolderOptions()).pixel_size_um == 0.325
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert open_folder(model, tmp_path / "elsewhere", FolderOptions()).pixel_size_um == 0.65
+
+
+def test_cores_of_the_training_at_another_pixel_size_are_known_by_their_names(trained, tmp_path):
+    model = load_trained(trained / "run", "cpu")
+    finer = tmp_path / "finer"
+    finer.mkdir()
+    shutil.copy(trained / "pairs" / "channel_names.txt", finer)
+    for path in (trained / "pairs").glob("*.npy"):
+        image = np.load(path)
+        axes = (0, 1) if image.shape[2] in (3, 20) else (1, 2)
+        np.save(finer / path.name, image.repeat(2, axes[0]).repeat(2, axes[1]))
+    (finer / "dataset.json").write_text('{"schema": 1, "pixel_size_um": 0.1625, "source": "x"}')
+    same, other = (open_folder(model, folder, FolderOptions()) for folder in (trained / "pairs", finer))
+    assert other.known.train.tolist() == same.known.train.tolist() != []
+    assert other.known.val.tolist() == same.known.val.tolist()
+    assert any("have other pixels than the training and the names of cores" in text for text in other.warnings)
+    # The stain is judged on the pixels of the training.
+    assert other.he_for_model(0).shape == same.he(0).shape
+
+
 def test_evaluate_refuses_pixels_more_than_a_factor_of_4_apart(trained, tmp_path, capsys):
     shutil.copy(trained / "pairs" / "channel_names.txt", tmp_path / "names.txt")
     other = pairs_of_pixels(tmp_path / "other", 1.5, smooth(64), np.ones((64, 64, 20), np.uint16))

@@ -17,6 +17,7 @@ import orion_unet
 from orion_unet.data.stain import StainProfile, measure_stain
 from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.inference.trust import MarkerTrust, write_scorecard
+from orion_unet.inference.verdict_table import read_verdicts
 from orion_unet.slides.images import ArrayImage
 
 
@@ -390,6 +391,15 @@ def test_an_ome_tiff_and_a_table_carry_the_verdict_on_every_marker(predict, core
         "CD3e,not supported,0.1,-0.1,0.3,0.2",
         "Blank,not judged,,,,",
     ]
+
+
+def test_the_table_of_verdicts_has_all_markers_of_the_model_whichever_are_written(predict, core, model, tmp_path):
+    write_scorecard(model, TRUST, {})
+    assert predict(core, markers="CD3e", format="ome-tiff").code == 0
+    np.save(tmp_path / "second_HE.npy", np.load(core))
+    made = predict(tmp_path / "second_HE.npy", markers="Hoechst", format="ome-tiff")
+    assert made.code == 0, made.err
+    assert set(read_verdicts(made.dir)) == set(NAMES)
 
 
 def stain_near(he, groups=12):

@@ -14,6 +14,7 @@ from orion_unet.__main__ import dispatch
 from orion_unet.cli.arguments import run_command
 from orion_unet.data.normalization import LOG_CURVATURE
 from orion_unet.data.stain import FEATURES, StainJudgement
+from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.inference.ome_tiff import write_ome_tiff
 from orion_unet.inference.stain_table import add_stain
 from orion_unet.inference.trust import MarkerTrust
@@ -245,6 +246,57 @@ def test_a_folder_of_predictions_is_one_table(quantify, files, image, labels):
     assert [entry["cells"] for entry in document(done.dir)["images"]] == [40, 40]
 
 
+def test_the_spread_of_an_ensemble_and_what_was_measured_are_no_predictions(quantify, files, image):
+    folder = files / "predictions"
+    folder.mkdir()
+    for name in ("core", "core_spread", "core_ORION"):
+        write_ome_tiff(folder / f"{name}.ome.tiff", image / 65535, NAMES)
+    done = quantify("--predictions", folder, "--labels", files / LABELS, image=None)
+    assert done.code == 0, done.err
+    assert {row["image"] for row in rows(done.dir)} == {"core"}
+    inside = quantify("--predictions", folder, "--labels", files / LABELS, image=None, out="predictions")
+    assert inside.code == 2
+    assert "is the folder of the predictions; name another" in inside.err
+
+
+def test_measured_markers_may_be_ome_zarr_in_a_folder_with_panels(quantify, files, image):
+    pytest.importorskip("zarr")
+    folder = files / "pairs"
+    folder.mkdir()
+    planes = np.ascontiguousarray(image[[2, 0, 1]].transpose(1, 2, 0))
+    about = {"names": ("CD20", "DAPI", "CD3e"), "pixel_size_um": None}
+    write_zarr(folder / "core_ORION.ome.zarr", planes.shape, planes.dtype, iter([planes]), about)
+    np.save(folder / "core_ORION.npy", planes)
+    (folder / "panels.csv").write_text("core,panel\ncore,one\n")
+    (folder / "panel_one.txt").write_text("CD20\nDAPI\nCD3e\n")
+    (folder / "channel_names.txt").write_text("DAPI\nCD3e\nCD20\n")
+    (folder / "dataset.json").write_text('{"schema": 1, "pixel_size_um": 0.25, "source": "x"}')
+    (folder / "core_ORION.npy").rename(files / "kept.npy")
+    done = quantify("--labels", files / LABELS, "--measured", folder, "--positive", "CD3e=20000")
+    assert done.code == 0, done.err
+    np.testing.assert_allclose(column(done.dir, "CD3e_measured_mean"), column(done.dir, "CD3e_mean"), rtol=1e-4)
+    # The panel names a measured image that is quantified by itself, and dataset.json states its pixels.
+    (files / "kept.npy").rename(folder / "core_ORION.npy")
+    alone = quantify("--labels", files / LABELS, image="pairs/core_ORION.npy", out="alone")
+    assert alone.code == 0, alone.err
+    np.testing.assert_allclose(column(alone.dir, "CD3e_mean"), column(done.dir, "CD3e_measured_mean"), rtol=1e-6)
+    np.testing.assert_allclose(column(alone.dir, "x_um"), column(alone.dir, "x") * 0.25, rtol=1e-6)
+
+
+def test_what_an_earlier_call_left_of_other_images_does_not_stay(quantify, files, image, labels):
+    assert quantify("--labels", files / LABELS).code == 0
+    folder = files / "predictions"
+    folder.mkdir()
+    write_ome_tiff(folder / "other.ome.tiff", image / 65535, NAMES)
+    np.save(files / "other_LABELS.npy", labels)
+    assert quantify("--predictions", folder, "--labels", files, image=None).code == 2
+    done = quantify("--predictions", folder, "--labels", files, "--overwrite", image=None)
+    assert done.code == 0, done.err
+    expected = {"cells.csv", "markers.csv", "quantify.json", "other_cells.geojson", "other_overview.png"}
+    assert {path.name for path in done.dir.iterdir()} - {"cells.h5ad"} == expected
+    assert set(document(done.dir)["files"]) - {"cells.h5ad"} == expected
+
+
 def test_an_image_without_cells_adds_no_rows_to_the_others(quantify, files, image, labels):
     folder = files / "predictions"
     folder.mkdir()
@@ -407,6 +459,17 @@ REFUSED = {
     "other verdicts": (lambda f: verdicts(f, "marker,verdict"), "is not a table that predict wrote"),
     "unknown verdict": (lambda f: verdicts(f, f"{COLUMNS}\nDAPI,good,,,,"), "is damaged, 'good' is none of supported"),
     "no number of a verdict": (lambda f: verdicts(f, f"{COLUMNS}\nDAPI,weak,x,,,"), "is damaged, ['x', "),
+    "a cut-off in another unit": (
+        lambda f: ["--evaluation", scores_json(f / "e"), "--measured", f / "core.ome.tiff", "--measured_positive",
+                   "CD3e=9000"],
+        "--measured_positive CD3e: give --positive for it, too",
+    ),
+    "cores normalised by themselves": (
+        lambda f: ["--evaluation", scores_json(f / "e", target={"white": 65535.0, "normalization": "core",
+                                                                "transform": "linear"}),
+                   "--measured", f / "core.ome.tiff"],
+        "its model normalised every core by itself",
+    ),
     "rings below 0": (lambda f: ["--rings", "-1"], "--rings -1: must be at least 0"),
 }  # fmt: skip
 

@@ -113,6 +113,16 @@ def test_densities_and_distances_of_an_image_are_those_of_its_positive_cells(ima
         assert row[f"{side}_nearest_um"] == pytest.approx(0.5 * np.median(apart.min(axis=1)))
 
 
+def test_cells_without_a_measured_value_are_not_counted_as_negative(images):
+    cells = image("core", 3)
+    cells.measured.mean[:15, 1] = np.nan
+    found = compare(NAMES, POSITIVES, [cells], ["a"])
+    row = dict(zip(COLUMNS, next(found.table()), strict=True))
+    truth, called = cells.measured.mean[15:, 1] > 0.5, cells.means.mean[15:, 0] > 0.6
+    assert (row["cells"], row["measured_positive"], row["predicted_positive"]) == (25, truth.sum(), called.sum())
+    assert found.markers["CD3e"].confusion.sum() == 25
+
+
 def test_without_a_pixel_size_and_with_one_cell_what_is_unknown_stays_empty():
     lone = image("lone", 0, count=1, pixel_size_um=None)
     found = compare(NAMES, POSITIVES, [lone], ["a"])

@@ -498,6 +498,18 @@ def test_an_ome_zarr_is_read_by_region_from_its_nearest_level(zarr_he):
         assert image.nearest_level(1.5) is image
 
 
+def test_the_transformation_of_a_whole_pyramid_scales_its_pixels(zarr_he):
+    import zarr
+
+    path, _ = zarr_he
+    root = zarr.open_group(path)
+    (multiscale,) = root.attrs["multiscales"]
+    scale = {"type": "scale", "scale": [1.0, 0.65, 0.65]}
+    root.attrs["multiscales"] = [{**multiscale, "coordinateTransformations": [scale]}]
+    with open_he(path) as image:
+        assert image.pixel_size_um == pytest.approx(0.5 * 0.65)
+
+
 def test_an_ome_zarr_that_is_no_he_is_refused_by_name(tmp_path):
     pytest.importorskip("zarr")
     four = np.ones((40, 40, 4), np.uint8)

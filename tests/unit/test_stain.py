@@ -1,6 +1,7 @@
 """The stain of an H&E in numbers, and which images are foreign to a training."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from orion_unet.data.stain import (
     NOT_JUDGED,
     OUTSIDE,
     WITHIN,
+    StainJudgement,
     StainProfile,
     known_stain,
     measure_stain,
@@ -196,3 +198,10 @@ def test_another_table_of_that_name_is_not_touched(tmp_path, content):
     with pytest.raises(InputError, match="is not a table that predict wrote"):
         add_stain(tmp_path, "a", StainProfile(*drawn(np.random.default_rng(0), 8)).judge(None))
     assert (tmp_path / STAIN_FILE).read_text() == content
+
+
+def test_processes_that_predict_into_one_folder_keep_each_others_rows(tmp_path):
+    found = StainJudgement("within", 1.0, 2.0, "", np.full(len(FEATURES), 0.5))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda at: add_stain(tmp_path, f"image_{at}", found), range(60)))
+    assert set(read_stain(tmp_path)) == {f"image_{at}" for at in range(60)}
