@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orion_unet import __version__
+from orion_unet.data.slide_regions import REGION_SUFFIX, slide_behind
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
 
@@ -34,11 +36,19 @@ def cache_folder() -> Path:
 
 def file_state(path: Path) -> tuple[int, int, int]:
     """Size, modification time and change time of a file, by which a changed file is recognised; of a folder (OME-Zarr),
-    the sum of the sizes and the latest times of the folder and all that is in it.
+    the sum of the sizes and the latest times of the folder and all that is in it; of a region of a slide, the sums of
+    its own and those of the slide.
 
     Copying tools restore the modification time of the source, but nothing can set the change time. Raises InputError if
     the file is gone.
     """
+    if path.name.endswith(REGION_SUFFIX):
+        size, modified, changed = map(sum, zip(_own_state(path), _slide_state(slide_behind(path)), strict=True))
+        return size, modified, changed
+    return _own_state(path)
+
+
+def _own_state(path: Path) -> tuple[int, int, int]:
     try:
         found = path.stat()
         if not stat.S_ISDIR(found.st_mode):
@@ -52,6 +62,21 @@ def file_state(path: Path) -> tuple[int, int, int]:
         raise InputError(f"{path}: cannot be read any more; it was changed or removed ({error})") from None
 
 
+def _slide_state(path: Path) -> tuple[int, int, int]:
+    """The state of a slide, asked for again only after 20 times as long as that took: many regions share a slide, and
+    an OME-Zarr has many files."""
+    known = _SLIDES.get(path)
+    if known is None or time.monotonic() > known[0]:
+        begun = time.monotonic()
+        state = _own_state(path)
+        ended = time.monotonic()
+        known = _SLIDES[path] = (ended + 20 * (ended - begun), state)
+    return known[1]
+
+
+_SLIDES: dict[Path, tuple[float, tuple[int, int, int]]] = {}
+
+
 def _inside(folder: str) -> Iterator[os.stat_result]:
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -62,11 +87,12 @@ def _inside(folder: str) -> Iterator[os.stat_result]:
 
 @cache
 def measuring_code() -> str:
-    """Digest of the code that measures: this package, and the one that reads images. A measurement made by other code
+    """Digest of the code that measures: this package, and those that read images and move them. A measurement made by other code
     is not used, whatever its version is called."""
     package = Path(__file__).parent
     digest = hashlib.sha256(__version__.encode())
-    for path in sorted([*package.glob("*.py"), *(package.parent / "slides").glob("*.py")]):
+    rooms = (package, *(package.parent / name for name in ("registration", "slides")))
+    for path in sorted(path for room in rooms for path in room.glob("*.py")):
         # Without its source (in an archive) the code is known by its version alone.
         with suppress(OSError):
             digest.update(path.read_bytes())

@@ -6,7 +6,7 @@ Points are (y, x) in pixels; the centre of the first pixel is (0, 0).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,10 @@ from orion_unet.slides.intensity import WHITE
 MARGIN = 3
 # An H&E that is finer by less than this is not smoothed: its neighbouring pixels would weigh under 0.02 %.
 LEAST_SMOOTHED = 1.45
-# Moved at once; bounds the memory of the coordinates.
-ROWS = 512
+# Moved at once; bounds the memory of the coordinates, and the sides of what is read.
+ROWS, COLUMNS = 512, 2048
+# Points are rounded to this fraction of a pixel, so that they are exact in float32 whatever part of an image is read.
+FRACTION = 1024
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,32 @@ class Field:
     step: float
 
     def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Displacements (rows, columns, 2) of the grid of points with these coordinates."""
-        sides = self.nodes.shape[:2]
-        down, across = (self._shares(places, side) for places, side in zip((rows, columns), sides, strict=True))
-        return np.stack([down @ self.nodes[..., axis] @ across.T for axis in range(2)], axis=-1)
+        """Displacements (2, rows, columns), down and right, of the grid of points with these coordinates.
+
+        The same bits for a point whatever grid it is in, which a product of matrices would not give.
+        """
+        (up, down, far), (left, right, along) = (
+            self._neighbours(places, side) for places, side in zip((rows, columns), self.nodes.shape[:2], strict=True)
+        )
+        lines = self.nodes.transpose(2, 0, 1)
+        lines = lines[:, up] + (lines[:, down] - lines[:, up]) * far[:, None]
+        first, found = lines.take(left, axis=2), lines.take(right, axis=2)
+        found -= first
+        found *= along
+        found += first
+        return found
 
     def of(self, points: np.ndarray) -> np.ndarray:
         """Displacements (n, 2) of points (n, 2)."""
         down, across = (self._shares(points[:, axis], self.nodes.shape[axis]) for axis in range(2))
         found: np.ndarray = np.einsum("ni,ijk,nj->nk", down, self.nodes, across, optimize=True)
         return found
+
+    def _neighbours(self, places: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each coordinate (n,) along an axis: the nodes before and after it, and its distance from the first."""
+        index = np.clip((places - self.first) / self.step, 0, length - 1)
+        before = index.astype(np.int64)
+        return before, np.minimum(before + 1, length - 1), index - before
 
     def _shares(self, places: np.ndarray, length: int) -> np.ndarray:
         """Weights (n, length) of the nodes along an axis at these coordinates; each row sums to 1."""
@@ -124,12 +142,13 @@ def grid_points(
     across: np.ndarray = columns[None]
     if field is not None:
         moved = field.at(rows, columns)
-        down, across = down + moved[..., 0], across + moved[..., 1]
+        down, across = down + moved[0], across + moved[1]
     y, x = (turn[0] * down + (turn[1] * across + turn[2]) for turn in affine.matrix)
     return y, x
 
 
 Reader = Callable[[int, int, int, int], np.ndarray]
+Part = tuple[int, int, int, int]
 
 
 def move(
@@ -137,38 +156,62 @@ def move(
     he_shape: tuple[int, int],
     affine: Affine,
     field: Field | None,
-    region: tuple[int, int, int, int],
+    region: Part,
     mode: str = "bicubic",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The H&E as it lies on a region (y, x, height, width) of the marker image.
 
-    ``read`` returns regions (y, x, height, width) of the H&E as stored, (h, w, 3); only what is needed is read. A
-    ``field`` has the upper left corner of the region as its origin. Interpolation is bicubic (Keys, IEEE Transactions
-    on Acoustics, Speech, and Signal Processing 1981), or with the ``mode`` bilinear, which is faster; where the H&E is
-    finer than the markers, it is smoothed first.
+    ``read`` returns regions (y, x, height, width) of the H&E as stored, (h, w, 3); only what is needed is read. The
+    ``field`` counts from the same point as ``affine``. Interpolation is bicubic (Keys, IEEE Transactions on Acoustics,
+    Speech, and Signal Processing 1981), or with the ``mode`` bilinear, which is faster; where the H&E is finer than the
+    markers, it is smoothed first.
 
     Returns the moved region (h, w, 3) in the dtype that was read, and where it is inside the H&E (h, w) bool. Outside
-    is white for integers, and 1 for floats.
+    is white for integers, and 1 for floats. A pixel has the same bits whatever region it is moved in.
     """
     y, x, height, width = region
     moved: np.ndarray | None = None
     inside = np.zeros((height, width), bool)
-    for top in range(0, height, ROWS):
-        rows = np.arange(top, min(top + ROWS, height), dtype=np.float64)
-        columns = np.arange(width, dtype=np.float64)
-        points = grid_points(Affine.shift(y, x).then(affine), field, rows, columns)
-        band, covered = _sampled(read, he_shape, points, affine.scale, mode)
+    for top, left, piece in _pieces(region):
+        points = _points(affine, field, piece)
+        pixels, covered = _sampled(read, he_shape, points, affine.scale, mode)
         if moved is None:
-            moved = np.empty((height, width, 3), band.dtype)
-        moved[top : top + len(rows)], inside[top : top + len(rows)] = band, covered
+            moved = np.empty((height, width, 3), pixels.dtype)
+        place = np.s_[top : top + piece[2], left : left + piece[3]]
+        moved[place], inside[place] = pixels, covered
     assert moved is not None
     return moved, inside
+
+
+def covered(he_shape: tuple[int, int], affine: Affine, field: Field | None, region: Part) -> np.ndarray:
+    """Where a region is inside the H&E, (h, w) bool, as ``move`` returns it; reads no pixels."""
+    inside = np.zeros(region[2:], bool)
+    for top, left, piece in _pieces(region):
+        found = within(_points(affine, field, piece), he_shape, 0.5)
+        inside[top : top + piece[2], left : left + piece[3]] = found
+    return inside
+
+
+def _pieces(region: Part) -> Iterator[tuple[int, int, Part]]:
+    """The region in pieces: where each begins in it, and its place."""
+    y, x, height, width = region
+    for top in range(0, height, ROWS):
+        for left in range(0, width, COLUMNS):
+            yield top, left, (y + top, x + left, min(ROWS, height - top), min(COLUMNS, width - left))
+
+
+def _points(affine: Affine, field: Field | None, piece: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a piece lie in the H&E, y and x, rounded."""
+    y, x, height, width = piece
+    rows, columns = np.arange(y, y + height, dtype=np.float64), np.arange(x, x + width, dtype=np.float64)
+    down, across = grid_points(affine, field, rows, columns)
+    return np.rint(down * FRACTION) / FRACTION, np.rint(across * FRACTION) / FRACTION
 
 
 def _sampled(
     read: Reader, he_shape: tuple[int, int], points: tuple[np.ndarray, np.ndarray], scale: float, mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The H&E (h, w, 3) at points of it (y and x, (h, w) each), and which of them are inside."""
+    """The H&E (h, w, 3) at rounded points of it (y and x, (h, w) each), and which of them are inside."""
     inside = within(points, he_shape, 0.5)
     sigma = (scale - 1) / 2 if scale > LEAST_SMOOTHED else 0.0
     margin = MARGIN + math.ceil(3 * sigma)
@@ -181,9 +224,11 @@ def _sampled(
         high.append(min(max(math.ceil(places.max()) + margin, 0), side - 1))
     stored = read(low[0], low[1], high[0] - low[0] + 1, high[1] - low[1] + 1)
     dtype = stored.dtype
-    image = torch.from_numpy(stored.transpose(2, 0, 1).astype(np.float32, order="C"))[None]
-    image = _smoothed(image, sigma)
-    grid = sampling_grid((points[0] - low[0], points[1] - low[1]), (image.shape[-2], image.shape[-1]))
+    image = _canvas(stored, sigma)
+    grid = sampling_grid(
+        (np.clip(points[0] - low[0], 0, high[0] - low[0]), np.clip(points[1] - low[1], 0, high[1] - low[1])),
+        (image.shape[-2], image.shape[-1]),
+    )
     found = F.grid_sample(image, grid, mode=mode, padding_mode="border", align_corners=True)[0]
     if dtype.kind in "iu":
         found = found.clamp_(0, np.iinfo(dtype).max).round_()
@@ -191,6 +236,24 @@ def _sampled(
     if not inside.all():
         moved[~inside] = _white(dtype)
     return moved, inside
+
+
+def _canvas(stored: np.ndarray, sigma: float) -> torch.Tensor:
+    """Pixels (h, w, 3) as a larger image (1, 3, H, W), its sides one more than powers of two, smoothed.
+
+    grid_sample counts from -1 to 1: on such sides it finds rounded points exactly. Beyond the pixels are as many
+    copies of the last ones as interpolation reaches.
+    """
+    height, width = stored.shape[:2]
+    sides = [(1 << (side + MARGIN - 2).bit_length()) + 1 for side in (height, width)]
+    image = np.zeros((1, 3, *sides), np.float32)
+    inner = image[0, :, :height, :width]
+    inner[:] = stored.transpose(2, 0, 1)
+    if sigma > 0:
+        inner[:] = _smoothed(torch.from_numpy(inner)[None], sigma)[0].numpy()
+    image[0, :, height : height + MARGIN, :width] = inner[:, -1:]
+    image[0, :, :, width : width + MARGIN] = image[0, :, :, width - 1 : width]
+    return torch.from_numpy(image)
 
 
 def within(points: tuple[np.ndarray, np.ndarray], shape: tuple[int, ...], margin: float = 0.0) -> np.ndarray:
@@ -222,9 +285,12 @@ def _smoothed(image: torch.Tensor, sigma: float) -> torch.Tensor:
     for axis in (-2, -1):
         # The sum of shifted images: far faster here than a convolution by channel.
         length = padded.shape[axis] - 2 * reach
-        smooth = padded.narrow(axis, 0, length) * (bell[0] / sum(bell))
-        for offset, weight in enumerate(bell[1:], 1):
-            smooth.add_(padded.narrow(axis, offset, length), alpha=weight / sum(bell))
+        smooth = padded.narrow(axis, reach, length) * (bell[reach] / sum(bell))
+        both = torch.empty_like(smooth)
+        for offset in range(reach):
+            torch.add(padded.narrow(axis, offset, length), padded.narrow(axis, 2 * reach - offset, length), out=both)
+            # Not add_(alpha=): a processor that multiplies and adds at once may round parts of a row otherwise.
+            smooth.add_(both.mul_(bell[offset] / sum(bell)))
         padded = smooth
     return padded
 

@@ -63,10 +63,15 @@ def stored_image(path: Path, modality: str, level: int) -> StoredImage:
 
 def open_tiles(path: Path, modality: str, level: int) -> Tiles:
     """The tiles of a level; raises InputError like ``stored_image``, and for pixels that are no tiles."""
-    tiles = _opened(path, modality, level)[1]
+    tiles = find_tiles(path, modality, level)
     if tiles is None:
         raise InputError(f"{path}: was changed; its pixels were tiles, and are stored in one piece now")
     return tiles
+
+
+def find_tiles(path: Path, modality: str, level: int) -> Tiles | None:
+    """The tiles of a level, None if its pixels are stored plainly and in one piece; raises like ``stored_image``."""
+    return _opened(path, modality, level)[1]
 
 
 def _opened(path: Path, modality: str, level: int) -> tuple[StoredImage, Tiles | None]:
