@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from orion_unet import __version__
+from orion_unet.data.file_states import State, path_state
+from orion_unet.data.slide_files import slide_state
 from orion_unet.data.slide_regions import REGION_SUFFIX, slide_behind
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
@@ -34,61 +34,30 @@ def cache_folder() -> Path:
     return base / "orion_unet"
 
 
-def file_state(path: Path) -> tuple[int, int, int]:
+def file_state(path: Path) -> State:
     """Size, modification time and change time of a file, by which a changed file is recognised; of a folder (OME-Zarr),
     the sum of the sizes and the latest times of the folder and all that is in it; of a region of a slide, the sums of
-    its own and those of the slide.
+    those of its file and its slide.
 
     Copying tools restore the modification time of the source, but nothing can set the change time. Raises InputError if
     the file is gone.
     """
-    if path.name.endswith(REGION_SUFFIX):
-        size, modified, changed = map(sum, zip(_own_state(path), _slide_state(slide_behind(path)), strict=True))
-        return size, modified, changed
-    return _own_state(path)
-
-
-def _own_state(path: Path) -> tuple[int, int, int]:
     try:
-        found = path.stat()
-        if not stat.S_ISDIR(found.st_mode):
-            return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-        size, modified, changed = 0, found.st_mtime_ns, found.st_ctime_ns
-        for inner in _inside(str(path)):
-            size += inner.st_size
-            modified, changed = max(modified, inner.st_mtime_ns), max(changed, inner.st_ctime_ns)
-        return size, modified, changed
+        own = path_state(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read any more; it was changed or removed ({error})") from None
-
-
-def _slide_state(path: Path) -> tuple[int, int, int]:
-    """The state of a slide, asked for again only after 20 times as long as that took: many regions share a slide, and
-    an OME-Zarr has many files."""
-    known = _SLIDES.get(path)
-    if known is None or time.monotonic() > known[0]:
-        begun = time.monotonic()
-        state = _own_state(path)
-        ended = time.monotonic()
-        known = _SLIDES[path] = (ended + 20 * (ended - begun), state)
-    return known[1]
-
-
-_SLIDES: dict[Path, tuple[float, tuple[int, int, int]]] = {}
-
-
-def _inside(folder: str) -> Iterator[os.stat_result]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            yield entry.stat()
-            if entry.is_dir():
-                yield from _inside(entry.path)
+    if not path.name.endswith(REGION_SUFFIX):
+        return own
+    size, modified, changed = map(sum, zip(own, slide_state(slide_behind(path)), strict=True))
+    return size, modified, changed
 
 
 @cache
 def measuring_code() -> str:
-    """Digest of the code that measures: this package, and those that read images and move them. A measurement made by other code
-    is not used, whatever its version is called."""
+    """Digest of the code that measures: this package, and those that read images and move them.
+
+    A measurement made by other code is not used, whatever its version is called.
+    """
     package = Path(__file__).parent
     digest = hashlib.sha256(__version__.encode())
     rooms = (package, *(package.parent / name for name in ("registration", "slides")))

@@ -7,21 +7,25 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from orion_unet.data.file_states import State, path_state
 from orion_unet.errors import InputError
+from orion_unet.extras import needed
 from orion_unet.run_log import write_atomic
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.marker_zarr import zarr_image, zarr_tiles
 from orion_unet.slides.markers import ArrayMarkers, MarkerImage
-from orion_unet.slides.open import is_zarr, open_he, open_markers
-from orion_unet.slides.stored import find_tiles, require_tiled_readers
+from orion_unet.slides.open import is_zarr, open_he, open_markers, require_readers
+from orion_unet.slides.stored import find_tiles
 from orion_unet.slides.tiles import TileCache, TiledArray, Tiles
 from orion_unet.text import csv_bytes
 
@@ -56,22 +60,22 @@ class SlideFile:
 
 
 def write_slide_files(folder: Path, slides: Sequence[tuple[str, Path, Path]]) -> None:
-    """Write slide_files.csv of slides (name, H&E, markers) into a folder of pairs.
+    """Write slide_files.csv of slides (name, H&E, markers) into a folder of pairs; other slides in it stay.
 
     Slides under the parent of the folder have paths relative to the folder, so that both can be moved together; others
     have absolute paths. Raises OSError.
     """
-    rows = []
-    for name, *paths in slides:
-        row: list[Any] = [name]
-        for path in paths:
-            row += [_written(path, folder), *content_state(path)]
-        rows.append(row)
-    write_atomic(folder / SLIDE_FILES, csv_bytes(COLUMNS, rows))
+    rows: dict[str, list[Any]] = {}
+    with suppress(OSError, InputError):
+        for (slide, _), file in _read(folder / SLIDE_FILES).items():
+            rows.setdefault(slide, [slide]).extend((_written(file.path, folder), file.nbytes, file.digest))
+    for slide, *paths in slides:
+        rows[slide] = [slide, *(value for path in paths for value in (_written(path, folder), *content_state(path)))]
+    write_atomic(folder / SLIDE_FILES, csv_bytes(COLUMNS, list(rows.values())))
 
 
 def _written(path: Path, folder: Path) -> str:
-    path, folder = (Path(os.path.abspath(each)) for each in (path, folder))
+    path, folder = path.resolve(), folder.resolve()
     return os.path.relpath(path, folder) if path.is_relative_to(folder.parent) else str(path)
 
 
@@ -204,14 +208,33 @@ class SlideImage:
 def _tiles(path: Path, modality: str) -> Tiles | None:
     """The tiles of an image at full resolution; None if its format has none."""
     if modality == "orion" and (path.suffix.lower() == ".zarr" or is_zarr(path)):
-        require_tiled_readers(["slide.zarr"])
+        needed("zarr")
         return zarr_tiles(path, zarr_image(path), 0)
     if path.suffix.lower() not in TIFF_SUFFIXES:
         return None
-    require_tiled_readers(["slide.tif"])
+    require_readers([path])
     return find_tiles(path, modality, 0)
 
 
+def slide_state(file: SlideFile) -> State:
+    """The state of an image of a slide by which a change is noticed; raises InputError if it is gone.
+
+    It is asked for again after 20 times as long as that took: many regions share a slide, and an OME-Zarr has many
+    files.
+    """
+    known = _STATES.get(file.path)
+    begun = time.monotonic()
+    if known is None or begun > known[0]:
+        try:
+            state = path_state(file.path)
+        except OSError as error:
+            raise file.wrong(f"cannot be read ({error.strerror or error})") from None
+        ended = time.monotonic()
+        known = _STATES[file.path] = (ended + 20 * (ended - begun), state)
+    return known[1]
+
+
+_STATES: dict[Path, tuple[float, State]] = {}
 _OPEN: OrderedDict[Hashable, SlideImage] = OrderedDict()
 _OPENING = threading.Lock()
 
@@ -221,17 +244,17 @@ def open_slide(file: SlideFile, modality: str) -> SlideImage:
 
     Raises InputError if it is missing, or not the file that the pairs were made from.
     """
-    try:
-        state = file.path.stat()
-        key = (modality, str(file.path), file.nbytes, file.digest, state.st_size, state.st_mtime_ns, state.st_ino)
-        with _OPENING:
-            if key not in _OPEN:
-                if content_state(file.path) != (file.nbytes, file.digest):
-                    raise file.wrong("is not the file that the pairs were made from")
-                _OPEN[key] = SlideImage(file.path, modality, key)
-                if len(_OPEN) > OPEN_SLIDES:
-                    _OPEN.popitem(last=False)
-            _OPEN.move_to_end(key)
-            return _OPEN[key]
-    except OSError as error:
-        raise file.wrong(f"cannot be read ({error.strerror or error})") from None
+    key = (modality, file.path, file.nbytes, file.digest, slide_state(file))
+    with _OPENING:
+        if key not in _OPEN:
+            try:
+                known = content_state(file.path) == (file.nbytes, file.digest)
+            except OSError as error:
+                raise file.wrong(f"cannot be read ({error.strerror or error})") from None
+            if not known:
+                raise file.wrong("is not the file that the pairs were made from")
+            _OPEN[key] = SlideImage(file.path, modality, key)
+            if len(_OPEN) > OPEN_SLIDES:
+                _OPEN.popitem(last=False)
+        _OPEN.move_to_end(key)
+        return _OPEN[key]

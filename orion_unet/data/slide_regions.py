@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from orion_unet.data.slide_files import BAND, SlideImage, open_slide, slide_file
+from orion_unet.data.slide_files import BAND, SlideFile, SlideImage, open_slide, slide_file
 from orion_unet.errors import InputError
 from orion_unet.registration.fine import LARGEST_DISPLACEMENT
 from orion_unet.registration.transform import Affine, Field, grid_points, move, within
@@ -73,11 +73,11 @@ def write_region(path: Path, region: SlideRegion) -> None:
     write_json(path, region.document())
 
 
-def slide_behind(path: Path) -> Path:
-    """The file or folder with the pixels of a region; raises InputError if the region file cannot be used."""
+def slide_behind(path: Path) -> SlideFile:
+    """The image with the pixels of a region; raises InputError if the region file cannot be used."""
     document = _document(path)
     modality = "he" if "affine" in document else "orion"
-    return slide_file(path.parent, str(document.get("slide")), modality).path
+    return slide_file(path.parent, str(document.get("slide")), modality)
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -152,7 +152,11 @@ def _whole(value: Any, name: str, length: int | None = None) -> tuple[int, ...]:
 
 def _numbers(value: Any, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
     """Finite numbers of a shape, in which None is any length."""
-    found = np.array(value)
+    try:
+        found = np.array(value)
+    except ValueError:
+        # Rows of different lengths.
+        found = np.array(None)
     fits = found.ndim == len(shape) and found.size and found.dtype.kind in "if" and np.isfinite(found).all()
     if not fits or any(wanted not in (None, side) for wanted, side in zip(shape, found.shape, strict=True)):
         raise ValueError(f"{name} is not made of finite numbers, as many as it needs")
@@ -236,8 +240,8 @@ class _Moved(_Window):
         assert region.affine is not None
         (top, left, *_), (y, x, height, width) = region.part, place
 
-        def read(*box: int) -> np.ndarray:
-            return slide.read(*box, (0, 1, 2), self._cache)
+        def read(y: int, x: int, height: int, width: int) -> np.ndarray:
+            return slide.read(y, x, height, width, (0, 1, 2), self._cache)
 
         return move(read, slide.shape, region.affine, region.field, (top + y, left + x, height, width))[0]
 

@@ -96,8 +96,8 @@ def prepare_region(
         if options.format == "none":
             _write_places(plan, region, paths, part, final, field)
         else:
-            bands = ((top + first, left, min(BAND, height - first), width) for first in range(0, height, BAND))
-            moved = (move(he.stored, he.shape, final, field, band)[0] for band in bands)
+            places = ((top + first, left, min(BAND, height - first), width) for first in range(0, height, BAND))
+            moved = (move(he.stored, he.shape, final, field, place)[0] for place in places)
             markers = resampled_bands(_channels(orion, plan.channels), corner, (height, width), plan.step, limits)
             _write(plan, options.format, paths, (height, width), moved, markers)
     else:

@@ -13,7 +13,7 @@ import numpy as np
 from orion_unet.config import PrepareOptions
 from orion_unet.data.channels import NAMES_FILE
 from orion_unet.data.dataset import DATASET_FILE, dataset_document
-from orion_unet.data.slide_files import write_slide_files
+from orion_unet.data.slide_files import SLIDE_FILES, write_slide_files
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.progress import Progress
@@ -85,6 +85,8 @@ def prepare_slides(options: PrepareOptions, progress: Progress | None = None) ->
         for plan in plans:
             if plan.slide.name in new:
                 state.keep_plan(plan, origin(plan.slide, options))
+        if options.format == "none":
+            write_slide_files(output, [(plan.slide.name, plan.slide.he, plan.slide.orion) for plan in plans])
         progress.start("preparing regions", len(wanted), len(wanted) - len(missing), "region")
         damaged: dict[str, str] = {}
         for plan, outcome in _prepare(missing, options):
@@ -97,8 +99,6 @@ def prepare_slides(options: PrepareOptions, progress: Progress | None = None) ->
         progress.end()
         rows = [done[region.core] for _, region in wanted if region.core in done]
         _write_tables(output, plans, rows)
-        if options.format == "none":
-            write_slide_files(output, [(plan.slide.name, plan.slide.he, plan.slide.orion) for plan in plans])
         changed = {plan.slide.name for plan, _ in missing}
         for plan in plans:
             of_slide = OverviewOf(plan, [row for row in rows if row.slide == plan.slide.name], options)
@@ -220,6 +220,7 @@ def _clear(output: Path, state: State) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
+    (output / SLIDE_FILES).unlink(missing_ok=True)
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 

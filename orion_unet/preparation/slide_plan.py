@@ -90,8 +90,8 @@ def plan_slide(slide: Slide, options: PrepareOptions) -> SlidePlan:
             )
         if options.format == "none" and step != 1:
             raise InputError(
-                f"--pixel_size_um {options.pixel_size_um:g}: {slide.orion} has {own_um:g} µm, and --format none does not "
-                "resample markers: leave the option out, or choose another --format"
+                f"--pixel_size_um {options.pixel_size_um:g}: {slide.orion} has {own_um:g} µm, and --format none "
+                "resamples no markers: leave the option out, or choose another --format"
             )
         shape = (orion.shape[1], orion.shape[2])
         picture = he_thumbnail(he, THUMBNAIL)

@@ -169,14 +169,13 @@ def move(
     Returns the moved region (h, w, 3) in the dtype that was read, and where it is inside the H&E (h, w) bool. Outside
     is white for integers, and 1 for floats. A pixel has the same bits whatever region it is moved in.
     """
-    y, x, height, width = region
     moved: np.ndarray | None = None
-    inside = np.zeros((height, width), bool)
+    inside = np.zeros(region[2:], bool)
     for top, left, piece in _pieces(region):
         points = _points(affine, field, piece)
         pixels, covered = _sampled(read, he_shape, points, affine.scale, mode)
         if moved is None:
-            moved = np.empty((height, width, 3), pixels.dtype)
+            moved = np.empty((*region[2:], 3), pixels.dtype)
         place = np.s_[top : top + piece[2], left : left + piece[3]]
         moved[place], inside[place] = pixels, covered
     assert moved is not None
