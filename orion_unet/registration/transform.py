@@ -99,15 +99,16 @@ class Field:
 
         The same bits for a point whatever grid it is in, which a product of matrices would not give.
         """
-        (up, down, far), (left, right, along) = (
-            self._neighbours(places, side) for places, side in zip((rows, columns), self.nodes.shape[:2], strict=True)
-        )
-        lines = self.nodes.transpose(2, 0, 1)
-        lines = lines[:, up] + (lines[:, down] - lines[:, up]) * far[:, None]
-        first, found = lines.take(left, axis=2), lines.take(right, axis=2)
-        found -= first
-        found *= along
-        found += first
+        found = self.nodes.transpose(2, 0, 1)
+        for axis, places in ((1, rows), (2, columns)):
+            index = np.clip((places - self.first) / self.step, 0, found.shape[axis] - 1)
+            before = index.astype(np.int64)
+            shares = np.expand_dims(index - before, tuple({0, 1, 2} - {axis}))
+            # The last node has none after it: there, the share is 0.
+            steps = np.diff(found, axis=axis, append=0).take(before, axis)
+            steps *= shares
+            steps += found.take(before, axis)
+            found = steps
         return found
 
     def of(self, points: np.ndarray) -> np.ndarray:
@@ -115,12 +116,6 @@ class Field:
         down, across = (self._shares(points[:, axis], self.nodes.shape[axis]) for axis in range(2))
         found: np.ndarray = np.einsum("ni,ijk,nj->nk", down, self.nodes, across, optimize=True)
         return found
-
-    def _neighbours(self, places: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each coordinate (n,) along an axis: the nodes before and after it, and its distance from the first."""
-        index = np.clip((places - self.first) / self.step, 0, length - 1)
-        before = index.astype(np.int64)
-        return before, np.minimum(before + 1, length - 1), index - before
 
     def _shares(self, places: np.ndarray, length: int) -> np.ndarray:
         """Weights (n, length) of the nodes along an axis at these coordinates; each row sums to 1."""
@@ -143,8 +138,13 @@ def grid_points(
     if field is not None:
         moved = field.at(rows, columns)
         down, across = down + moved[0], across + moved[1]
-    y, x = (turn[0] * down + (turn[1] * across + turn[2]) for turn in affine.matrix)
-    return y, x
+    found = []
+    for turn in affine.matrix:
+        places = np.multiply(across, turn[1], out=np.empty((len(rows), len(columns))))
+        places += turn[2]
+        places += turn[0] * down
+        found.append(places)
+    return found[0], found[1]
 
 
 Reader = Callable[[int, int, int, int], np.ndarray]
@@ -203,36 +203,43 @@ def _points(affine: Affine, field: Field | None, piece: Part) -> tuple[np.ndarra
     """Where the pixels of a piece lie in the H&E, y and x, rounded."""
     y, x, height, width = piece
     rows, columns = np.arange(y, y + height, dtype=np.float64), np.arange(x, x + width, dtype=np.float64)
-    down, across = grid_points(affine, field, rows, columns)
-    return np.rint(down * FRACTION) / FRACTION, np.rint(across * FRACTION) / FRACTION
+    points = grid_points(affine, field, rows, columns)
+    for places in points:
+        places *= FRACTION
+        np.rint(places, out=places)
+        places /= FRACTION
+    return points
 
 
 def _sampled(
     read: Reader, he_shape: tuple[int, int], points: tuple[np.ndarray, np.ndarray], scale: float, mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The H&E (h, w, 3) at rounded points of it (y and x, (h, w) each), and which of them are inside."""
-    inside = within(points, he_shape, 0.5)
+    low, high = ([float(limit(places)) for places in points] for limit in (np.min, np.max))
+    everywhere = all(
+        -0.5 <= least and most <= side - 0.5 for least, most, side in zip(low, high, he_shape, strict=True)
+    )
+    inside = np.ones(points[0].shape, bool) if everywhere else within(points, he_shape, 0.5)
     sigma = (scale - 1) / 2 if scale > LEAST_SMOOTHED else 0.0
     margin = MARGIN + math.ceil(3 * sigma)
     if not inside.any():
         dtype = read(0, 0, 1, 1).dtype
         return np.full((*inside.shape, 3), _white(dtype), dtype), inside
-    low, high = [], []
-    for places, side in zip(points, he_shape, strict=True):
-        low.append(min(max(math.floor(places.min()) - margin, 0), side - 1))
-        high.append(min(max(math.ceil(places.max()) + margin, 0), side - 1))
-    stored = read(low[0], low[1], high[0] - low[0] + 1, high[1] - low[1] + 1)
+    corner = [min(max(math.floor(least) - margin, 0), side - 1) for least, side in zip(low, he_shape, strict=True)]
+    end = [min(max(math.ceil(most) + margin, 0), side - 1) + 1 for most, side in zip(high, he_shape, strict=True)]
+    stored = read(*corner, end[0] - corner[0], end[1] - corner[1])
     dtype = stored.dtype
     image = _canvas(stored, sigma)
-    grid = sampling_grid(
-        (np.clip(points[0] - low[0], 0, high[0] - low[0]), np.clip(points[1] - low[1], 0, high[1] - low[1])),
-        (image.shape[-2], image.shape[-1]),
-    )
+    for places, start, size in zip(points, corner, stored.shape, strict=False):
+        places -= start
+        # What is outside the H&E becomes white, and must not lead outside of what was read.
+        np.clip(places, 0, size - 1, out=places)
+    grid = sampling_grid(points, (image.shape[-2], image.shape[-1]))
     found = F.grid_sample(image, grid, mode=mode, padding_mode="border", align_corners=True)[0]
     if dtype.kind in "iu":
         found = found.clamp_(0, np.iinfo(dtype).max).round_()
     moved = found.permute(1, 2, 0).numpy().astype(dtype, order="C")
-    if not inside.all():
+    if not everywhere:
         moved[~inside] = _white(dtype)
     return moved, inside
 
@@ -247,9 +254,7 @@ def _canvas(stored: np.ndarray, sigma: float) -> torch.Tensor:
     sides = [(1 << (side + MARGIN - 2).bit_length()) + 1 for side in (height, width)]
     image = np.zeros((1, 3, *sides), np.float32)
     inner = image[0, :, :height, :width]
-    inner[:] = stored.transpose(2, 0, 1)
-    if sigma > 0:
-        inner[:] = _smoothed(torch.from_numpy(inner)[None], sigma)[0].numpy()
+    inner[:] = _smoothed(stored.transpose(2, 0, 1), sigma) if sigma > 0 else stored.transpose(2, 0, 1)
     image[0, :, height : height + MARGIN, :width] = inner[:, -1:]
     image[0, :, :, width : width + MARGIN] = image[0, :, :, width - 1 : width]
     return torch.from_numpy(image)
@@ -274,13 +279,16 @@ def sampling_grid(points: tuple[np.ndarray, np.ndarray], shape: tuple[int, int])
     return torch.from_numpy(grid)
 
 
-def _smoothed(image: torch.Tensor, sigma: float) -> torch.Tensor:
-    """A Gaussian filter of (1, 3, H, W), edges replicated."""
-    if sigma <= 0:
-        return image
+def _smoothed(image: np.ndarray, sigma: float) -> np.ndarray:
+    """A Gaussian filter of (3, H, W), edges replicated; float32."""
     reach = math.ceil(3 * sigma)
     bell = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
-    padded = F.pad(image, (reach, reach, reach, reach), mode="replicate")
+    wide = np.empty((3, *(side + 2 * reach for side in image.shape[1:])), np.float32)
+    rows = wide[:, :, reach:-reach]
+    rows[:, reach:-reach] = image
+    rows[:, :reach], rows[:, -reach:] = image[:, :1], image[:, -1:]
+    wide[:, :, :reach], wide[:, :, -reach:] = rows[:, :, :1], rows[:, :, -1:]
+    padded = torch.from_numpy(wide)
     for axis in (-2, -1):
         # The sum of shifted images: far faster here than a convolution by channel.
         length = padded.shape[axis] - 2 * reach
@@ -291,7 +299,7 @@ def _smoothed(image: torch.Tensor, sigma: float) -> torch.Tensor:
             # Not add_(alpha=): a processor that multiplies and adds at once may round parts of a row otherwise.
             smooth.add_(both.mul_(bell[offset] / sum(bell)))
         padded = smooth
-    return padded
+    return padded.numpy()
 
 
 def _white(dtype: np.dtype) -> float:
