@@ -216,9 +216,7 @@ def _sampled(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The H&E (h, w, 3) at rounded points of it (y and x, (h, w) each), and which of them are inside."""
     low, high = ([float(limit(places)) for places in points] for limit in (np.min, np.max))
-    everywhere = all(
-        -0.5 <= least and most <= side - 0.5 for least, most, side in zip(low, high, he_shape, strict=True)
-    )
+    everywhere = min(low) >= -0.5 and all(most <= side - 0.5 for most, side in zip(high, he_shape, strict=True))
     inside = np.ones(points[0].shape, bool) if everywhere else within(points, he_shape, 0.5)
     sigma = (scale - 1) / 2 if scale > LEAST_SMOOTHED else 0.0
     margin = MARGIN + math.ceil(3 * sigma)
@@ -227,7 +225,7 @@ def _sampled(
         return np.full((*inside.shape, 3), _white(dtype), dtype), inside
     corner = [min(max(math.floor(least) - margin, 0), side - 1) for least, side in zip(low, he_shape, strict=True)]
     end = [min(max(math.ceil(most) + margin, 0), side - 1) + 1 for most, side in zip(high, he_shape, strict=True)]
-    stored = read(*corner, end[0] - corner[0], end[1] - corner[1])
+    stored = read(corner[0], corner[1], end[0] - corner[0], end[1] - corner[1])
     dtype = stored.dtype
     image = _canvas(stored, sigma)
     for places, start, size in zip(points, corner, stored.shape, strict=False):

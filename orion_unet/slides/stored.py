@@ -108,6 +108,9 @@ def _tiff(path: Path, tiff: Any, series: Any, modality: str, level: int) -> tupl
         dtype, offset = dtype.newbyteorder(tiff.byteorder), int(series.dataoffset)
     else:
         tiles = TiffTiles(path, tiff, planes, blank_glass(planes) if modality == "he" else 0, level)
+        for plane in planes:
+            # What decodes the tiles keeps the pages.
+            plane.dataoffsets = plane.databytecounts = ()
         striped = tiles.striped
     height, width, channels = shape if layout == "hwc" else (shape[1], shape[2], shape[0])
     size = (height, width, 3 if modality == "he" else channels)
