@@ -795,7 +795,12 @@ class PrepareOptions:
         maximum=1,
         section="registration",
     )
-    format: str = option("npy", "how the pairs are stored", choices=("npy", "ome-zarr"), section="output")
+    format: str = option(
+        "npy",
+        "how the pairs are stored; none: not at all, training reads them from the slides and moves the H&E as it goes",
+        choices=("npy", "ome-zarr", "none"),
+        section="output",
+    )
     jobs: int | None = option(
         None, "processes; auto = the usable cores of the machine", minimum=1, metavar="N|auto", section="output"
     )

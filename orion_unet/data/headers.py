@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.data.measured import file_state, fingerprint, recall, remember
+from orion_unet.data.slide_regions import REGION_SUFFIX, region_image
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.run_log import open_regular
@@ -86,7 +87,8 @@ class _Kept:
                 with suppress(KeyError, TypeError, ValueError):
                     stored = _from_plain(before["image"])
             if stored is None:
-                stored = stored_image(path, modality, self._level)
+                found = region_image if name.endswith(REGION_SUFFIX) else stored_image
+                stored = found(path, modality, self._level)
         except InputError as error:
             return Unusable(str(error).replace(f"{path}: ", f"{name}: ", 1))
         self._now[name] = {"state": state, "image": asdict(stored)}

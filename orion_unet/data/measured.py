@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from orion_unet import __version__
+from orion_unet.data.file_states import State, path_state
+from orion_unet.data.slide_files import slide_state
+from orion_unet.data.slide_regions import REGION_SUFFIX, slide_behind
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
 
@@ -32,41 +34,34 @@ def cache_folder() -> Path:
     return base / "orion_unet"
 
 
-def file_state(path: Path) -> tuple[int, int, int]:
+def file_state(path: Path) -> State:
     """Size, modification time and change time of a file, by which a changed file is recognised; of a folder (OME-Zarr),
-    the sum of the sizes and the latest times of the folder and all that is in it.
+    the sum of the sizes and the latest times of the folder and all that is in it; of a region of a slide, the sums of
+    those of its file and its slide.
 
     Copying tools restore the modification time of the source, but nothing can set the change time. Raises InputError if
     the file is gone.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISDIR(found.st_mode):
-            return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-        size, modified, changed = 0, found.st_mtime_ns, found.st_ctime_ns
-        for inner in _inside(str(path)):
-            size += inner.st_size
-            modified, changed = max(modified, inner.st_mtime_ns), max(changed, inner.st_ctime_ns)
-        return size, modified, changed
+        own = path_state(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read any more; it was changed or removed ({error})") from None
-
-
-def _inside(folder: str) -> Iterator[os.stat_result]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            yield entry.stat()
-            if entry.is_dir():
-                yield from _inside(entry.path)
+    if not path.name.endswith(REGION_SUFFIX):
+        return own
+    size, modified, changed = map(sum, zip(own, slide_state(slide_behind(path)), strict=True))
+    return size, modified, changed
 
 
 @cache
 def measuring_code() -> str:
-    """Digest of the code that measures: this package, and the one that reads images. A measurement made by other code
-    is not used, whatever its version is called."""
+    """Digest of the code that measures: this package, and those that read images and move them.
+
+    A measurement made by other code is not used, whatever its version is called.
+    """
     package = Path(__file__).parent
     digest = hashlib.sha256(__version__.encode())
-    for path in sorted([*package.glob("*.py"), *(package.parent / "slides").glob("*.py")]):
+    rooms = (package, *(package.parent / name for name in ("registration", "slides")))
+    for path in sorted(path for room in rooms for path in room.glob("*.py")):
         # Without its source (in an archive) the code is known by its version alone.
         with suppress(OSError):
             digest.update(path.read_bytes())

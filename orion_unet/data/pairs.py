@@ -14,6 +14,7 @@ from orion_unet.config import DataOptions
 from orion_unet.data.channels import channel_names, excluded_channels
 from orion_unet.data.headers import NPY, Header, Unusable, read_headers, stored_images
 from orion_unet.data.panels import PANELS_FILE, Panels, find_panels
+from orion_unet.data.slide_regions import REGION_SUFFIX, open_region
 from orion_unet.errors import InputError
 from orion_unet.slides.stored import TILED_SUFFIXES, StoredImage, open_tiles
 from orion_unet.slides.tiles import TileCache, TiledArray
@@ -22,14 +23,14 @@ from orion_unet.text import named
 KINDS = {"he": "_HE", "orion": "_ORION"}
 HE_SUFFIX, ORION_SUFFIX = (f"{kind}{NPY}" for kind in KINDS.values())
 # In the order in which a name is tried.
-SUFFIXES = (NPY, *TILED_SUFFIXES)
+SUFFIXES = (NPY, *TILED_SUFFIXES, REGION_SUFFIX)
 # The pixel sizes that files state may differ by rounding, as a fraction.
 ROUNDING = 0.01
 # One row per stored array. A NumPy table instead of a list of objects, so that a worker needs no more memory for
 # 10,000 cores than for 10.
 RECORD = np.dtype(
     [
-        ("suffix", "U9"),
+        ("suffix", "U12"),
         ("offset", "i8"),
         ("dtype", "U4"),
         ("layout", "U3"),
@@ -149,10 +150,14 @@ class PairTable:
         row, path = getattr(self, modality)[core], self.path(core, modality)
         hwc = self.shape(core, modality)
         if row["offset"] < 0:
-            tiles = open_tiles(path, modality, self.level)
-            if tiles.shape != hwc[:2] or tiles.dtype != np.dtype(str(row["dtype"])).newbyteorder("="):
+            if str(row["suffix"]) == REGION_SUFFIX:
+                stored = open_region(path, modality, cache, (modality, core))
+            else:
+                tiles = open_tiles(path, modality, self.level)
+                stored = TiledArray(tiles, str(row["layout"]), hwc[2], cache, (modality, core))
+            if stored.tiles.shape != hwc[:2] or stored.dtype != np.dtype(str(row["dtype"])).newbyteorder("="):
                 raise InputError(f"{path}: cannot be read any more; it was changed")
-            return TiledArray(tiles, str(row["layout"]), hwc[2], cache, (modality, core))
+            return stored
         shape = hwc if row["layout"] == "hwc" else (hwc[2], hwc[0], hwc[1])
         try:
             return np.memmap(
@@ -245,7 +250,8 @@ def find_pairs(options: DataOptions) -> PairTable:
         of_pair = [headers[file] for file, _ in files[2 * index : 2 * index + 2]]
         unusable = next((str(header) for header in of_pair if isinstance(header, Unusable)), None)
         if unusable is not None:
-            problems.append(unusable)
+            # A slide that cannot be used is named once, not for each of its regions.
+            problems += [unusable] if unusable not in problems else []
             continue
         he_header, orion_header = (header for header in of_pair if isinstance(header, Header))
         problems += _check_pair(

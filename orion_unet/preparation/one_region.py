@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from orion_unet.config import PrepareOptions
+from orion_unet.data.slide_regions import SlideRegion, write_region
 from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.preparation.one_pair import KEPT, REJECTED, largest_inside
 from orion_unet.preparation.regions import Region
@@ -19,7 +21,7 @@ from orion_unet.preparation.writing import BAND, pair_paths, resampled_bands, wr
 from orion_unet.registration.fine import Fine, refine
 from orion_unet.registration.shift import LEAST_SIDE
 from orion_unet.registration.stains import haematoxylin
-from orion_unet.registration.transform import Affine, move
+from orion_unet.registration.transform import Affine, Field, covered, move
 from orion_unet.slides.images import HeImage
 from orion_unet.slides.markers import MarkerImage
 
@@ -72,27 +74,32 @@ def prepare_region(
 
     # From the centre of a pixel of the region to the markers, and on to the H&E.
     lies = Affine.scaling(plan.step).then(Affine.shift(region.y, region.x)).then(plan.affine)
-    # What is only measured, and then moved again, need not be interpolated as well as what is written.
-    mode = "bilinear" if options.register == "auto" else "bicubic"
-    moved, inside = move(he.stored, he.shape, lies, None, (0, 0, *size), mode)
     found: Fine | None = None
+    field: Field | None = None
     reason, final = "", lies
     if options.register != "off":
+        # What is only measured need not be interpolated as well as what is written.
+        unmoved, _ = move(he.stored, he.shape, lies, None, (0, 0, *size), "bilinear")
         bands = resampled_bands(_channels(orion, (plan.nuclear,)), (region.y, region.x), size, plan.step, limits)
         marker = np.concatenate(list(bands))[..., 0].astype(np.float32)
-        found = refine(haematoxylin(moved.astype(np.float32) / np.float32(he.white)), marker)
+        found = refine(haematoxylin(unmoved.astype(np.float32) / np.float32(he.white)), marker)
         reason = found.reason or _refusal(found, size, options)
         if not reason and options.register == "auto":
-            final = found.affine.then(lies)
-            moved, inside = move(he.stored, he.shape, final, found.field, (0, 0, *size))
-    top, left, height, width = largest_inside(inside)
+            final, field = found.affine.then(lies), found.field
+    top, left, height, width = largest_inside(covered(he.shape, final, field, (0, 0, *size)))
     if not reason and min(height, width) < LEAST_SIDE:
         reason = f"only {height} x {width} pixels lie inside the H&E, at least {LEAST_SIDE} are needed"
     corner = (region.y + top * plan.step, region.x + left * plan.step)
     if not reason:
-        part = moved[top : top + height, left : left + width]
-        markers = resampled_bands(_channels(orion, plan.channels), corner, (height, width), plan.step, limits)
-        _write(plan, options, region.core, part, markers)
+        part = (top, left, height, width)
+        paths = pair_paths(Path(options.output_dir), region.core, options.format)
+        if options.format == "none":
+            _write_places(plan, region, paths, part, final, field)
+        else:
+            places = ((top + first, left, min(BAND, height - first), width) for first in range(0, height, BAND))
+            moved = (move(he.stored, he.shape, final, field, place)[0] for place in places)
+            markers = resampled_bands(_channels(orion, plan.channels), corner, (height, width), plan.step, limits)
+            _write(plan, options.format, paths, (height, width), moved, markers)
     else:
         corner, (height, width) = (region.y, region.x), size
     return _row(plan, region, found, final, (*corner, height * plan.step, width * plan.step), reason)
@@ -127,18 +134,44 @@ def _refusal(found: Fine, size: tuple[int, int], options: PrepareOptions) -> str
     return ""
 
 
-def _write(plan: SlidePlan, options: PrepareOptions, core: str, he: np.ndarray, markers: Iterator[np.ndarray]) -> None:
-    paths = pair_paths(Path(options.output_dir), core, options.format)
-    height, width = he.shape[:2]
-    he_bands = (he[top : top + BAND] for top in range(0, height, BAND))
-    shape, dtype = (height, width, len(plan.channels)), np.dtype(plan.dtype)
-    if options.format == "npy":
+def _write(
+    plan: SlidePlan,
+    format: str,
+    paths: dict[str, Path],
+    size: tuple[int, int],
+    he: Iterator[np.ndarray],
+    markers: Iterator[np.ndarray],
+) -> None:
+    """Write the pixels of a pair, which come in bands."""
+    first = next(he)
+    he = chain([first], he)
+    shape, dtype = (*size, len(plan.channels)), np.dtype(plan.dtype)
+    if format == "npy":
         write_npy(paths["orion"], shape, dtype, markers)
-        write_npy(paths["he"], (height, width, 3), he.dtype, he_bands)
+        write_npy(paths["he"], (*size, 3), first.dtype, he)
         return
     about = {"pixel_size_um": plan.pixel_size_um}
     write_zarr(paths["orion"], shape, dtype, markers, {**about, "names": plan.names})
-    write_zarr(paths["he"], (height, width, 3), he.dtype, he_bands, {**about, "names": ("red", "green", "blue")})
+    write_zarr(paths["he"], (*size, 3), first.dtype, he, {**about, "names": ("red", "green", "blue")})
+
+
+def _write_places(
+    plan: SlidePlan,
+    region: Region,
+    paths: dict[str, Path],
+    part: tuple[int, int, int, int],
+    affine: Affine,
+    field: Field | None,
+) -> None:
+    """Write where the pixels of a pair are in their slide."""
+    top, left, height, width = part
+    place = (region.y + top, region.x + left, height, width)
+    markers = SlideRegion(plan.slide.name, place, plan.pixel_size_um, plan.channels, plan.names)
+    he = SlideRegion(
+        plan.slide.name, place, plan.pixel_size_um, origin=(region.y, region.x), affine=affine, field=field
+    )
+    write_region(paths["orion"], markers)
+    write_region(paths["he"], he)
 
 
 def _row(

@@ -13,6 +13,7 @@ import numpy as np
 from orion_unet.config import PrepareOptions
 from orion_unet.data.channels import NAMES_FILE
 from orion_unet.data.dataset import DATASET_FILE, dataset_document
+from orion_unet.data.slide_files import SLIDE_FILES, write_slide_files
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.progress import Progress
@@ -24,7 +25,7 @@ from orion_unet.preparation.slide_plan import SlidePlan, plan_slide
 from orion_unet.preparation.slide_table import Slide, read_slide_table
 from orion_unet.preparation.state import FOLDER, State, origin
 from orion_unet.preparation.workers import over_workers
-from orion_unet.preparation.writing import pair_paths
+from orion_unet.preparation.writing import SUFFIXES, pair_paths
 from orion_unet.run_log import write_atomic, write_json
 from orion_unet.slides.images import HeImage
 from orion_unet.slides.markers import MarkerImage
@@ -74,9 +75,9 @@ def prepare_slides(options: PrepareOptions, progress: Progress | None = None) ->
     done = state.done(options.format)
     wanted = [(plan, region) for plan in plans for region in plan.regions]
     missing = [(plan, region) for plan, region in wanted if region.core not in done]
-    nbytes = sum(plan.nbytes(region) for plan, region in wanted)
+    nbytes = sum(plan.nbytes(region, options.format) for plan, region in wanted)
     _check_folder(output, {region.core for _, region in wanted} | state.known_cores(), options)
-    _check_space(output, sum(plan.nbytes(region) for plan, region in missing))
+    _check_space(output, sum(plan.nbytes(region, options.format) for plan, region in missing))
     if options.dry_run:
         return PreparedFolder(plans, [], len(wanted) - len(missing), failures, nbytes)
     try:
@@ -84,6 +85,8 @@ def prepare_slides(options: PrepareOptions, progress: Progress | None = None) ->
         for plan in plans:
             if plan.slide.name in new:
                 state.keep_plan(plan, origin(plan.slide, options))
+        if options.format == "none":
+            write_slide_files(output, [(plan.slide.name, plan.slide.he, plan.slide.orion) for plan in plans])
         progress.start("preparing regions", len(wanted), len(wanted) - len(missing), "region")
         damaged: dict[str, str] = {}
         for plan, region, outcome in _prepare(missing, options):
@@ -213,12 +216,13 @@ def _try_region(plan: SlidePlan, region: Region, options: PrepareOptions) -> Pre
 def _clear(output: Path, state: State) -> None:
     """Remove the pairs that an earlier prepare made here, and its record; nothing else."""
     for core in state.known_cores():
-        for format in ("npy", "ome-zarr"):
+        for format in SUFFIXES:
             for path in pair_paths(output, core, format).values():
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
+    (output / SLIDE_FILES).unlink(missing_ok=True)
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
@@ -230,7 +234,7 @@ def _check_folder(output: Path, ours: set[str], options: PrepareOptions) -> None
         return
     except OSError as error:
         raise InputError(f"--output_dir {output}: cannot be used ({error.strerror or error})") from None
-    endings = [path.name for form in ("npy", "ome-zarr") for path in pair_paths(output, "", form).values()]
+    endings = [path.name for form in SUFFIXES for path in pair_paths(output, "", form).values()]
     mine = {f"{core}{ending}" for core in ours for ending in endings}
     others = sorted(n for n in names - mine if n.endswith(tuple(endings)) and not n.startswith("."))
     if others:

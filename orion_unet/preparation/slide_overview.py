@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from orion_unet.config import PrepareOptions
+from orion_unet.data.slide_regions import open_region
 from orion_unet.preparation.one_pair import KEPT
 from orion_unet.preparation.one_region import PreparedRegion
 from orion_unet.preparation.slide_plan import SlidePlan, contrast
@@ -20,7 +21,9 @@ from orion_unet.registration.stains import haematoxylin
 from orion_unet.registration.transform import Affine, move
 from orion_unet.run_log import write_atomic
 from orion_unet.slides.open import open_he, open_markers
+from orion_unet.slides.stored import open_tiles
 from orion_unet.slides.thumbnails import he_thumbnail, marker_thumbnail
+from orion_unet.slides.tiles import TiledArray
 from orion_unet.text import for_figure
 
 # Longest side of the thumbnails, side of the pictures of details [pixels], how many of these, and sizes in inches.
@@ -138,19 +141,28 @@ def _details(of: OverviewOf, he: Any) -> list[tuple[PreparedRegion, np.ndarray, 
     nuclear = plan.channels.index(plan.nuclear)
     found = []
     for row in chosen:
-        paths = pair_paths(Path(of.options.output_dir), row.core, of.options.format)
-        with open_he(paths["he"]) as written, open_markers(paths["orion"]) as orion:
-            side = min(DETAIL, *orion.shape[1:])
-            top, left = ((length - side) // 2 for length in orion.shape[1:])
-            part = (top, left, side, side)
-            marker = orion.read([nuclear], *part)[0].astype(np.float32)
-            after = written.stored(*part)
+        stored, orion = (_stored(of, row, modality) for modality in ("he", "orion"))
+        side = min(DETAIL, *orion.shape[:2])
+        top, left = ((length - side) // 2 for length in orion.shape[:2])
+        part = np.s_[top : top + side, left : left + side]
+        marker = orion[(*part, slice(nuclear, nuclear + 1))][..., 0].astype(np.float32)
         lies = Affine.scaling(plan.step).then(Affine.shift(row.y, row.x)).then(plan.affine)
-        before, _ = move(he.stored, he.shape, lies, None, part)
+        before, _ = move(he.stored, he.shape, lies, None, (top, left, side, side))
         images = [_overlaid(haematoxylin(image.astype(np.float32) / np.float32(he.white)), marker)
-                  for image in (before, after)]  # fmt: skip
+                  for image in (before, stored[part])]  # fmt: skip
         found.append((row, images[0], images[1]))
     return found
+
+
+def _stored(of: OverviewOf, row: PreparedRegion, modality: str) -> np.ndarray | TiledArray:
+    """An image (H, W, C) of a pair, read by part."""
+    path = pair_paths(Path(of.options.output_dir), row.core, of.options.format)[modality]
+    if of.options.format == "none":
+        return open_region(path, modality).channels_last()
+    if of.options.format == "ome-zarr":
+        return TiledArray(open_tiles(path, modality, 0), "hwc")
+    stored: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return stored
 
 
 def _overlaid(density: np.ndarray, marker: np.ndarray) -> np.ndarray:

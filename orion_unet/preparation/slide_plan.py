@@ -16,6 +16,7 @@ from orion_unet.preparation.regions import Areas, Region, spread, tissue_regions
 from orion_unet.preparation.slide_table import Slide
 from orion_unet.preparation.tissue_map import tissue_map
 from orion_unet.preparation.tma import find_cores
+from orion_unet.registration.blocks import block_centres
 from orion_unet.registration.coarse import find_coarse
 from orion_unet.registration.stains import haematoxylin
 from orion_unet.registration.transform import Affine, grid_points, within
@@ -28,6 +29,8 @@ from orion_unet.slides.thumbnails import he_thumbnail, marker_thumbnail
 THUMBNAIL = 1536
 # A factor between pixel sizes beyond this is an error of units rather than a choice.
 LARGEST_FACTOR = 4.0
+# Bytes of two region files without a field, and of a node of a field, at most.
+PLACE_BYTES, NODE_BYTES = 4096, 64
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ class SlidePlan:
     regions: list[Region]
     missing: list[str] = field(default_factory=list)
 
-    def nbytes(self, region: Region) -> int:
-        """Bytes of a region's pair, uncompressed."""
+    def nbytes(self, region: Region, format: str) -> int:
+        """Bytes of a region's pair, uncompressed; with the format none of the text of its places and its field."""
+        if format == "none":
+            return PLACE_BYTES + NODE_BYTES * int(np.prod(block_centres((region.height, region.width)).shape[:2]))
         pixels = round(region.height / self.step) * round(region.width / self.step)
         return pixels * (len(self.channels) * np.dtype(self.dtype).itemsize + 3 * self.he_itemsize)
 
@@ -82,6 +87,11 @@ def plan_slide(slide: Slide, options: PrepareOptions) -> SlidePlan:
             raise InputError(
                 f"--pixel_size_um {options.pixel_size_um:g}: {slide.orion} has {own_um:g} µm; a factor over "
                 f"{LARGEST_FACTOR:g} is not resampled"
+            )
+        if options.format == "none" and step != 1:
+            raise InputError(
+                f"--pixel_size_um {options.pixel_size_um:g}: {slide.orion} has {own_um:g} µm, and --format none "
+                "resamples no markers: leave the option out, or choose another --format"
             )
         shape = (orion.shape[1], orion.shape[2])
         picture = he_thumbnail(he, THUMBNAIL)

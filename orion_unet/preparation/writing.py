@@ -9,18 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from orion_unet.data.pairs import HE_SUFFIX, ORION_SUFFIX
+from orion_unet.data.headers import NPY
+from orion_unet.data.pairs import KINDS
+from orion_unet.data.slide_regions import REGION_SUFFIX
 from orion_unet.run_log import fsync_folder
 
 # Rows at a time.
 BAND = 512
-ZARR_SUFFIXES = {"he": "_HE.ome.zarr", "orion": "_ORION.ome.zarr"}
+# What the files of a pair end with, by format.
+SUFFIXES = {"npy": NPY, "ome-zarr": ".ome.zarr", "none": REGION_SUFFIX}
 
 
 def pair_paths(folder: Path, core: str, format: str) -> dict[str, Path]:
     """The two files (for ome-zarr: folders) of a pair, by modality."""
-    suffixes = {"he": HE_SUFFIX, "orion": ORION_SUFFIX} if format == "npy" else ZARR_SUFFIXES
-    return {modality: folder / f"{core}{suffix}" for modality, suffix in suffixes.items()}
+    return {modality: folder / f"{core}{kind}{SUFFIXES[format]}" for modality, kind in KINDS.items()}
 
 
 def write_npy(path: Path, shape: tuple[int, int, int], dtype: np.dtype, bands: Iterator[np.ndarray]) -> None:

@@ -6,7 +6,7 @@ Points are (y, x) in pixels; the centre of the first pixel is (0, 0).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,10 @@ from orion_unet.slides.intensity import WHITE
 MARGIN = 3
 # An H&E that is finer by less than this is not smoothed: its neighbouring pixels would weigh under 0.02 %.
 LEAST_SMOOTHED = 1.45
-# Moved at once; bounds the memory of the coordinates.
-ROWS = 512
+# Moved at once; bounds the memory of the coordinates, and the sides of what is read.
+ROWS, COLUMNS = 512, 2048
+# Points are rounded to this fraction of a pixel, so that they are exact in float32 whatever part of an image is read.
+FRACTION = 1024
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,21 @@ class Field:
     step: float
 
     def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Displacements (rows, columns, 2) of the grid of points with these coordinates."""
-        sides = self.nodes.shape[:2]
-        down, across = (self._shares(places, side) for places, side in zip((rows, columns), sides, strict=True))
-        return np.stack([down @ self.nodes[..., axis] @ across.T for axis in range(2)], axis=-1)
+        """Displacements (2, rows, columns), down and right, of the grid of points with these coordinates.
+
+        The same bits for a point whatever grid it is in, which a product of matrices would not give.
+        """
+        found = self.nodes.transpose(2, 0, 1)
+        for axis, places in ((1, rows), (2, columns)):
+            index = np.clip((places - self.first) / self.step, 0, found.shape[axis] - 1)
+            before = index.astype(np.int64)
+            shares = np.expand_dims(index - before, tuple({0, 1, 2} - {axis}))
+            # The last node has none after it: there, the share is 0.
+            steps = np.diff(found, axis=axis, append=0).take(before, axis)
+            steps *= shares
+            steps += found.take(before, axis)
+            found = steps
+        return found
 
     def of(self, points: np.ndarray) -> np.ndarray:
         """Displacements (n, 2) of points (n, 2)."""
@@ -124,12 +137,18 @@ def grid_points(
     across: np.ndarray = columns[None]
     if field is not None:
         moved = field.at(rows, columns)
-        down, across = down + moved[..., 0], across + moved[..., 1]
-    y, x = (turn[0] * down + (turn[1] * across + turn[2]) for turn in affine.matrix)
-    return y, x
+        down, across = down + moved[0], across + moved[1]
+    found = []
+    for turn in affine.matrix:
+        places = np.multiply(across, turn[1], out=np.empty((len(rows), len(columns))))
+        places += turn[2]
+        places += turn[0] * down
+        found.append(places)
+    return found[0], found[1]
 
 
 Reader = Callable[[int, int, int, int], np.ndarray]
+Part = tuple[int, int, int, int]
 
 
 def move(
@@ -137,60 +156,106 @@ def move(
     he_shape: tuple[int, int],
     affine: Affine,
     field: Field | None,
-    region: tuple[int, int, int, int],
+    region: Part,
     mode: str = "bicubic",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The H&E as it lies on a region (y, x, height, width) of the marker image.
 
-    ``read`` returns regions (y, x, height, width) of the H&E as stored, (h, w, 3); only what is needed is read. A
-    ``field`` has the upper left corner of the region as its origin. Interpolation is bicubic (Keys, IEEE Transactions
-    on Acoustics, Speech, and Signal Processing 1981), or with the ``mode`` bilinear, which is faster; where the H&E is
-    finer than the markers, it is smoothed first.
+    ``read`` returns regions (y, x, height, width) of the H&E as stored, (h, w, 3); only what is needed is read. The
+    ``field`` counts from the same point as ``affine``. Interpolation is bicubic (Keys, IEEE Transactions on Acoustics,
+    Speech, and Signal Processing 1981), or with the ``mode`` bilinear, which is faster; where the H&E is finer than the
+    markers, it is smoothed first.
 
     Returns the moved region (h, w, 3) in the dtype that was read, and where it is inside the H&E (h, w) bool. Outside
-    is white for integers, and 1 for floats.
+    is white for integers, and 1 for floats. A pixel has the same bits whatever region it is moved in.
     """
-    y, x, height, width = region
     moved: np.ndarray | None = None
-    inside = np.zeros((height, width), bool)
-    for top in range(0, height, ROWS):
-        rows = np.arange(top, min(top + ROWS, height), dtype=np.float64)
-        columns = np.arange(width, dtype=np.float64)
-        points = grid_points(Affine.shift(y, x).then(affine), field, rows, columns)
-        band, covered = _sampled(read, he_shape, points, affine.scale, mode)
+    inside = np.zeros(region[2:], bool)
+    for top, left, piece in _pieces(region):
+        points = _points(affine, field, piece)
+        pixels, covered = _sampled(read, he_shape, points, affine.scale, mode)
         if moved is None:
-            moved = np.empty((height, width, 3), band.dtype)
-        moved[top : top + len(rows)], inside[top : top + len(rows)] = band, covered
+            moved = np.empty((*region[2:], 3), pixels.dtype)
+        place = np.s_[top : top + piece[2], left : left + piece[3]]
+        moved[place], inside[place] = pixels, covered
     assert moved is not None
     return moved, inside
+
+
+def covered(he_shape: tuple[int, int], affine: Affine, field: Field | None, region: Part) -> np.ndarray:
+    """Where a region is inside the H&E, (h, w) bool, as ``move`` returns it; reads no pixels."""
+    inside = np.zeros(region[2:], bool)
+    for top, left, piece in _pieces(region):
+        found = within(_points(affine, field, piece), he_shape, 0.5)
+        inside[top : top + piece[2], left : left + piece[3]] = found
+    return inside
+
+
+def _pieces(region: Part) -> Iterator[tuple[int, int, Part]]:
+    """The region in pieces: where each begins in it, and its place."""
+    y, x, height, width = region
+    for top in range(0, height, ROWS):
+        for left in range(0, width, COLUMNS):
+            yield top, left, (y + top, x + left, min(ROWS, height - top), min(COLUMNS, width - left))
+
+
+def _points(affine: Affine, field: Field | None, piece: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a piece lie in the H&E, y and x, rounded."""
+    y, x, height, width = piece
+    rows, columns = np.arange(y, y + height, dtype=np.float64), np.arange(x, x + width, dtype=np.float64)
+    points = grid_points(affine, field, rows, columns)
+    for places in points:
+        places *= FRACTION
+        np.rint(places, out=places)
+        places /= FRACTION
+    return points
 
 
 def _sampled(
     read: Reader, he_shape: tuple[int, int], points: tuple[np.ndarray, np.ndarray], scale: float, mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The H&E (h, w, 3) at points of it (y and x, (h, w) each), and which of them are inside."""
-    inside = within(points, he_shape, 0.5)
+    """The H&E (h, w, 3) at rounded points of it (y and x, (h, w) each), and which of them are inside."""
+    low, high = ([float(limit(places)) for places in points] for limit in (np.min, np.max))
+    everywhere = min(low) >= -0.5 and all(most <= side - 0.5 for most, side in zip(high, he_shape, strict=True))
+    inside = np.ones(points[0].shape, bool) if everywhere else within(points, he_shape, 0.5)
     sigma = (scale - 1) / 2 if scale > LEAST_SMOOTHED else 0.0
     margin = MARGIN + math.ceil(3 * sigma)
     if not inside.any():
         dtype = read(0, 0, 1, 1).dtype
         return np.full((*inside.shape, 3), _white(dtype), dtype), inside
-    low, high = [], []
-    for places, side in zip(points, he_shape, strict=True):
-        low.append(min(max(math.floor(places.min()) - margin, 0), side - 1))
-        high.append(min(max(math.ceil(places.max()) + margin, 0), side - 1))
-    stored = read(low[0], low[1], high[0] - low[0] + 1, high[1] - low[1] + 1)
+    corner = [min(max(math.floor(least) - margin, 0), side - 1) for least, side in zip(low, he_shape, strict=True)]
+    end = [min(max(math.ceil(most) + margin, 0), side - 1) + 1 for most, side in zip(high, he_shape, strict=True)]
+    stored = read(corner[0], corner[1], end[0] - corner[0], end[1] - corner[1])
     dtype = stored.dtype
-    image = torch.from_numpy(stored.transpose(2, 0, 1).astype(np.float32, order="C"))[None]
-    image = _smoothed(image, sigma)
-    grid = sampling_grid((points[0] - low[0], points[1] - low[1]), (image.shape[-2], image.shape[-1]))
+    image = _canvas(stored, sigma)
+    for places, start, size in zip(points, corner, stored.shape, strict=False):
+        places -= start
+        # What is outside the H&E becomes white, and must not lead outside of what was read.
+        np.clip(places, 0, size - 1, out=places)
+    grid = sampling_grid(points, (image.shape[-2], image.shape[-1]))
     found = F.grid_sample(image, grid, mode=mode, padding_mode="border", align_corners=True)[0]
     if dtype.kind in "iu":
         found = found.clamp_(0, np.iinfo(dtype).max).round_()
     moved = found.permute(1, 2, 0).numpy().astype(dtype, order="C")
-    if not inside.all():
+    if not everywhere:
         moved[~inside] = _white(dtype)
     return moved, inside
+
+
+def _canvas(stored: np.ndarray, sigma: float) -> torch.Tensor:
+    """Pixels (h, w, 3) as a larger image (1, 3, H, W), its sides one more than powers of two, smoothed.
+
+    grid_sample counts from -1 to 1: on such sides it finds rounded points exactly. Beyond the pixels are as many
+    copies of the last ones as interpolation reaches.
+    """
+    height, width = stored.shape[:2]
+    sides = [(1 << (side + MARGIN - 2).bit_length()) + 1 for side in (height, width)]
+    image = np.zeros((1, 3, *sides), np.float32)
+    inner = image[0, :, :height, :width]
+    inner[:] = _smoothed(stored.transpose(2, 0, 1), sigma) if sigma > 0 else stored.transpose(2, 0, 1)
+    image[0, :, height : height + MARGIN, :width] = inner[:, -1:]
+    image[0, :, :, width : width + MARGIN] = image[0, :, :, width - 1 : width]
+    return torch.from_numpy(image)
 
 
 def within(points: tuple[np.ndarray, np.ndarray], shape: tuple[int, ...], margin: float = 0.0) -> np.ndarray:
@@ -212,21 +277,27 @@ def sampling_grid(points: tuple[np.ndarray, np.ndarray], shape: tuple[int, int])
     return torch.from_numpy(grid)
 
 
-def _smoothed(image: torch.Tensor, sigma: float) -> torch.Tensor:
-    """A Gaussian filter of (1, 3, H, W), edges replicated."""
-    if sigma <= 0:
-        return image
+def _smoothed(image: np.ndarray, sigma: float) -> np.ndarray:
+    """A Gaussian filter of (3, H, W), edges replicated; float32."""
     reach = math.ceil(3 * sigma)
     bell = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
-    padded = F.pad(image, (reach, reach, reach, reach), mode="replicate")
+    wide = np.empty((3, *(side + 2 * reach for side in image.shape[1:])), np.float32)
+    rows = wide[:, :, reach:-reach]
+    rows[:, reach:-reach] = image
+    rows[:, :reach], rows[:, -reach:] = image[:, :1], image[:, -1:]
+    wide[:, :, :reach], wide[:, :, -reach:] = rows[:, :, :1], rows[:, :, -1:]
+    padded = torch.from_numpy(wide)
     for axis in (-2, -1):
         # The sum of shifted images: far faster here than a convolution by channel.
         length = padded.shape[axis] - 2 * reach
-        smooth = padded.narrow(axis, 0, length) * (bell[0] / sum(bell))
-        for offset, weight in enumerate(bell[1:], 1):
-            smooth.add_(padded.narrow(axis, offset, length), alpha=weight / sum(bell))
+        smooth = padded.narrow(axis, reach, length) * (bell[reach] / sum(bell))
+        both = torch.empty_like(smooth)
+        for offset in range(reach):
+            torch.add(padded.narrow(axis, offset, length), padded.narrow(axis, 2 * reach - offset, length), out=both)
+            # Not add_(alpha=): a processor that multiplies and adds at once may round parts of a row otherwise.
+            smooth.add_(both.mul_(bell[offset] / sum(bell)))
         padded = smooth
-    return padded
+    return padded.numpy()
 
 
 def _white(dtype: np.dtype) -> float:

@@ -63,10 +63,15 @@ def stored_image(path: Path, modality: str, level: int) -> StoredImage:
 
 def open_tiles(path: Path, modality: str, level: int) -> Tiles:
     """The tiles of a level; raises InputError like ``stored_image``, and for pixels that are no tiles."""
-    tiles = _opened(path, modality, level)[1]
+    tiles = find_tiles(path, modality, level)
     if tiles is None:
         raise InputError(f"{path}: was changed; its pixels were tiles, and are stored in one piece now")
     return tiles
+
+
+def find_tiles(path: Path, modality: str, level: int) -> Tiles | None:
+    """The tiles of a level, None if its pixels are stored plainly and in one piece; raises like ``stored_image``."""
+    return _opened(path, modality, level)[1]
 
 
 def _opened(path: Path, modality: str, level: int) -> tuple[StoredImage, Tiles | None]:
@@ -103,6 +108,9 @@ def _tiff(path: Path, tiff: Any, series: Any, modality: str, level: int) -> tupl
         dtype, offset = dtype.newbyteorder(tiff.byteorder), int(series.dataoffset)
     else:
         tiles = TiffTiles(path, tiff, planes, blank_glass(planes) if modality == "he" else 0, level)
+        for plane in planes:
+            # What decodes the tiles keeps the pages.
+            plane.dataoffsets = plane.databytecounts = ()
         striped = tiles.striped
     height, width, channels = shape if layout == "hwc" else (shape[1], shape[2], shape[0])
     size = (height, width, 3 if modality == "he" else channels)

@@ -40,7 +40,10 @@ class TiffTiles(Tiles):
         self._grid = tuple(-(-length // side) for length, side in zip(self.shape, self.side, strict=True))
         self._one_page = len(planes) == 1
         self._check(page, planes, tiff.filehandle.size)
-        self._segments = [(plane.dataoffsets, plane.databytecounts) for plane in planes]
+        # Arrays: as tuples, those of a slide of 20 channels would take 25 MB in every loader process.
+        self._segments = [
+            (np.array(plane.dataoffsets, np.int64), np.array(plane.databytecounts, np.int64)) for plane in planes
+        ]
         self._tables: list[dict[str, Any]] = [{} for _ in planes]
         if page.compression in JPEGS:
             self._tables = [{"jpegtables": plane.jpegtables, "jpegheader": page.jpegheader} for plane in planes]
@@ -85,7 +88,7 @@ class TiffTiles(Tiles):
         if not counts[index]:
             return None
         try:
-            data = os.pread(self._file, counts[index], offsets[index])
+            data = os.pread(self._file, int(counts[index]), int(offsets[index]))
             if len(data) < counts[index]:
                 raise ValueError("the file ends here")
             pixels = self._decode(data, index, **self._tables[plane])[0]

@@ -12,8 +12,8 @@ import numpy as np
 
 from orion_unet.errors import InputError
 
-# Row, group of channels and column of a tile.
-Place = tuple[int, int, int]
+# Row, group of channels and column of a tile; other numbers where a class of tiles says so.
+Place = tuple[int, ...]
 # A larger tile, strip or chunk means that the slide is one compressed piece, which cannot be read by region [bytes].
 LARGEST_SEGMENT = 1 << 29
 # Cache of an array that is opened for itself [bytes].
@@ -149,7 +149,7 @@ class TileCache:
 
 class TiledArray:
     """Tiles that read like a memory map: ``array[rows, columns]``, ``shape`` and ``dtype`` in the axis order ``layout``
-    (``hwc`` or ``chw``), and numpy.asarray() for the whole."""
+    (``hwc`` or ``chw``), and numpy.asarray() for the whole. The first row is row ``phase`` of its tiles."""
 
     ndim = 3
 
@@ -160,8 +160,9 @@ class TiledArray:
         channels: int | None = None,
         cache: TileCache | None = None,
         owner: Hashable = None,
+        phase: int = 0,
     ) -> None:
-        self.tiles, self.layout = tiles, layout
+        self.tiles, self.layout, self._phase = tiles, layout, phase
         self.channels = channels or tiles.channels
         self.dtype = tiles.dtype
         self._cache, self._owner = cache or TileCache(OWN_CACHE_BYTES), owner
@@ -208,7 +209,7 @@ class TiledArray:
         """Whole rows of pixels of some channels, (len(channels), len(rows), W), in the memory of a row of tiles."""
         width = self.tiles.shape[1]
         found = np.empty((len(channels), len(rows), width), self.dtype)
-        of_tiles = rows // self.tiles.side[0]
+        of_tiles = (rows + self._phase) // self.tiles.side[0]
         for tile_row in np.unique(of_tiles).tolist():
             here = np.flatnonzero(of_tiles == tile_row)
             top, bottom = int(rows[here].min()), int(rows[here].max())
@@ -219,8 +220,9 @@ class TiledArray:
     def bands(self) -> Iterator[np.ndarray]:
         """The whole image (h, W, C), a row of tiles at a time."""
         height, width = self.tiles.shape
-        for top in range(0, height, self.tiles.side[0]):
-            yield self.read(top, 0, min(self.tiles.side[0], height - top), width)
+        tops = [0, *range(self.tiles.side[0] - self._phase, height, self.tiles.side[0])]
+        for top, end in zip(tops, [*tops[1:], height], strict=True):
+            yield self.read(top, 0, end - top, width)
 
     def _empty(self, height: int, width: int, channels: int) -> np.ndarray:
         if self.layout == "hwc":

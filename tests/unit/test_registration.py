@@ -7,11 +7,11 @@ import pytest
 from scipy import ndimage
 
 from orion_unet.demo.make import draw_core
-from orion_unet.registration import coarse, fine
+from orion_unet.registration import coarse, fine, transform
 from orion_unet.registration.coarse import UPRIGHT, _orientations, find_coarse
 from orion_unet.registration.fine import LARGEST_DISPLACEMENT, refine
 from orion_unet.registration.stains import haematoxylin
-from orion_unet.registration.transform import Affine, Field, move
+from orion_unet.registration.transform import Affine, Field, covered, move
 
 
 def turned(degrees, scale=1.0, about=(0.0, 0.0), shift=(0.0, 0.0)):
@@ -58,9 +58,9 @@ def test_a_field_is_interpolated_linearly_and_constant_beyond_its_nodes():
     nodes[1, 0], nodes[0, 1] = (2, 0), (0, 4)
     field = Field(nodes, first=10.0, step=20.0)
     found = field.at(np.array([0.0, 10, 20, 30, 99]), np.array([10.0, 15.0]))
-    np.testing.assert_allclose(found[:, 0, 0], [0, 0, 1, 2, 2])
-    np.testing.assert_allclose(found[2, 1], [0.5 * 0.75 * 2, 0.5 * 0.25 * 4])
-    np.testing.assert_allclose(field.of(np.array([[20.0, 15.0]])), found[2, 1:2])
+    np.testing.assert_allclose(found[0, :, 0], [0, 0, 1, 2, 2])
+    np.testing.assert_allclose(found[:, 2, 1], [0.5 * 0.75 * 2, 0.5 * 0.25 * 4])
+    np.testing.assert_allclose(field.of(np.array([[20.0, 15.0]]))[0], found[:, 2, 1])
     assert field.largest == 4
 
 
@@ -99,9 +99,30 @@ def test_regions_are_parts_of_the_whole_and_read_no_more_than_they_need():
     whole, inside = move(reader(he), (256, 256), affine, None, (0, 0, 200, 180))
     asked = []
     part, within = move(reader(he, asked), (256, 256), affine, None, (70, 40, 50, 60))
-    assert np.abs(part.astype(int) - whole[70:120, 40:100]).max() <= 1
+    np.testing.assert_array_equal(part, whole[70:120, 40:100])
     np.testing.assert_array_equal(within, inside[70:120, 40:100])
     assert max(asked) < 90 * 100
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.2, 2.3])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_every_part_has_the_bits_of_the_whole(scale, dtype, monkeypatch):
+    rng = np.random.default_rng(3)
+    he = rng.random((300, 280, 3)).astype("float32")
+    he = he if dtype == "float32" else (he * 255).astype(dtype)
+    affine, field = turned(8, scale, (150, 140), (71.3, -67.9)), Field(rng.normal(size=(4, 5, 2)) * 1.5, 20.0, 40.0)
+    whole, inside = move(reader(he), (300, 280), affine, field, (0, 0, 230, 250))
+    assert 0 < inside.mean() < 1 and len(np.unique(whole)) > 150
+    np.testing.assert_array_equal(covered((300, 280), affine, field, (0, 0, 230, 250)), inside)
+    # In pieces of other sizes, as a larger region is.
+    monkeypatch.setattr(transform, "ROWS", 37)
+    monkeypatch.setattr(transform, "COLUMNS", 61)
+    np.testing.assert_array_equal(move(reader(he), (300, 280), affine, field, (0, 0, 230, 250))[0], whole)
+    for _ in range(60):
+        height, width = rng.integers(1, 120, 2).tolist()
+        y, x = (int(rng.integers(0, side - length + 1)) for side, length in ((230, height), (250, width)))
+        part, _ = move(reader(he), (300, 280), affine, field, (y, x, height, width))
+        np.testing.assert_array_equal(part, whole[y : y + height, x : x + width])
 
 
 def test_a_finer_image_is_smoothed_before_it_is_sampled():
