@@ -24,9 +24,11 @@ class DataOptions:
 
     pairs_dir: str = option(
         "core_patches_npy",
-        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr",
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr; or the URL of one on object storage "
+        "(s3://bucket/folder), of .ome.zarr or .ome.tif",
         metavar="DIR",
         fixed=False,
+        url=True,
     )
     val_split: float = option(0.2, "fraction of the cores held out for validation", above=0, below=1)
     fold: str | None = option(
@@ -512,9 +514,10 @@ class PredictRequest:
     input: tuple[Path, ...] = option(
         None,
         "images (.npy, .png, .jpg, .tif, .svs; .ndpi, .mrxs, .scn with the extra openslide); for a folder: its "
-        "NAME_HE.npy files, otherwise every image",
+        "NAME_HE files, otherwise every image; a TIFF on object storage by its URL",
         metavar="FILE|DIR",
         required=True,
+        url=True,
     )
     output_dir: Path = option(None, "folder for the predictions; made if need be", metavar="DIR", required=True)
 
@@ -570,7 +573,11 @@ class EvaluateOptions:
         None, "a run folder (its best.pt), or a .pt file; several are averaged", metavar="RUN|FILE", required=True
     )
     pairs_dir: Path = option(
-        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", required=True
+        None,
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr, or its URL",
+        metavar="DIR",
+        required=True,
+        url=True,
     )
     split: str = option(
         "val",
@@ -707,7 +714,11 @@ class CheckDataOptions:
     """inspection: what to look at, and what to write"""
 
     folder: str = option(
-        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
+        None,
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr, or its URL",
+        metavar="DIR",
+        positional=True,
+        url=True,
     )
     output_dir: Path | None = option(
         None, "also write channels.csv, cores.csv, check_data.json and contact sheets of all cores", metavar="OUT"
@@ -725,7 +736,11 @@ class PackOptions:
     """packing: what to rewrite, and where to"""
 
     folder: str = option(
-        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
+        None,
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr, or its URL",
+        metavar="DIR",
+        positional=True,
+        url=True,
     )
     output_dir: Path = option(None, "folder to fill; made if it does not exist", metavar="OUT", required=True)
     format: str = option("npy", "how the pairs are stored in OUT", choices=("npy", "ome-zarr"))
@@ -810,7 +825,11 @@ class RegisterOptions:
     """registration: which pairs, by which marker, and what is kept"""
 
     folder: str = option(
-        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
+        None,
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr, or its URL",
+        metavar="DIR",
+        positional=True,
+        url=True,
     )
     output_dir: Path = option(None, "folder to fill; made if it does not exist", metavar="OUT", required=True)
     register_on: str | None = option(

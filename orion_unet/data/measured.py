@@ -7,14 +7,17 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from orion_unet import __version__
+from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
+from orion_unet.slides.remote import READERS, RemotePath, is_remote
 
 # Number of documents kept; the oldest are deleted.
 KEPT = 256
@@ -34,11 +37,13 @@ def cache_folder() -> Path:
 
 def file_state(path: Path) -> tuple[int, int, int]:
     """Size, modification time and change time of a file, by which a changed file is recognised; of a folder (OME-Zarr),
-    the sum of the sizes and the latest times of the folder and all that is in it.
+    the sum of the sizes and the latest times of the folder and all that is in it. On object storage, size and versions.
 
     Copying tools restore the modification time of the source, but nothing can set the change time. Raises InputError if
     the file is gone.
     """
+    if isinstance(path, RemotePath):
+        return path.state()
     try:
         found = path.stat()
         if not stat.S_ISDIR(found.st_mode):
@@ -79,9 +84,23 @@ def fingerprint(paths: Iterable[Path], *about: Any) -> str:
     Raises InputError if a file is gone.
     """
     digest = hashlib.sha256(json.dumps([measuring_code(), *about]).encode())
-    for path in paths:
-        digest.update(json.dumps([str(path.resolve()), *file_state(path)]).encode())
+    files = list(paths)
+    for path, state in zip(files, _states(files), strict=True):
+        digest.update(json.dumps([str(path.resolve()), *state]).encode())
     return digest.hexdigest()
+
+
+def _states(files: list[Path]) -> Iterator[tuple[int, int, int]]:
+    if not any(map(is_remote, files)):
+        yield from map(file_state, files)
+        return
+    with ThreadPoolExecutor(max_workers=READERS) as pool:
+        yield from pool.map(file_state, files)
+
+
+def reading_threads(folder: Path) -> int:
+    """Threads that read the files of a folder: one for each core, which decodes; of a store, more, which wait."""
+    return max(READERS, usable_cores()) if is_remote(folder) else usable_cores()
 
 
 def recall(name: str) -> Any:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from orion_unet.data.channels import NAMES_FILE
+from orion_unet.data.measured import file_state
 from orion_unet.data.pairs import pair_file
 from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import fsync_folder, read_document, write_atomic, write_json
 from orion_unet.slides.open import SUFFIXES
+from orion_unet.slides.remote import input_path
 
 RESULT_SUFFIX = {"npy": ".npy", "ome-tiff": ".ome.tiff"}
 SPREAD = "_spread"
@@ -58,7 +60,7 @@ def find_inputs(given: Sequence[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     problems = []
-    for path in map(Path, given):
+    for path in map(input_path, given):
         try:
             images = _images(path) if path.is_dir() else [path]
         except OSError as error:
@@ -114,8 +116,8 @@ def plan_jobs(
             problems.append(f"{taken[name]} and {source}: both would become {name}; predict them into two folders")
             continue
         taken[name] = source
-        stat = source.stat()
-        seen = {"file": source.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        size, modified, _ = file_state(source)
+        seen = {"file": source.name, "bytes": size, "modified_ns": modified}
         result = output_dir / f"{name}{RESULT_SUFFIX[kind]}"
         if result.resolve() in inputs:
             problems.append(f"{result}: is an input, and would be replaced; name another --output_dir")

@@ -7,8 +7,11 @@ time that zarr takes for one; any other array is read through zarr. The formats:
 from __future__ import annotations
 
 import os
+import threading
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +50,17 @@ class ZarrTiles(Tiles):
                 "in smaller ones"
             )
         # Text: joining paths would take longer than reading a small chunk.
-        self._folder = str(Path(str(array.store_path.store.root)) / array.store_path.path)
+        if self.remote:
+            self._folder = f"{array.path}/" if array.path else ""
+        else:
+            self._folder = str(Path(str(array.store_path.store.root)) / array.store_path.path)
         self._key: Callable[[tuple[int, ...]], str] = array.metadata.encode_chunk_key
         self._codecs = _codecs(array)
         self._indices: dict[str, np.ndarray] = {}
         self._single_tiles = False
-        if not _has_chunks(Path(self._folder)):
+        # A shard's index is fetched by one thread, and waited for by the others.
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        if not (self._lists_chunks() if self.remote else _has_chunks(Path(self._folder))):
             raise InputError(
                 f"{path}: has no pixels at level {level}: not one chunk of the array {array.path or '.'} is there; "
                 "copy it again"
@@ -60,6 +68,13 @@ class ZarrTiles(Tiles):
 
     def expect_single_tiles(self) -> None:
         self._single_tiles = True
+
+    def _lists_chunks(self) -> bool:
+        """Whether the list of a store has a chunk or shard of this array."""
+        names = (
+            name[len(self._folder) :] for name in self._array.store_path.store.sizes if name.startswith(self._folder)
+        )
+        return any(name != "zarr.json" and not name.rpartition("/")[2].startswith(".") for name in names)
 
     def tile(self, place: Place) -> np.ndarray | None:
         row, group, column = place
@@ -96,13 +111,19 @@ class ZarrTiles(Tiles):
 
     def _encoded(self, coordinates: tuple[int, ...]) -> bytes | None:
         """The bytes of a chunk as stored; None if it is left out."""
+        if self._shard is not None:
+            per_shard = [outer // inner for outer, inner in zip(self._shard, self._chunk, strict=True)]
+            key = self._key(tuple(at // count for at, count in zip(coordinates, per_shard, strict=True)))
+            inside = tuple(at % count for at, count in zip(coordinates, per_shard, strict=True))
+        if self.remote:
+            if self._shard is None:
+                whole: bytes | None = self._array.store_path.store.read(self._folder + self._key(coordinates))
+                return whole
+            return self._in_remote_shard(self._folder + key, per_shard, inside)
         try:
             if self._shard is None:
                 with open(f"{self._folder}/{self._key(coordinates)}", "rb", buffering=0) as file:
                     return file.readall()
-            per_shard = [outer // inner for outer, inner in zip(self._shard, self._chunk, strict=True)]
-            key = self._key(tuple(at // count for at, count in zip(coordinates, per_shard, strict=True)))
-            inside = tuple(at % count for at, count in zip(coordinates, per_shard, strict=True))
             handle = os.open(f"{self._folder}/{key}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
@@ -111,7 +132,8 @@ class ZarrTiles(Tiles):
                 with suppress(AttributeError, OSError):
                     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
             if key not in self._indices:
-                self._indices[key] = self._index(handle, per_shard)
+                size = os.fstat(handle).st_size
+                self._indices[key] = self._index(lambda at, length: _exactly(handle, at, length), size, per_shard)
             offset, length = (int(value) for value in self._indices[key][inside])
             if LEFT_OUT in (offset, length):
                 return None
@@ -119,14 +141,30 @@ class ZarrTiles(Tiles):
         finally:
             os.close(handle)
 
-    def _index(self, handle: int, per_shard: list[int]) -> np.ndarray:
-        """Offset and length of every chunk of a shard, (..., 2)."""
+    def _in_remote_shard(self, name: str, per_shard: list[int], inside: tuple[int, ...]) -> bytes | None:
+        store = self._array.store_path.store
+        if name not in store.sizes:
+            return None
+        with self._locks[name]:
+            if name not in self._indices:
+                self._indices[name] = self._index(partial(store.read, name), store.sizes[name], per_shard)
+        offset, length = (int(value) for value in self._indices[name][inside])
+        if LEFT_OUT in (offset, length):
+            return None
+        if offset + length > store.sizes[name]:
+            raise ValueError("the object ends here")
+        data: bytes = store.read(name, offset, length)
+        return data
+
+    def _index(self, read: Callable[[int, int], bytes], size: int, per_shard: list[int]) -> np.ndarray:
+        """Offset and length of every chunk of a shard of so many bytes, (..., 2)."""
         import google_crc32c
 
         count = int(np.prod(per_shard))
-        size = os.fstat(handle).st_size
+        if size < 16 * count + 4:
+            raise ValueError("the shard is shorter than its index")
         at_end = self._codecs is None or self._codecs.index_at_end
-        stored = _exactly(handle, size - (16 * count + 4) if at_end else 0, 16 * count + 4)
+        stored = read(size - (16 * count + 4) if at_end else 0, 16 * count + 4)
         if google_crc32c.value(stored[:-4]) != int.from_bytes(stored[-4:], "little"):
             raise ValueError("the index of the shard is damaged")
         return np.frombuffer(stored[:-4], "<u8").reshape(*per_shard, 2)
