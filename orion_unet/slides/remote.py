@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ T = TypeVar("T")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Pauses before a read is tried again [s]: four tries in all.
 PAUSES_S = (0.5, 1.0, 2.0)
+# Objects of which each is named when it is read again.
+NOTED = 20
 # Reads under way at a time, in one process: a store answers many at once, and each takes tens of milliseconds.
 READERS = 16
 # A file that is read like a local one (the headers of a TIFF) is fetched and kept in blocks [bytes, blocks].
@@ -141,7 +144,7 @@ class RemotePath(PosixPath):
         found = _tried(self, "listed", lambda store: store.ls(_own_name(store, self), detail=False))
         yield from sorted(self / str(name).rstrip("/").rpartition("/")[2] for name in found)
 
-    def glob(self, pattern: str) -> Generator[RemotePath, None, None]:  # type: ignore[override]
+    def glob(self, pattern: str) -> Generator[RemotePath, None, None]:
         """Of the names in this folder alone."""
         yield from (path for path in self.iterdir() if fnmatch(path.name, pattern))
 
@@ -208,23 +211,29 @@ class RemotePath(PosixPath):
 
     def _below(self) -> dict[str, dict[str, Any]]:
         """What the store says of every object below a folder; raises FileNotFoundError where there is none."""
+        from fsspec import AbstractFileSystem
+        from fsspec.asyn import AsyncFileSystem
+
         self._needs_listing()
-
-        def find(store: Any) -> dict[str, dict[str, Any]]:
-            from fsspec import AbstractFileSystem
-            from fsspec.asyn import AsyncFileSystem
-
-            # fsspec's own walk leaves out folders that cannot be listed, unless it is told not to.
-            kind = type(store)
-            generic = kind.find is AbstractFileSystem.find or getattr(kind, "_find", 0) is AsyncFileSystem._find
-            start = _own_name(store, self).rstrip("/")
-            found = store.find(start, detail=True, **({"on_error": "raise"} if generic else {}))
-            return {name[len(start) + 1 :]: info for name, info in found.items() if name.startswith(f"{start}/")}
-
-        found = _tried(self, "listed", find)
-        if not found:
+        store = _store(self)
+        kind, start = type(store), _own_name(store, self).rstrip("/")
+        if kind.find is AbstractFileSystem.find or getattr(kind, "_find", None) is AsyncFileSystem._find:
+            # One listing for each folder. fsspec's own walk leaves out the folders that it fails to list.
+            found, folders = {}, [start]
+            while folders:
+                inside: list[dict[str, Any]] = _tried(self, "listed", partial(kind.ls, path=folders.pop(), detail=True))
+                for info in inside:
+                    name = info["name"].rstrip("/")
+                    if info["type"] != "directory":
+                        found[name] = info
+                    elif name != start:
+                        folders.append(name)
+        else:
+            found = _tried(self, "listed", lambda store: store.find(start, detail=True))
+        below = {name[len(start) + 1 :]: info for name, info in found.items() if name.startswith(f"{start}/")}
+        if not below:
             raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(self))
-        return found
+        return below
 
     def _needs_listing(self) -> None:
         if self.protocol in ("http", "https"):
@@ -359,15 +368,18 @@ def _tried(path: RemotePath, done: str, call: Callable[[Any], T]) -> T:
 
 
 def _note(path: RemotePath, error: Exception) -> None:
-    """One line for every object whose read is tried again."""
-    if str(path) not in _NOTED:
-        _NOTED.add(str(path))
-        print(
+    """One line for every object whose read is tried again; of many, for every hundredth."""
+    if str(path) in _NOTED:
+        return
+    _NOTED.add(str(path))
+    count = len(_NOTED)
+    if count <= NOTED or count % 100 == 0:
+        # One write, line end included: threads would mix their lines.
+        sys.stderr.write(
             f"warning: {clean(str(path), None)}: is read again after an error ({_reason(error)}); objects that this "
-            f"process had to read again: {len(_NOTED)}",
-            file=sys.stderr,
-            flush=True,
+            f"process had to read again: {count}\n"
         )
+        sys.stderr.flush()
 
 
 def _final(path: RemotePath, done: str, error: Exception) -> Exception | None:
