@@ -754,7 +754,7 @@ class PrepareOptions:
     slides: Path = option(
         None,
         "CSV with columns slide,he,orion and, where need be, patient,markers,he_pixel_size_um,orion_pixel_size_um; "
-        "its paths are relative to it",
+        "its paths are relative to it; images may be TIFF or OME-Zarr on object storage, by their URLs",
         metavar="SLIDES.csv",
         positional=True,
     )

@@ -19,6 +19,7 @@ from orion_unet.preparation.slide_table import Slide
 from orion_unet.preparation.writing import pair_paths
 from orion_unet.registration.transform import Affine
 from orion_unet.run_log import append_line, parse_object, write_json
+from orion_unet.slides.remote import RemotePath
 
 FOLDER, RECORD = ".prepare", "regions.jsonl"
 # Options that do not change what a pair is.
@@ -33,6 +34,9 @@ def origin(slide: Slide, options: PrepareOptions) -> dict[str, Any]:
     files = {}
     for path in (slide.he, slide.orion, slide.markers or options.markers):
         if path is None:
+            continue
+        if isinstance(path, RemotePath):
+            files[str(path)] = list(path.state()[:2])
             continue
         try:
             found = path.stat()

@@ -35,7 +35,7 @@ NOTED = 20
 # Reads under way at a time, in one process: a store answers many at once, and each takes tens of milliseconds.
 READERS = 16
 # A file that is read like a local one (the headers of a TIFF) is fetched and kept in blocks [bytes, blocks].
-BLOCK_BYTES, BLOCKS = 1 << 18, 64
+BLOCK_BYTES, BLOCKS = 1 << 16, 256
 # What another try cannot mend: a wrong request.
 FINAL_ERRNOS = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.EINVAL))
 # What a store says of its objects, by which a changed one is recognised.

@@ -44,6 +44,10 @@ class Tiles(ABC):
         Raises InputError if it is damaged.
         """
 
+    def fetched(self, places: Sequence[Place]) -> dict[Place, np.ndarray | None]:
+        """Several tiles, as ``tile`` gives each, fetched at the same time."""
+        return dict(zip(places, reading_pool().map(self.tile, places), strict=True))
+
     @abstractmethod
     def expect_single_tiles(self) -> None:
         """Switch off read-ahead, which reads several times a tile around each one of a set larger than memory."""
@@ -146,7 +150,7 @@ class TileCache:
         missing = [place for place in places if (owner, place) not in self._tiles]
         if len(missing) < 2:
             return {place: self.get(owner, tiles, place) for place in places}
-        fetched = dict(zip(missing, reading_pool().map(tiles.tile, missing), strict=True))
+        fetched = tiles.fetched(missing)
         kept = {place: self.get(owner, tiles, place) for place in places if place not in fetched}
         return kept | {place: self._keep((owner, place), pixels) for place, pixels in fetched.items()}
 

@@ -10,10 +10,11 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from pair_formats import rewrite
+from pair_formats import rewrite, write_tiff, write_zarr
 from tiny_runs import differing, free_port, losses, wait_for, weights
 
-from orion_unet.cli import check_data, evaluate, pack, predict
+from orion_unet.cli import check_data, evaluate, pack, predict, prepare
+from orion_unet.demo.make import draw_core
 from orion_unet.errors import InputError, RunError
 from orion_unet.slides import remote
 
@@ -189,3 +190,30 @@ def test_every_command_that_reads_pairs_takes_a_url(train, pairs, memory, tmp_pa
     np.testing.assert_array_equal(predicted[0], predicted[1])
     np.testing.assert_array_equal(predicted[0], predicted[2])
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("memory")]
+
+
+def test_prepare_takes_slides_by_their_urls(memory, tmp_path):
+    he, orion = draw_core(5, 384)
+    disk = tmp_path / "slides"
+    disk.mkdir()
+    write_tiff(disk / "slide_HE.ome.tif", he, tile=(128, 128))
+    write_zarr(disk / "slide_ORION.ome.zarr", orion, chunk=128)
+    (tmp_path / "markers.csv").write_text("\n".join(f"marker_{n}" for n in range(orion.shape[2])))
+    tables = []
+    for name, folder in (("disk", str(disk)), ("store", upload(disk, f"{memory}/slides"))):
+        slides = tmp_path / f"{name}.csv"
+        slides.write_text(
+            "slide,he,orion,he_pixel_size_um,orion_pixel_size_um\n"
+            f"A,{folder}/slide_HE.ome.tif,{folder}/slide_ORION.ome.zarr,0.5,0.5\n"
+        )
+        words = [str(slides), "--output_dir", str(tmp_path / name), "--register", "off", "--jobs", "1"]
+        words += ["--regions", "whole", "--region_size", "192", "--markers", str(tmp_path / "markers.csv")]
+        assert prepare.main(words) == 0
+        tables.append((tmp_path / name / "regions.csv").read_text())
+        # What is done is found again.
+        assert prepare.main(words) == 0
+    assert tables[0] == tables[1]
+    pairs = sorted((tmp_path / "disk").glob("*.npy"))
+    assert len(pairs) >= 2
+    for path in pairs:
+        np.testing.assert_array_equal(np.load(path), np.load(tmp_path / "store" / path.name))
