@@ -25,7 +25,7 @@ from orion_unet.slides.tiles import LARGEST_SEGMENT, Place, Tiles
 LEFT_OUT = 2**64 - 1
 # Chunks of a shard on object storage that are no further apart are read in one request [bytes]: what lies between them
 # takes less time than another request.
-GAP_BYTES = 1 << 17
+GAP_BYTES = 1 << 16
 
 Decode = Callable[[bytes], bytes]
 T = TypeVar("T")
