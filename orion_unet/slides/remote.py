@@ -196,7 +196,7 @@ class RemotePath(PosixPath):
             except FileNotFoundError:
                 found = {}
         if not found:
-            raise InputError(f"{self}: cannot be read any more; it was changed or removed")
+            raise InputError(f"{self}: cannot be read (there is no such object or folder)")
         digest = hashlib.sha256()
         for name, info in sorted(found.items()):
             digest.update(repr((name, info.get("size"), *(str(info.get(key)) for key in VERSIONS))).encode())
@@ -356,9 +356,8 @@ def _tried(path: RemotePath, done: str, call: Callable[[Any], T]) -> T:
                 raise final from None
             if pause is None:
                 raise RunError(
-                    f"{path}: cannot be {done}, tried {number} times in {sum(PAUSES_S):g} s and more "
-                    f"({_reason(error)}). Its store or the network has failed; once it answers again, the same command "
-                    "goes on (a training with --resume auto)"
+                    f"{path}: cannot be {done}, tried {number} times ({_reason(error)}). Its store or the network has "
+                    "failed; once it answers again, the same command goes on (a training with --resume auto)"
                 ) from None
             _note(path, error)
             time.sleep(pause)
@@ -386,9 +385,13 @@ def _final(path: RemotePath, done: str, error: Exception) -> Exception | None:
     """What to raise at once; None for an error that may pass."""
     if isinstance(error, InputError | RunError):
         return error
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+    kind, status, cause = type(error).__name__, _status(error), error.__cause__
+    # Some clients call any failure a missing file; what was behind it says more.
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if missing and status is None and (cause is None or isinstance(cause, LookupError)):
+        status = 404
+    if missing and status == 404:
         return FileNotFoundError(errno.ENOENT, "there is no such object or folder", str(path))
-    kind, status = type(error).__name__, _status(error)
     if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in kind or "Profile" in kind:
         means = CREDENTIALS.get(SAME.get(path.protocol, path.protocol), "")
         return InputError(
@@ -420,5 +423,7 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        error = error.__cause__ or error
     text = str(error).strip()
     return f"{type(error).__name__}: {clean(text.splitlines()[0], 300)}" if text else type(error).__name__

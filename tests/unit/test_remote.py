@@ -277,6 +277,26 @@ def test_the_status_of_an_answer_decides_whether_to_try_again(store, status, kin
     assert store.asked["read", "/bucket/x.txt"] == tries - 1
 
 
+@pytest.mark.parametrize(
+    ("cause", "kind", "tries"),
+    [
+        (ResponseError(404), FileNotFoundError, 1),
+        (KeyError("x"), FileNotFoundError, 1),
+        (ResponseError(403), InputError, 1),
+        (ResponseError(500), RunError, 4),
+        (ConnectionRefusedError(), RunError, 4),
+    ],
+)
+def test_what_a_client_calls_missing_is_judged_by_what_was_behind_it(store, cause, kind, tries):
+    upload_one("memory://bucket/x.txt", b"content")
+    error = FileNotFoundError("x.txt")
+    error.__cause__ = cause
+    store.fault = failing(error)
+    with pytest.raises(kind):
+        input_path("faulty://bucket/x.txt").read_bytes()
+    assert store.asked["read", "/bucket/x.txt"] == tries - 1
+
+
 def upload_one(url, content):
     import fsspec
 
@@ -332,7 +352,7 @@ def test_a_changed_object_has_another_state(put):
         content = (path / "zarr.json" if name else path).read_bytes()
         upload_one(url, content[:-1] + b" ")
         assert file_state(path) != before
-    with pytest.raises(InputError, match="changed or removed"):
+    with pytest.raises(InputError, match="there is no such object or folder"):
         file_state(input_path("faulty://bucket/pairs/other.ome.zarr"))
 
 
