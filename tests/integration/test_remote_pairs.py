@@ -170,7 +170,7 @@ def test_every_command_that_reads_pairs_takes_a_url(train, pairs, memory, tmp_pa
         capsys.readouterr()
         assert check_data.main([folder, "--json", "--patch_size", "64"]) == 0
         looked.append(json.loads(capsys.readouterr().out))
-        words = ["--checkpoint", "run", "--pairs_dir", folder, "--output_dir", f"scores_{number}", "--split", "all"]
+        words = ["--checkpoint", "run", "--pairs_dir", folder, "--output_dir", f"scores_{number}"]
         assert evaluate.main([*words, "--device", "cpu"]) == 0
         scores.append((tmp_path / f"scores_{number}" / "scores.csv").read_text())
     assert looked[1]["pairs_dir"] == url and looked[0]["cores"] == looked[1]["cores"]
@@ -183,12 +183,11 @@ def test_every_command_that_reads_pairs_takes_a_url(train, pairs, memory, tmp_pa
     assert (tmp_path / "packed" / "groups.csv").read_text() == (pairs / "groups.csv").read_text()
     assert pack.main([url, "--output_dir", "packed", "--patch_size", "64"]) == 0
 
-    for number, source in enumerate((str(disk / "core_00_HE.ome.tif"), f"{url}/core_00_HE.ome.tif", url)):
+    for number, source in enumerate((str(disk / "core_00_HE.ome.tif"), url)):
         words = ["--checkpoint", "run", "--input", source, "--output_dir", f"predicted_{number}", "--device", "cpu"]
         assert predict.main(words) == 0
-    predicted = [np.load(tmp_path / f"predicted_{number}" / "core_00.npy") for number in range(3)]
+    predicted = [np.load(tmp_path / f"predicted_{number}" / "core_00.npy") for number in range(2)]
     np.testing.assert_array_equal(predicted[0], predicted[1])
-    np.testing.assert_array_equal(predicted[0], predicted[2])
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("memory")]
 
 
