@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from orion_unet.config import PrepareOptions
-from orion_unet.data.channels import NAMES_FILE
+from orion_unet.data.channels import NAMES_FILE, read_names
 from orion_unet.data.dataset import DATASET_FILE, dataset_document
+from orion_unet.data.file_states import path_state
 from orion_unet.data.slide_files import SLIDE_FILES, write_slide_files
 from orion_unet.data.split import GROUPS_FILE
 from orion_unet.errors import InputError, RunError
@@ -20,7 +22,7 @@ from orion_unet.inference.progress import Progress
 from orion_unet.preparation.one_pair import KEPT
 from orion_unet.preparation.one_region import PreparedRegion, prepare_region, unread
 from orion_unet.preparation.regions import Region
-from orion_unet.preparation.slide_overview import OverviewOf, write_overview
+from orion_unet.preparation.slide_overview import OverviewOf, overview_name, write_overview
 from orion_unet.preparation.slide_plan import SlidePlan, plan_slide
 from orion_unet.preparation.slide_table import Slide, read_slide_table
 from orion_unet.preparation.state import FOLDER, State, origin
@@ -30,7 +32,7 @@ from orion_unet.run_log import write_atomic, write_json
 from orion_unet.slides.images import HeImage
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.open import open_he, open_markers
-from orion_unet.text import csv_bytes
+from orion_unet.text import csv_bytes, named
 
 REGIONS, REJECTED = "regions.csv", "rejected.csv"
 
@@ -66,21 +68,23 @@ def prepare_slides(options: PrepareOptions, progress: Progress | None = None) ->
         slides = [slide.absolute(options.markers) for slide in slides]
     output = Path(options.output_dir)
     state = State(output)
-    if options.overwrite and not options.dry_run:
-        _clear(output, state)
+    _check_slides(slides, state, options)
     plans, failures, new = _plans(slides, options, state, progress)
     if failures and not (options.skip_bad and plans):
         advice = "Correct them, or go on without them with --skip_bad." if plans else ""
         raise InputError.listing(f"{options.slides}: these slides cannot be used:", failures, advice)
-    done = state.done(options.format)
+    done = {} if options.overwrite else state.done(options.format)
     wanted = [(plan, region) for plan in plans for region in plan.regions]
     missing = [(plan, region) for plan, region in wanted if region.core not in done]
     nbytes = sum(plan.nbytes(region, options.format) for plan, region in wanted)
     _check_folder(output, {region.core for _, region in wanted} | state.known_cores(), options)
-    _check_space(output, sum(plan.nbytes(region, options.format) for plan, region in missing))
+    freed = sum(path_state(path)[0] for path in _pairs(output, state)) if options.overwrite else 0
+    _check_space(output, sum(plan.nbytes(region, options.format) for plan, region in missing) - freed)
     if options.dry_run:
         return PreparedFolder(plans, [], len(wanted) - len(missing), failures, nbytes)
     try:
+        if options.overwrite:
+            _clear(output, state)
         output.mkdir(parents=True, exist_ok=True)
         for plan in plans:
             if plan.slide.name in new:
@@ -100,7 +104,10 @@ def prepare_slides(options: PrepareOptions, progress: Progress | None = None) ->
             progress.advance(1)
         progress.end()
         rows = [done[region.core] for _, region in wanted]
-        _write_tables(output, plans, rows)
+        # With --skip_bad, the pairs of a slide that cannot be used any more stay.
+        failed = {slide.name for slide in slides} - {plan.slide.name for plan in plans}
+        kept = [row for row in done.values() if row.slide in failed]
+        _write_tables(output, plans, [*rows, *kept], {slide.name: slide.group for slide in slides})
         changed = {plan.slide.name for plan, _ in missing}
         for plan in plans:
             of_slide = OverviewOf(plan, [row for row in rows if row.slide == plan.slide.name], options)
@@ -127,7 +134,8 @@ def _plans(
     new = []
     for slide in slides:
         try:
-            known = state.plan(slide, origin(slide, options))
+            source = origin(slide, options)
+            known = None if options.overwrite else state.plan(slide, source)
         except InputError as error:
             found[slide.name] = str(error)
             continue
@@ -144,14 +152,23 @@ def _plans(
     plans = [plan for slide in slides if isinstance(plan := found[slide.name], SlidePlan)]
     failures = [f"slide {name}: {text}" for name in found if isinstance(text := found[name], str)]
     if plans:
-        plans, unlike = _alike(plans)
+        plans, unlike = _alike(plans, () if options.overwrite else _order(Path(options.output_dir), state))
         failures += unlike
     return plans, failures, {slide.name for slide in new}
 
 
-def _alike(plans: list[SlidePlan]) -> tuple[list[SlidePlan], list[str]]:
-    """The plans with the channels in the order of the first slide; those of another panel or pixel size refused."""
+def _order(output: Path, state: State) -> tuple[str, ...]:
+    """The channels of the pairs that are already in the folder, in order; none where there are no pairs of ours."""
+    if not state.known_cores() or not (output / NAMES_FILE).is_file():
+        return ()
+    return read_names(output / NAMES_FILE)
+
+
+def _alike(plans: list[SlidePlan], order: tuple[str, ...]) -> tuple[list[SlidePlan], list[str]]:
+    """The plans with their channels in the order of the pairs that are there, else of the first slide; those of another
+    panel or pixel size than the first slide are refused."""
     first, kept, failures = plans[0], [], []
+    names = order if set(order) == set(first.names) else first.names
     for plan in plans:
         name = f"slide {plan.slide.name}"
         if set(plan.names) != set(first.names):
@@ -165,8 +182,8 @@ def _alike(plans: list[SlidePlan]) -> tuple[list[SlidePlan], list[str]]:
                 "choose one size for all with --pixel_size_um"
             )
         else:
-            order = tuple(plan.channels[plan.names.index(marker)] for marker in first.names)
-            kept.append(replace(plan, channels=order, names=first.names))
+            channels = tuple(plan.channels[plan.names.index(marker)] for marker in names)
+            kept.append(replace(plan, channels=channels, names=names))
     return kept, failures
 
 
@@ -180,17 +197,21 @@ def _try_plan(slide: Slide, options: PrepareOptions) -> SlidePlan | str:
 def _prepare(
     missing: list[tuple[SlidePlan, Region]], options: PrepareOptions
 ) -> Iterator[tuple[SlidePlan, Region, PreparedRegion | str]]:
-    tasks = [(plan, region, options) for plan, region in missing]
-    for task, outcome in over_workers(_try_region, tasks, options.jobs, options.dask_scheduler):
-        yield task[0], task[1], outcome
-    _close_images()
+    # The workers of a cluster outlive a call, and a slide of the same name may be another file in the next.
+    call = uuid.uuid4().hex
+    tasks = [(plan, region, options, call) for plan, region in missing]
+    try:
+        for task, outcome in over_workers(_try_region, tasks, options.jobs, options.dask_scheduler):
+            yield task[0], task[1], outcome
+    finally:
+        _close_images()
 
 
 class _Open(threading.local):
-    """The slide whose regions this thread prepares: opening one reads its whole index."""
+    """The slide whose regions this thread prepares, by call and name: opening one reads its whole index."""
 
     def __init__(self) -> None:
-        self.slides: dict[str, tuple[HeImage, MarkerImage]] = {}
+        self.slides: dict[tuple[str, str], tuple[HeImage, MarkerImage]] = {}
 
 
 _OPEN = _Open()
@@ -203,25 +224,43 @@ def _close_images() -> None:
     _OPEN.slides.clear()
 
 
-def _try_region(plan: SlidePlan, region: Region, options: PrepareOptions) -> PreparedRegion | str:
+def _try_region(plan: SlidePlan, region: Region, options: PrepareOptions, call: str) -> PreparedRegion | str:
+    key = (call, plan.slide.name)
     try:
-        if plan.slide.name not in _OPEN.slides:
+        if key not in _OPEN.slides:
             _close_images()
-            _OPEN.slides[plan.slide.name] = (open_he(plan.slide.he), open_markers(plan.slide.orion))
-        return prepare_region(plan, region, options, *_OPEN.slides[plan.slide.name])
+            _OPEN.slides[key] = (open_he(plan.slide.he), open_markers(plan.slide.orion))
+        return prepare_region(plan, region, options, *_OPEN.slides[key])
     except InputError as error:
         return str(error)
 
 
+def _check_slides(slides: list[Slide], state: State, options: PrepareOptions) -> None:
+    """Raise InputError where the folder has pairs of slides that the CSV does not list: its tables would lose them."""
+    gone = sorted(state.known_slides() - {slide.name for slide in slides})
+    if gone and not options.overwrite:
+        raise InputError(
+            f"--output_dir {options.output_dir}: has pairs of slides that {options.slides} does not list: "
+            f"{named(gone)}; put their rows back, delete these pairs, or choose another folder"
+        )
+
+
+def _pairs(output: Path, state: State) -> list[Path]:
+    """The files and folders of pairs that an earlier prepare made here."""
+    found = [pair_paths(output, core, format).values() for core in state.known_cores() for format in SUFFIXES]
+    return [path for paths in found for path in paths if path.exists()]
+
+
 def _clear(output: Path, state: State) -> None:
-    """Remove the pairs that an earlier prepare made here, and its record; nothing else."""
-    for core in state.known_cores():
-        for format in SUFFIXES:
-            for path in pair_paths(output, core, format).values():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+    """Remove the pairs that an earlier prepare made here, their overviews, and its record; nothing else."""
+    # Before the pairs, by which they are known.
+    for slide in state.known_slides():
+        (output / overview_name(slide)).unlink(missing_ok=True)
+    for path in _pairs(output, state):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     (output / SLIDE_FILES).unlink(missing_ok=True)
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
@@ -255,10 +294,9 @@ def _check_space(output: Path, needed: int) -> None:
         )
 
 
-def _write_tables(output: Path, plans: list[SlidePlan], rows: list[PreparedRegion]) -> None:
+def _write_tables(output: Path, plans: list[SlidePlan], rows: list[PreparedRegion], groups: dict[str, str]) -> None:
     first = plans[0]
     kept = [row for row in rows if row.state == KEPT]
-    groups = {plan.slide.name: plan.slide.group for plan in plans}
     write_atomic(output / NAMES_FILE, "".join(f"{name}\n" for name in first.names).encode())
     write_atomic(output / GROUPS_FILE, csv_bytes(["core", "group"], [[row.core, groups[row.slide]] for row in kept]))
     columns = list(PreparedRegion.__dataclass_fields__)

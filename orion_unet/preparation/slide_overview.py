@@ -43,7 +43,12 @@ class OverviewOf:
     @property
     def path(self) -> Path:
         """SLIDE_overview.png in the folder of the pairs."""
-        return Path(self.options.output_dir) / f"{self.plan.slide.name}_overview.png"
+        return Path(self.options.output_dir) / overview_name(self.plan.slide.name)
+
+
+def overview_name(slide: str) -> str:
+    """The name of the picture of a slide."""
+    return f"{slide}_overview.png"
 
 
 def write_overview(of: OverviewOf) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from orion_unet.preparation.one_region import PreparedRegion
 from orion_unet.preparation.regions import Region
 from orion_unet.preparation.slide_plan import SlidePlan
 from orion_unet.preparation.slide_table import Slide
-from orion_unet.preparation.writing import pair_paths
+from orion_unet.preparation.writing import SUFFIXES, pair_paths
 from orion_unet.registration.transform import Affine
 from orion_unet.run_log import append_line, parse_object, write_json
 from orion_unet.slides.remote import is_remote
@@ -93,20 +95,20 @@ class State:
 
     def done(self, format: str) -> dict[str, PreparedRegion]:
         """The finished regions by name, those whose files have gone left out."""
+        return {row.core: row for row in self._rows() if row.state != KEPT or self._has_pair(row, format)}
+
+    def _rows(self) -> Iterator[PreparedRegion]:
         try:
             lines = (self.folder / RECORD).read_bytes().splitlines()
         except FileNotFoundError:
-            return {}
-        found = {}
+            return
         for line in lines:
-            try:
-                row = PreparedRegion(**(parse_object(line) or {}))
-            except TypeError:
-                # A line that a killed run left unfinished.
-                continue
-            if row.state != KEPT or all(path.exists() for path in pair_paths(self._output, row.core, format).values()):
-                found[row.core] = row
-        return found
+            # A killed run may have left a line unfinished.
+            with suppress(TypeError):
+                yield PreparedRegion(**(parse_object(line) or {}))
+
+    def _has_pair(self, row: PreparedRegion, format: str) -> bool:
+        return all(path.exists() for path in pair_paths(self._output, row.core, format).values())
 
     def note(self, row: PreparedRegion) -> None:
         """Record a finished region. Raises OSError."""
@@ -122,6 +124,11 @@ class State:
             except (OSError, ValueError, KeyError, TypeError):
                 continue
         return found
+
+    def known_slides(self) -> set[str]:
+        """Names of the slides of which there are pairs, in any format."""
+        kept = (row for row in self._rows() if row.state == KEPT)
+        return {row.slide for row in kept if any(self._has_pair(row, format) for format in SUFFIXES)}
 
     def _plan_file(self, slide: Slide) -> Path:
         return self.folder / f"plan_{slide.name}.json"

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from orion_unet.cli import prepare
 from orion_unet.cli.arguments import run_command
 from orion_unet.config import DataOptions
 from orion_unet.data.pairs import find_pairs
+from orion_unet.data.split import core_groups
 from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.demo.make import MARKERS, draw_core
 from orion_unet.errors import InputError
+from orion_unet.preparation import prepare as work
 from orion_unet.slides.open import open_he, open_markers
 
 pytestmark = pytest.mark.slow
@@ -379,6 +382,62 @@ def test_the_overview_shows_the_same_details_whatever_the_format(slides, tmp_pat
         int.from_bytes(png[20:24], "big") for png in (pictures[0], (tmp_path / "pairs" / "A_overview.png").read_bytes())
     ]
     assert heights[0] > heights[1]
+
+
+def test_pairs_that_are_there_keep_the_names_of_their_channels_whichever_slide_comes_first(slides, tmp_path, core):
+    swapped = [1, 0, *range(2, len(MARKERS))]
+    write_orion(tmp_path / "other.ome.tif", core[1][swapped], [MARKERS[at] for at in swapped])
+    assert run(slides, *QUICK) == 0
+    listed(tmp_path, "B,he.ome.tif,other.ome.tif", "A,he.ome.tif,orion.ome.tif")
+    assert run(slides, *QUICK) == 0
+    assert (tmp_path / "pairs" / "channel_names.txt").read_text().splitlines() == list(MARKERS)
+    rows = rows_of(tmp_path)
+    assert {row["slide"] for row in rows} == {"A", "B"}
+    for row in rows:
+        np.testing.assert_array_equal(stored(tmp_path, row)[1], core[1].transpose(1, 2, 0)[place(row)])
+
+
+def test_a_slide_of_the_same_name_in_another_call_is_opened_anew(monkeypatch, slides, tmp_path, core):
+    write_orion(tmp_path / "other.ome.tif", core[1])
+    seen = []
+    monkeypatch.setattr(work, "prepare_region", lambda plan, region, options, he, orion: seen.append(orion.path.name))
+    for call, name in (("one", "orion.ome.tif"), ("one", "orion.ome.tif"), ("two", "other.ome.tif")):
+        slide = SimpleNamespace(name="A", he=tmp_path / "he.ome.tif", orion=tmp_path / name)
+        work._try_region(SimpleNamespace(slide=slide), None, None, call)
+    work._close_images()
+    assert seen == ["orion.ome.tif", "orion.ome.tif", "other.ome.tif"]
+
+
+def test_overwriting_removes_nothing_before_everything_is_known_to_be_usable(slides, tmp_path):
+    assert run(slides, *QUICK) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir() if path.is_file()}
+    listed(tmp_path, "A,he.ome.tif,orion.ome.tif", "B,nowhere.tif,orion.ome.tif")
+    with pytest.raises(InputError, match="nowhere"):
+        run(slides, *QUICK, "--overwrite")
+    listed(tmp_path, "A,he.ome.tif,orion.ome.tif")
+    assert run(slides, *QUICK[:4], "--region_size", "384", "--overwrite", "--dry_run") == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir() if path.is_file()} == before
+    listed(tmp_path, "C,he.ome.tif,orion.ome.tif")
+    assert run(slides, *QUICK, "--overwrite") == 0
+    assert not [path for path in (tmp_path / "pairs").iterdir() if path.name.startswith("A_")]
+
+
+def test_no_pair_is_left_without_its_row(slides, tmp_path, core):
+    write_he(tmp_path / "second.ome.tif", core[0])
+    listed(tmp_path, "A,he.ome.tif,orion.ome.tif", "B,second.ome.tif,orion.ome.tif")
+    assert run(slides, *QUICK) == 0
+    cores = {row["core"] for row in rows_of(tmp_path, "groups.csv")}
+    listed(tmp_path, "A,he.ome.tif,orion.ome.tif")
+    with pytest.raises(InputError, match=r"has pairs of slides that .*slides\.csv does not list: B"):
+        run(slides, *QUICK)
+    # A slide that cannot be reached any more is left out with --skip_bad; its pairs are there, and so are their rows.
+    (tmp_path / "second.ome.tif").unlink()
+    listed(tmp_path, "A,he.ome.tif,orion.ome.tif", "B,second.ome.tif,orion.ome.tif")
+    with pytest.raises(InputError, match="these slides failed, the others are done"):
+        run(slides, *QUICK, "--skip_bad")
+    assert {row["core"] for row in rows_of(tmp_path, "groups.csv")} == cores
+    table = find_pairs(DataOptions(pairs_dir=str(tmp_path / "pairs")))
+    assert set(core_groups(table, None)) == {"A", "B"}
 
 
 def test_a_chunk_replaced_inside_an_ome_zarr_slide_is_noticed(tmp_path, core):
