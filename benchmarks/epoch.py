@@ -31,7 +31,9 @@ import torch
 from data_pipeline import make_set
 
 from orion_unet.cli.arguments import Parser, end_process, run_command
-from orion_unet.config import TrainConfig
+from orion_unet.config import DataOptions, TrainConfig
+from orion_unet.data.packing import pack
+from orion_unet.data.pairs import find_pairs
 from orion_unet.distributed import from_main_process, is_main_process, process_group, world_size
 from orion_unet.training.build import build_feeds, build_loss, build_state, parallel
 from orion_unet.training.devices import choose_device, describe_devices, keep_freed_memory, set_determinism
@@ -51,6 +53,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=12, metavar="N", help="patches of all ranks; default: 12")
     parser.add_argument("--base_features", type=int, default=32, metavar="N", help="width; default: 32")
     parser.add_argument("--channels", type=int, default=20, metavar="N", help="of the generated set; default: 20")
+    parser.add_argument(
+        "--format", choices=("npy", "ome-zarr"), default="npy", help="of the generated set; default: npy"
+    )
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps per epoch; default: 4")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="epochs; reports medians; default: 3")
     parser.add_argument("--ranks", default="1,2", metavar="N,...", help="numbers of ranks; default: 1,2")
@@ -71,6 +76,10 @@ def main(argv: list[str]) -> int:
         else:
             if not options.pairs_dir:
                 options.pairs_dir = made(Path(scratch) / "pairs", 4, side_of_a_core(options), options.channels)
+                if options.format != "npy":
+                    packed = Path(scratch) / "packed"
+                    pack(DataOptions(pairs_dir=options.pairs_dir), packed, form=options.format)
+                    options.pairs_dir = str(packed)
             if options.profile:
                 print(profile(options))
                 return 0
@@ -116,7 +125,7 @@ class Bench:
     """Data, model and loss of a run, without a run folder."""
 
     def __init__(self, options: argparse.Namespace, **changed: Any) -> None:
-        cores = len(list(Path(options.pairs_dir).glob("*_HE.npy")))
+        cores = len(find_pairs(DataOptions(pairs_dir=options.pairs_dir)))
         train = max(1, cores - max(1, round(0.2 * cores)))
         settings = {
             "pairs_dir": options.pairs_dir,
