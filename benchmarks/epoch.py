@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
                 options.pairs_dir = made(Path(scratch) / "pairs", 4, side_of_a_core(options), options.channels)
                 if options.format != "npy":
                     packed = Path(scratch) / "packed"
-                    pack(DataOptions(pairs_dir=options.pairs_dir), packed, form=options.format)
+                    pack(DataOptions(pairs_dir=options.pairs_dir, patch_size=1), packed, form=options.format)
                     options.pairs_dir = str(packed)
             if options.profile:
                 print(profile(options))
@@ -125,7 +125,7 @@ class Bench:
     """Data, model and loss of a run, without a run folder."""
 
     def __init__(self, options: argparse.Namespace, **changed: Any) -> None:
-        cores = len(find_pairs(DataOptions(pairs_dir=options.pairs_dir)))
+        cores = len(find_pairs(DataOptions(pairs_dir=options.pairs_dir, patch_size=1)))
         train = max(1, cores - max(1, round(0.2 * cores)))
         settings = {
             "pairs_dir": options.pairs_dir,

@@ -100,6 +100,8 @@ def test_epoch_measures_one_rank_and_two_with_the_same_global_batch(write_pairs)
     for result in found.values():
         assert 0 <= result["data_wait_fraction"] <= 1
     assert found["2 ranks"]["device"].startswith("2 CPU ranks")
+    words = ("--channels", 2, "--format", "ome-zarr", "--ranks", 1)
+    assert json.loads(run_benchmark("epoch", *tiny, *words, "--json"))["1 rank"]["end_to_end"] > 0
 
 
 def test_epoch_takes_the_median_of_ratios_of_neighbours_without_the_first(benchmark, monkeypatch):
