@@ -16,6 +16,8 @@ from orion_unet.options import option, range_problems
 
 # Values of --encoder: our own, and the start of the name of one of timm's.
 UNET, TIMM = "unet", "timm:"
+# How the decoder of a new network doubles the resolution.
+UPSAMPLING = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,13 @@ class ModelOptions:
     )
     depth: int = option(4, "number of down-sampling levels", minimum=1, maximum=7)
     norm: str = option("batch", "normalisation layer", choices=("batch", "group", "instance"))
-    upsampling: str = option(
-        "transposed",
-        "how the decoder doubles the resolution: bilinear interpolation, or transposed convolutions, which may leave a "
-        "grid in the prediction",
+    upsampling: str | None = option(
+        None,
+        "how the decoder doubles resolution: bilinear interpolation, or transposed convolutions, which leave a grid "
+        f"in the prediction; default: that of the run to resume or of --init_from, else {UPSAMPLING}",
         choices=("bilinear", "transposed"),
+        follows=True,
+        before="transposed",
     )
     dropout: float = option(0.0, "probability of dropping a feature map in the bottleneck", minimum=0, below=1)
     output_start: str = option(
@@ -391,6 +395,15 @@ class TrainConfig:
         if problems:
             raise InputError.listing("these options cannot be used:", problems, "Run with --help for every option.")
         return config
+
+    @classmethod
+    def of_run(cls, options: dict[str, Any]) -> TrainConfig:
+        """The options that a checkpoint or config.json holds; one that its version did not have is what runs did then.
+
+        Raises InputError as ``from_options``.
+        """
+        before = {name: declared.metadata["before"] for name, declared in declared_options().items()}
+        return cls.from_options({**before, **options})
 
     def options(self) -> dict[str, Any]:
         """Flat ``{option: value}`` mapping, as written to config.json."""

@@ -87,7 +87,7 @@ def load_trained(
     names = tuple(str(name) for name in content["channel_names"])
     normalization = Normalization.from_document(content["normalization"])
     try:
-        config = TrainConfig.from_options(content["options"])
+        config = TrainConfig.of_run(content["options"])
     except (TypeError, InputError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: contains no model of this version ({reason})") from None

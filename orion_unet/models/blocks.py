@@ -27,13 +27,21 @@ def norm_layer(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {kind!r}")
 
 
+class BilinearUp(nn.Conv2d):
+    """A convolution, then bilinear interpolation to twice the size."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in, H, W) to (B, out, 2H, 2W)."""
+        # The convolution first: it commutes with the interpolation, and has a quarter of the pixels.
+        return F.interpolate(super().forward(input), scale_factor=2, mode="bilinear")
+
+
 def upsampling_layer(kind: str, in_channels: int, out_channels: int) -> nn.Module:
     """(B, in, H, W) to (B, out, 2H, 2W). Raises ValueError if the kind is not in ``UPSAMPLINGS``."""
     if kind == "transposed":
         return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
     if kind == "bilinear":
-        # The convolution first: it commutes with the interpolation, and has a quarter of the pixels.
-        return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.Upsample(scale_factor=2, mode="bilinear"))
+        return BilinearUp(in_channels, out_channels, 1)
     raise ValueError(f"upsampling must be one of {', '.join(UPSAMPLINGS)}, not {kind!r}")
 
 

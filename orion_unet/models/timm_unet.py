@@ -11,7 +11,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from orion_unet.config import TIMM, ModelOptions, channel_values
+from orion_unet.config import TIMM, UPSAMPLING, ModelOptions, channel_values
 from orion_unet.errors import InputError
 from orion_unet.extras import needed
 from orion_unet.models.blocks import ConvBlock, norm_layer
@@ -120,7 +120,7 @@ class TimmUNet(UNet):
         use_boundary_guidance: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        upsampling: str = "transposed",
+        upsampling: str = UPSAMPLING,
     ) -> None:
         encoder = create_encoder(name)
         own_mean, own_std = _colours(name)
@@ -154,7 +154,7 @@ class TimmUNet(UNet):
             use_boundary_guidance=options.use_boundary_guidance,
             mean=channel_values(options.encoder_mean),
             std=channel_values(options.encoder_std),
-            upsampling=options.upsampling,
+            upsampling=options.upsampling or UPSAMPLING,
         )
 
     def encode(self, he: Tensor) -> tuple[list[Tensor], Tensor]:

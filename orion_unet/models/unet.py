@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orion_unet.config import ModelOptions
+from orion_unet.config import UPSAMPLING, ModelOptions
 from orion_unet.models.blocks import ConvBlock, UpBlock, sobel_magnitude
 from orion_unet.models.freezing import freeze, hold_frozen
 
@@ -125,7 +125,7 @@ class SpatialUNet(UNet):
         norm: str = "batch",
         dropout: float = 0.0,
         use_boundary_guidance: bool = False,
-        upsampling: str = "transposed",
+        upsampling: str = UPSAMPLING,
     ) -> None:
         super().__init__(depth, use_boundary_guidance)
         widths = [base_features * 2**level for level in range(depth)]
@@ -148,7 +148,7 @@ class SpatialUNet(UNet):
             norm=options.norm,
             dropout=options.dropout,
             use_boundary_guidance=options.use_boundary_guidance,
-            upsampling=options.upsampling,
+            upsampling=options.upsampling or UPSAMPLING,
         )
 
     def encode(self, he: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orion_unet import checkpoint
 from orion_unet.checkpoint import BEST, LAST, checkpoint_path
-from orion_unet.config import TrainConfig, declared_options
+from orion_unet.config import UPSAMPLING, TrainConfig, declared_options
 from orion_unet.data.device_batches import DeviceBatches
 from orion_unet.data.loaders import (
     BatchLoader,
@@ -46,11 +46,12 @@ from orion_unet.training.tensorboard import EventWriter
 from orion_unet.training.transfer import EncoderFile, Source, take_over
 
 # What a new run takes for the options that are left open.
-FRESH: dict[str, Callable[[TrainConfig, Prepared], Any]] = {
-    "learning_rate": lambda config, prepared: automatic_rate(planned_steps(config, prepared)),
-    "statistics_batches": lambda config, prepared: 16,
-    "fold": lambda config, prepared: config.data.fold,
-    "pixel_size_um": lambda config, prepared: prepared.pixel_size_um,
+FRESH: dict[str, Callable[[TrainConfig, Prepared, Source | None], Any]] = {
+    "learning_rate": lambda config, prepared, source: automatic_rate(planned_steps(config, prepared)),
+    "statistics_batches": lambda config, prepared, source: 16,
+    "fold": lambda config, prepared, source: config.data.fold,
+    "pixel_size_um": lambda config, prepared, source: prepared.pixel_size_um,
+    "upsampling": lambda config, prepared, source: (source and source.options.upsampling) or UPSAMPLING,
 }
 
 
@@ -325,13 +326,16 @@ def _from_another_folder(resume: str, run_dir: Path) -> bool:
     return Path(resume).resolve().parent != checkpoint_path(run_dir, LAST).resolve().parent
 
 
-def settled(config: TrainConfig, prepared: Prepared, earlier: dict[str, Any] | None) -> TrainConfig:
-    """The options with those left open decided: as in the run that is continued, or to suit this one."""
+def settled(
+    config: TrainConfig, prepared: Prepared, earlier: dict[str, Any] | None, source: Source | None
+) -> TrainConfig:
+    """The options with those left open decided: as in the run that is continued, or to suit this one and the model that
+    it starts from."""
     options = config.options()
     for name, declared in declared_options().items():
         if declared.metadata["follows"] and options[name] is None:
             if earlier is not None:
                 options[name] = earlier["options"].get(name, declared.metadata["before"])
             else:
-                options[name] = FRESH[name](config, prepared)
+                options[name] = FRESH[name](config, prepared, source)
     return TrainConfig.from_options(options, config.recipe)

@@ -65,7 +65,7 @@ def find_rate(config: TrainConfig, options: FindRateOptions) -> Suggestion:
     console = Console()
     source, encoder = find_source(config, None), find_encoder(config, None)
     prepared = prepare_data(config, 1, None, source, console.progress)
-    config = settled(config, prepared, None)
+    config = settled(config, prepared, None, source)
     rates = np.geomspace(options.lowest_rate, options.highest_rate, options.steps).tolist()
     try:
         run = build_run(config, device, prepared, None, source, encoder)

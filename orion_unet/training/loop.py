@@ -77,7 +77,7 @@ def train(config: TrainConfig) -> int:
         source = from_main_process(lambda: find_source(config, earlier))
         encoder = from_main_process(lambda: find_encoder(config, earlier))
         prepared = from_main_process(lambda: prepare_data(config, world_size(), earlier, source, console.progress))
-        config = settled(config, prepared, earlier)
+        config = settled(config, prepared, earlier, source)
         from_main_process(lambda: run_folder.make(run_dir))
         lock = RunLock(run_dir, console.say)
         from_main_process(lock.acquire)

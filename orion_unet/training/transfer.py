@@ -21,7 +21,7 @@ from orion_unet.models.timm_unet import TimmUNet
 from orion_unet.models.unet import UNet, frozen_stages
 
 # Options that decide which layers a network has, and of which shape.
-ARCHITECTURE = ("encoder", "base_features", "depth", "norm", "use_boundary_guidance")
+ARCHITECTURE = ("encoder", "base_features", "depth", "norm", "use_boundary_guidance", "upsampling")
 # Names that channels get when nobody has named them: they say nothing about the marker.
 UNNAMED = re.compile(r"channel_\d+")
 # Pixel sizes that differ by less than this fraction count as the same.
@@ -157,7 +157,8 @@ def _trained_on(model: TrainedModel) -> tuple[str, ...]:
 
 def _check_architecture(path: Path, there: ModelOptions, config: TrainConfig) -> None:
     here, how = config.model, config.transfer.encoder_train
-    differing = [name for name in ARCHITECTURE if getattr(there, name) != getattr(here, name)]
+    # What is left open follows the source.
+    differing = [name for name in ARCHITECTURE if getattr(here, name) not in (None, getattr(there, name))]
     if here.encoder == there.encoder != UNET:
         # Its depth follows from its strides.
         differing = [name for name in differing if name != "depth"]

@@ -284,6 +284,7 @@ SHOWN_BY = {
     "overwrite": "test_overwrite_replaces_the_run_and_nothing_else",
     "resume": "test_resume.py",
     "init_from": "test_transfer_runs.py",
+    "upsampling": "test_transfer_runs.py",
     "init_partial": "test_transfer_runs.py",
     "encoder_train": "test_transfer_runs.py",
     "encoder": "test_timm_runs.py",
@@ -363,7 +364,7 @@ def test_validation_is_calm_from_the_first_epoch_where_running_averages_are_not(
     make_demo(tmp_path / "demo", cores=6, size=160, seed=3)
     hasty = {
         "pairs_dir": str(tmp_path / "demo"), "epochs": 1, "learning_rate": 3e-2, "seed": 3, "patches_per_image": 8,
-        "batch_size": 4,
+        "batch_size": 4, "upsampling": "transposed",
     }  # fmt: skip
     averaged, measured = train("averaged", statistics_batches=0, **hasty), train("measured", **hasty)
     (before,), (after,) = read_metrics(averaged.dir), read_metrics(measured.dir)
@@ -543,8 +544,8 @@ def test_a_plateau_lowers_the_learning_rate(train, capsys):
 
 
 def test_early_stopping_stops_and_says_so(train, capsys):
-    # A rate too small to change any weight: no epoch after the first is better.
-    made = train(epochs=9, norm="group", learning_rate=1e-30, early_stopping_patience=2)
+    # A rate that is 0 in float32: no epoch after the first is better.
+    made = train(epochs=9, norm="group", learning_rate=1e-50, early_stopping_patience=2)
     assert made.code == 0
     assert [record["best"] for record in read_metrics(made.dir)] == [True, False, False]
     assert read_status(made.dir)["state"] == "early_stopped"

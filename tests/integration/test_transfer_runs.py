@@ -304,3 +304,22 @@ def test_a_slow_encoder_moves_in_its_first_step_by_the_factor(train):
     for name, factor in (("encoder.0.0.weight", 0.25), ("bottleneck.0.3.weight", 0.25), ("decoder.0.up.weight", 1.0)):
         moves = (slow[name] - still[name]).abs().median() / (plain[name] - still[name]).abs().median()
         assert moves.item() == pytest.approx(factor, rel=1e-2)
+
+
+def test_the_upsampling_of_the_source_and_of_a_run_to_resume_is_kept(train):
+    source = train("source", upsampling="transposed", epochs=1)
+    assert load_trained(source.dir, "cpu").config.model.upsampling == "transposed"
+    tuned = train("tuned", init_from=str(source.dir), epochs=1)
+    assert tuned.code == 0
+    assert load_trained(tuned.dir, "cpu").config.model.upsampling == "transposed"
+    assert load_trained(train("fresh", epochs=1).dir, "cpu").config.model.upsampling == "bilinear"
+    with pytest.raises(InputError, match="its network has --upsampling transposed, this run's has --upsampling biline"):
+        train("other", init_from=str(source.dir), upsampling="bilinear", epochs=1)
+    # Runs made before the option existed had transposed convolutions.
+    last = source.dir / "checkpoints" / "last.pt"
+    content = torch.load(last, weights_only=True)
+    del content["options"]["upsampling"]
+    torch.save(content, last)
+    assert load_trained(last, "cpu").config.model.upsampling == "transposed"
+    assert train("source", upsampling=None, epochs=2, resume="auto").code == 0
+    assert load_trained(source.dir, "cpu").config.model.upsampling == "transposed"

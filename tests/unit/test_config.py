@@ -44,7 +44,7 @@ DEFAULTS = {
         "norm": "batch",
         "dropout": 0.0,
         "output_start": "mean",
-        "upsampling": "transposed",
+        "upsampling": None,
         "use_boundary_guidance": False,
         "encoder": "unet",
         "encoder_mean": None,
@@ -213,6 +213,7 @@ def test_help_shows_every_option_with_its_default(capsys):
             "log_every_steps": "auto",
             "grid_stride": "patch_size",
             "pixel_size_um": "that",
+            "upsampling": "that",
             "encoder_mean": "timm's",
             "encoder_std": "timm's",
         }.get(name, usual)
@@ -352,7 +353,13 @@ def test_what_concerns_one_start_only_is_not_inherited(tmp_path):
 def test_a_config_may_hold_a_part_of_the_options_and_whole_numbers_for_fractions(tmp_path):
     file = write_config(tmp_path / "config.json", {"grad_clip": 5, "epochs": 3})
     # The part that is missing is what runs did before the option existed.
-    assert options("--config", file) == {**FLAT, "grad_clip": 5, "epochs": 3, "statistics_batches": 0}
+    assert options("--config", file) == {
+        **FLAT,
+        "grad_clip": 5,
+        "epochs": 3,
+        "statistics_batches": 0,
+        "upsampling": "transposed",
+    }
 
 
 @pytest.mark.parametrize(

@@ -45,15 +45,21 @@ def test_an_odd_size_is_predicted_as_its_replicated_continuation():
 def test_parameter_count_equals_the_count_by_hand():
     encoder = 3 * 2 * 9 + 4 + 2 * 2 * 9 + 4
     bottleneck = 2 * 4 * 9 + 8 + 4 * 4 * 9 + 8
-    decoder = (4 * 2 * 4 + 2) + 4 * 2 * 9 + 4 + 2 * 2 * 9 + 4
+    decoder = 4 * 2 * 9 + 4 + 2 * 2 * 9 + 4
     head = 2 * 3 + 3
-    assert parameter_count(SpatialUNet(3, base_features=2, depth=1)) == encoder + bottleneck + decoder + head
+    for upsampling, up in (("transposed", 4 * 2 * 4 + 2), ("bilinear", 4 * 2 + 2)):
+        model = SpatialUNet(3, base_features=2, depth=1, upsampling=upsampling)
+        assert parameter_count(model) == encoder + bottleneck + decoder + up + head
 
 
 def test_from_options_builds_what_the_options_say():
-    options = ModelOptions(base_features=4, depth=2, norm="group", dropout=0.3, use_boundary_guidance=True)
+    options = ModelOptions(
+        base_features=4, depth=2, norm="group", dropout=0.3, use_boundary_guidance=True, upsampling="transposed"
+    )
     model = SpatialUNet.from_options(options, 5)
-    twin = SpatialUNet(5, base_features=4, depth=2, norm="group", dropout=0.3, use_boundary_guidance=True)
+    twin = SpatialUNet(
+        5, base_features=4, depth=2, norm="group", dropout=0.3, use_boundary_guidance=True, upsampling="transposed"
+    )
     assert str(model) == str(twin)
     assert str(model) != str(SpatialUNet.from_options(ModelOptions(), 5))
 
@@ -101,10 +107,28 @@ def test_weights_are_kaiming_normal_and_biases_zero():
 
 
 def test_the_up_convolution_keeps_the_spread_of_its_input():
-    up = SpatialUNet(1, base_features=64, depth=1).decoder[0].up
+    up = SpatialUNet(1, base_features=64, depth=1, upsampling="transposed").decoder[0].up
     features = torch.randn(4, 128, 16, 16).relu()
     with torch.no_grad():
         assert up(features).square().mean().item() == pytest.approx(features.square().mean().item(), rel=0.1)
+
+
+def test_bilinear_upsampling_is_a_convolution_of_pixels_interpolated_around_their_centres():
+    up = SpatialUNet(1, base_features=2, depth=1, upsampling="bilinear").decoder[0].up
+    features = torch.randn(2, 4, 5, 7)
+    with torch.no_grad():
+        found = up(features)
+        mixed = torch.einsum("oc,bchw->bohw", up.weight[..., 0, 0], features) + up.bias[:, None, None]
+    assert found.shape == (2, 2, 10, 14)
+    # The centre of pixel 5 of the output is at 2.25 in the input.
+    expected = 0.75 * mixed[:, :, 2] + 0.25 * mixed[:, :, 3]
+    torch.testing.assert_close(found[:, :, 5, 5], 0.75 * expected[..., 2] + 0.25 * expected[..., 3])
+    torch.testing.assert_close(up(features.flip(3)).detach(), found.flip(3))
+
+
+def test_an_unknown_upsampling_is_refused():
+    with pytest.raises(ValueError, match="upsampling must be one of bilinear, transposed, not 'nearest'"):
+        SpatialUNet(1, upsampling="nearest")
 
 
 def test_convolutions_before_a_norm_have_no_bias():
@@ -122,7 +146,7 @@ def test_the_head_bias_sets_the_level_of_the_prediction():
 
 
 def test_the_decoder_joins_skip_and_upsampled_features():
-    block = UpBlock(2, "batch").eval()
+    block = UpBlock(2, "batch", "bilinear").eval()
     skip = torch.rand(1, 2, 4, 4, requires_grad=True)
     deep = torch.rand(1, 4, 2, 2, requires_grad=True)
     out = block(deep, skip)
@@ -280,7 +304,7 @@ def test_the_model_learns_where_the_tissue_is(norm):
     target = (he[:, :1] < 0.5).float()
     model = SpatialUNet(1, base_features=4, depth=2, norm=norm)
     optimizer = torch.optim.Adam(model.parameters(), 3e-2)
-    for _ in range(40):
+    for _ in range(80):
         loss = F.mse_loss(model(he), target)
         optimizer.zero_grad()
         loss.backward()
