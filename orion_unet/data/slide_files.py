@@ -24,7 +24,7 @@ from orion_unet.run_log import write_atomic
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.marker_zarr import zarr_image, zarr_tiles
 from orion_unet.slides.markers import ArrayMarkers, MarkerImage
-from orion_unet.slides.open import is_zarr, open_he, open_markers, require_readers
+from orion_unet.slides.open import is_zarr_image, open_he, open_markers, require_readers
 from orion_unet.slides.stored import find_tiles
 from orion_unet.slides.tiles import TileCache, TiledArray, Tiles
 from orion_unet.text import csv_bytes
@@ -207,7 +207,7 @@ class SlideImage:
 
 def _tiles(path: Path, modality: str) -> Tiles | None:
     """The tiles of an image at full resolution; None if its format has none."""
-    if modality == "orion" and (path.suffix.lower() == ".zarr" or is_zarr(path)):
+    if is_zarr_image(path):
         needed("zarr")
         return zarr_tiles(path, zarr_image(path), 0)
     if path.suffix.lower() not in TIFF_SUFFIXES:

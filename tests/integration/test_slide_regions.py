@@ -379,7 +379,9 @@ def test_a_slide_without_tiles_is_read_in_loader_processes_that_were_forked_from
     tifffile.imwrite(tmp_path / "slides" / "he.ndpi", he, photometric="rgb", tile=(64, 64), compression="jpeg")
     np.save(tmp_path / "slides" / "orion.npy", orion[..., :4])
     columns = "slide,he,orion,he_pixel_size_um,orion_pixel_size_um"
-    rows = [f"{name},he.ndpi,orion.npy,0.325,0.325" for name in "CD"]
+    # And an H&E in OME-Zarr, which has tiles, beside markers in .npy, which have none.
+    write_zarr(tmp_path / "slides" / "D_HE.zarr", he, chunk=64)
+    rows = [f"{name},{he},orion.npy,0.325,0.325" for name, he in (("C", "he.ndpi"), ("D", "D_HE.zarr"))]
     (tmp_path / "slides" / "slides.csv").write_text("\n".join([columns, *rows, ""]))
     (tmp_path / "slides" / "markers.csv").write_text("marker_name\nHoechst\nCD3\nCD4\nCD8\n")
     options = ("--register", "off", "--region_size", "128")
