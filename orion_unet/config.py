@@ -24,9 +24,11 @@ class DataOptions:
 
     pairs_dir: str = option(
         "core_patches_npy",
-        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr",
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr; or the URL of one on object storage "
+        "(s3://bucket/folder), of .ome.zarr or .ome.tif",
         metavar="DIR",
         fixed=False,
+        url=True,
     )
     val_split: float = option(0.2, "fraction of the cores held out for validation", above=0, below=1)
     fold: str | None = option(
@@ -518,9 +520,11 @@ class PredictRequest:
     input: tuple[Path, ...] = option(
         None,
         "images (.npy, .png, .jpg, .tif, .svs, .zarr; .ndpi, .mrxs, .scn with the extra openslide); for a folder: its "
-        "NAME_HE files (.npy, .ome.tif, .ome.zarr), otherwise every image",
+        "NAME_HE files (.npy, .ome.tif, .ome.zarr), otherwise every image; TIFF and OME-Zarr also by URL, on "
+        "object storage",
         metavar="FILE|DIR",
         required=True,
+        url=True,
     )
     output_dir: Path = option(None, "folder for the predictions; made if need be", metavar="DIR", required=True)
 
@@ -576,7 +580,11 @@ class EvaluateOptions:
         None, "a run folder (its best.pt), or a .pt file; several are averaged", metavar="RUN|FILE", required=True
     )
     pairs_dir: Path = option(
-        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", required=True
+        None,
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr, or its URL",
+        metavar="DIR",
+        required=True,
+        url=True,
     )
     split: str = option(
         "val",
@@ -713,7 +721,11 @@ class CheckDataOptions:
     """inspection: what to look at, and what to write"""
 
     folder: str = option(
-        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
+        None,
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr, or its URL",
+        metavar="DIR",
+        positional=True,
+        url=True,
     )
     output_dir: Path | None = option(
         None, "also write channels.csv, cores.csv, check_data.json and contact sheets of all cores", metavar="OUT"
@@ -731,7 +743,11 @@ class PackOptions:
     """packing: what to rewrite, and where to"""
 
     folder: str = option(
-        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
+        None,
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr, or its URL",
+        metavar="DIR",
+        positional=True,
+        url=True,
     )
     output_dir: Path = option(None, "folder to fill; made if it does not exist", metavar="OUT", required=True)
     format: str = option("npy", "how the pairs are stored in OUT", choices=("npy", "ome-zarr"))
@@ -745,7 +761,7 @@ class PrepareOptions:
     slides: Path = option(
         None,
         "CSV with columns slide,he,orion and, if needed, patient,markers,he_pixel_size_um,orion_pixel_size_um; "
-        "its paths are relative to it",
+        "its paths are relative to it; images may be TIFF or OME-Zarr on object storage, by their URLs",
         metavar="SLIDES.csv",
         positional=True,
     )
@@ -821,7 +837,11 @@ class RegisterOptions:
     """registration: which pairs, by which marker, and what is kept"""
 
     folder: str = option(
-        None, "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr", metavar="DIR", positional=True
+        None,
+        "folder of pairs NAME_HE / NAME_ORION: .npy, .ome.tif or .ome.zarr, or its URL",
+        metavar="DIR",
+        positional=True,
+        url=True,
     )
     output_dir: Path = option(None, "folder to fill; made if it does not exist", metavar="OUT", required=True)
     register_on: str | None = option(

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from orion_unet.errors import InputError
+from orion_unet.slides.remote import RemotePath, is_url
 
 T = TypeVar("T")
+
+# What the words of the help call files and folders.
+PATHS = ("DIR", "FILE", "OUT", "RUN", "PAIRS", "SLIDES.csv", "FILE|DIR", "FILE|RUN", "RUN|FILE", "auto|FILE")
 
 
 def option(
@@ -31,6 +36,7 @@ def option(
     fixed: bool = True,
     follows: bool = False,
     before: Any = None,
+    url: bool = False,
 ) -> Any:
     """Declare one option: default, help text, unit and range. The parameters are those of the declaration.
 
@@ -40,7 +46,8 @@ def option(
     left out when ``--config`` loads an earlier run, because it concerns that one start and not the experiment. An
     option that is not ``fixed`` may change when a run is resumed. An option that ``follows`` may be left open, as
     None: it is decided at the start, and a resumed run keeps what it had. ``before`` is what runs did that were
-    made before the option existed, where that is not its default.
+    made before the option existed, where that is not its default. Only an option with ``url`` may be the URL of
+    something on object storage.
     """
     metadata = {
         "text": text,
@@ -59,6 +66,7 @@ def option(
         "fixed": fixed,
         "follows": follows,
         "before": default if before is None else before,
+        "url": url,
     }
     return field(default=default, metadata=metadata)
 
@@ -88,6 +96,10 @@ def _range_problem(value: Any, metadata: Any) -> str:
         return ""
     if metadata["choices"] and value not in metadata["choices"]:
         return f"must be one of {', '.join(metadata['choices'])}"
+    if isinstance(value, str | Path | tuple) and not metadata["url"] and metadata["metavar"] in PATHS:
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, RemotePath) or (isinstance(each, str) and is_url(each)):
+                return "is a URL, and must be on this machine: only pairs and slides are read from object storage"
     if isinstance(value, str):
         empty = not value.strip() and value != metadata["const"]
         return "must not be empty" if empty or "\0" in value else ""

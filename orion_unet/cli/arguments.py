@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from orion_unet.config import GROUPS, READING, DataOptions, TrainConfig, declared_options, load_options
 from orion_unet.errors import InputError, RunError
 from orion_unet.recipes import DEFAULT, RECIPES, Recipe, find_recipe
+from orion_unet.slides.remote import input_path
 from orion_unet.text import clean_lines
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
@@ -123,7 +124,8 @@ def _add_option(section: Any, f: Field[Any], shown: str) -> None:
         return
     several = kinds[0].startswith("tuple")
     kind = kinds[0].removeprefix("tuple[").partition(",")[0] if several else kinds[0]
-    convert: Callable[[str], Any] = {"int": int, "float": float, "str": str, "Path": Path}[kind]
+    converters: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "Path": input_path}
+    convert = converters[kind]
     given["type"] = _number_or_auto(convert) if metadata["metavar"] == "N|auto" else convert
     given["metavar"] = metadata["metavar"] or {"int": "N", "float": "X", "Path": "PATH"}.get(kind)
     if metadata["choices"]:

@@ -16,6 +16,7 @@ from orion_unet.config import CrossvalOptions, DeviceOptions, TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.options import checked
 from orion_unet.run_log import CHECKPOINT_DIR, CONFIG_FILE, LOG_FILE, STATUS_FILE, read_document
+from orion_unet.slides.remote import input_path
 
 # What crossval gives each training itself.
 OWN = ("fold", "val_split", "split_file", "output_dir", "resume", "overwrite")
@@ -125,7 +126,7 @@ def _check_panels(configs: list[TrainConfig]) -> None:
     # Only now: --help should not wait for NumPy and torch.
     from orion_unet.data.panels import PANELS_FILE
 
-    if configs and (Path(configs[0].data.pairs_dir) / PANELS_FILE).is_file():
+    if configs and (input_path(configs[0].data.pairs_dir) / PANELS_FILE).is_file():
         from orion_unet.training.prepare import check_folds
 
         check_folds(configs)

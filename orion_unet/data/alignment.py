@@ -11,6 +11,7 @@ from orion_unet.data.pairs import PairTable
 from orion_unet.data.scale import Scales
 from orion_unet.registration.shift import LEAST_PEAK, register
 from orion_unet.registration.stains import haematoxylin
+from orion_unet.slides.remote import beside
 
 # Cores that are looked at, evenly spread, and the side of the window in their middle [pixels]: under a second in all.
 LOOKED_AT, SIDE = 16, 384
@@ -50,7 +51,7 @@ def alignment_warning(table: PairTable, scales: Scales) -> str:
 def register_command(table: PairTable) -> str:
     """The command that registers this folder, to be pasted."""
     folder = table.folder if table.folder.name not in ("", "..") else table.folder.resolve()
-    registered = folder.with_name(f"{folder.name}_registered")
+    registered = beside(folder, "_registered")
     return f"python -m orion_unet register {shlex.quote(str(folder))} --output_dir {shlex.quote(str(registered))}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,8 @@ def read_assignments(path: Path, names: Sequence[str], what: str, only_these: bo
     Rows of other cores are ignored, or refused with ``only_these``. Raises InputError that names every bad row.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, skipinitialspace=True))
+        text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+        rows = list(csv.DictReader(text, skipinitialspace=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error})") from None
     if not rows or not {"core", what} <= set(rows[0]):

@@ -33,14 +33,12 @@ def channel_names(given: str | None, folder: Path, count: int, stated: tuple[str
 def listed_names(given: str | None, folder: Path) -> tuple[str, tuple[str, ...]] | None:
     """Where channel names are listed, and the names: ``--channel_names`` (names or a file), else the folder's
     channel_names.txt; None without either. Raises InputError for a file that cannot be read."""
-    source = "--channel_names"
-    if given is None and (folder / NAMES_FILE).is_file():
-        given, source = str(folder / NAMES_FILE), str(folder / NAMES_FILE)
     if given is None:
-        return None
+        path = folder / NAMES_FILE
+        return (str(path), read_names(path)) if path.is_file() else None
     if _is_file(given):
-        return source, read_names(Path(given))
-    return source, tuple(name.strip() for name in given.split(","))
+        return "--channel_names", read_names(Path(given))
+    return "--channel_names", tuple(name.strip() for name in given.split(","))
 
 
 def check_unique(source: str, names: Sequence[str]) -> None:

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from orion_unet.data.measured import reading_threads
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import DIGEST, counter_rng
-from orion_unet.distributed import usable_cores
 from orion_unet.slides.tiles import TiledArray
 
 # Pixels are compared at fixed random places, in pieces of a row: enough for two images of tissue to differ, and so
@@ -28,7 +28,7 @@ def core_digests(table: PairTable, cores: Iterable[int]) -> dict[str, str]:
     on the ORION file. About a millisecond a core where the file is in memory. Raises InputError where a file has gone.
     """
     cores = list(cores)
-    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+    with ThreadPoolExecutor(max_workers=reading_threads(table.folder)) as pool:
         found = pool.map(lambda core: _digest(table, core), cores)
         return {str(table.names[core]): digest for core, digest in zip(cores, found, strict=True)}
 

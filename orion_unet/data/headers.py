@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from orion_unet.data.measured import file_state, fingerprint, recall, remember
+from orion_unet.data.measured import file_state, fingerprint, reading_threads, recall, remember
 from orion_unet.data.slide_regions import REGION_SUFFIX, region_image
-from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.run_log import open_regular
+from orion_unet.slides.remote import is_remote
 from orion_unet.slides.stored import StoredImage, require_tiled_readers, stored_image
 
 DTYPES = ("uint8", "uint16", "float16", "float32")
@@ -53,13 +53,15 @@ def read_headers(folder: Path, files: Sequence[tuple[str, str]], level: int) -> 
     for name, modality in files:
         if name.endswith(NPY):
             try:
+                if is_remote(folder):
+                    raise Unusable(f"{name}: is .npy, which is not read from object storage")
                 found[name] = _npy(folder / name, modality, level)
             except Unusable as error:
                 found[name] = error
     if not tiled:
         return found
     kept = _Kept(folder, level)
-    with ThreadPoolExecutor(max_workers=2 * usable_cores()) as pool:
+    with ThreadPoolExecutor(max_workers=2 * reading_threads(folder)) as pool:
         for (name, _), header in zip(tiled, pool.map(lambda file: kept.header(*file), tiled), strict=True):
             found[name] = header
     kept.store()

@@ -21,7 +21,7 @@ from orion_unet.data.patches import PatchPlace, PatchReader, RawBatch, describe,
 from orion_unet.data.randomness import ORDER, counter_rng
 from orion_unet.data.slots import MODALITIES, PREFETCH, BatchSlots
 from orion_unet.distributed import usable_cores
-from orion_unet.errors import InputError
+from orion_unet.errors import InputError, RunError
 
 # Linux: the signal that a process is sent when its parent ends (linux/prctl.h).
 PR_SET_PDEATHSIG = 1
@@ -232,9 +232,10 @@ class BatchLoader:
                 if self._pin_bytes:
                     self._slots.pin(self._pin_bytes)
                 yield RawBatch.of(self._slots.buffers[slot], described)
-        except InputError as error:
+        except (InputError, RunError) as error:
             # A worker's exception arrives as a traceback that ends with its message.
-            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+            kind = type(error)
+            raise kind(str(error).rpartition(f"{kind.__name__}: ")[2].strip()) from None
 
     @property
     def nbytes(self) -> int:

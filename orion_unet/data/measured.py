@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,10 @@ from orion_unet import __version__
 from orion_unet.data.file_states import State, path_state
 from orion_unet.data.slide_files import slide_state
 from orion_unet.data.slide_regions import REGION_SUFFIX, slide_behind
+from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
+from orion_unet.slides.remote import READERS, is_remote
 
 # Number of documents kept; the oldest are deleted.
 KEPT = 256
@@ -37,7 +40,7 @@ def cache_folder() -> Path:
 def file_state(path: Path) -> State:
     """Size, modification time and change time of a file, by which a changed file is recognised; of a folder (OME-Zarr),
     the sum of the sizes and the latest times of the folder and all that is in it; of a region of a slide, the sums of
-    those of its file and its slide.
+    those of its file and its slide. On object storage, size and versions.
 
     Copying tools restore the modification time of the source, but nothing can set the change time. Raises InputError if
     the file is gone.
@@ -74,9 +77,23 @@ def fingerprint(paths: Iterable[Path], *about: Any) -> str:
     Raises InputError if a file is gone.
     """
     digest = hashlib.sha256(json.dumps([measuring_code(), *about]).encode())
-    for path in paths:
-        digest.update(json.dumps([str(path.resolve()), *file_state(path)]).encode())
+    files = list(paths)
+    for path, state in zip(files, _states(files), strict=True):
+        digest.update(json.dumps([str(path.resolve()), *state]).encode())
     return digest.hexdigest()
+
+
+def _states(files: list[Path]) -> Iterator[tuple[int, int, int]]:
+    if not any(map(is_remote, files)):
+        yield from map(file_state, files)
+        return
+    with ThreadPoolExecutor(max_workers=READERS) as pool:
+        yield from pool.map(file_state, files)
+
+
+def reading_threads(folder: Path) -> int:
+    """Threads that read the files of a folder: one for each core, which decodes; of a store, more, which wait."""
+    return max(READERS, usable_cores()) if is_remote(folder) else usable_cores()
 
 
 def recall(name: str) -> Any:

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 
 from orion_unet.data.camera_noise import NoiseEvidence, look_for_noise
-from orion_unet.data.measured import fingerprint, recall, remember
+from orion_unet.data.measured import fingerprint, reading_threads, recall, remember
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import NORMALIZATION, counter_rng
 from orion_unet.data.scale import Progress, Scales, no_progress
-from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.run_log import SCHEMA
 
@@ -215,7 +214,7 @@ def fit_normalization(
         step()
         return bounds
 
-    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+    with ThreadPoolExecutor(max_workers=reading_threads(table.folder)) as pool:
         evidence = reduce(NoiseEvidence.joined, pool.map(read, range(len(train))))
         noise = evidence.noise & ~np.isin(names, list(keep)) & (method != "none")
         if method == "none":

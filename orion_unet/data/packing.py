@@ -102,7 +102,7 @@ def pack(options: DataOptions, output: Path, overwrite: bool = False, form: str 
     jobs = [_job(table, output, core, modality, form) for core in range(len(table)) for modality in ("he", "orion")]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        itself = output.samefile(table.folder)
+        itself = table.folder.samefile(output)
         handle = os.open(output, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"--output_dir {output}: cannot be used ({error.strerror or error})") from None

@@ -16,6 +16,7 @@ from orion_unet.data.headers import NPY, Header, Unusable, read_headers, stored_
 from orion_unet.data.panels import PANELS_FILE, Panels, find_panels
 from orion_unet.data.slide_regions import REGION_SUFFIX, open_region
 from orion_unet.errors import InputError
+from orion_unet.slides.remote import beside, input_path, is_remote
 from orion_unet.slides.stored import TILED_SUFFIXES, StoredImage, open_tiles
 from orion_unet.slides.tiles import TileCache, TiledArray
 from orion_unet.text import named
@@ -24,6 +25,10 @@ KINDS = {"he": "_HE", "orion": "_ORION"}
 HE_SUFFIX, ORION_SUFFIX = (f"{kind}{NPY}" for kind in KINDS.values())
 # In the order in which a name is tried.
 SUFFIXES = (NPY, *TILED_SUFFIXES, REGION_SUFFIX)
+NPY_ADVICE = (
+    "Pairs on object storage are OME-Zarr or tiled OME-TIFF. Where the .npy files are on a disk: python -m orion_unet "
+    "pack DIR --output_dir OUT --format ome-zarr, and upload OUT. "
+)
 # The pixel sizes that files state may differ by rounding, as a fraction.
 ROUNDING = 0.01
 # One row per stored array. A NumPy table instead of a list of objects, so that a worker needs no more memory for
@@ -217,7 +222,7 @@ def find_pairs(options: DataOptions) -> PairTable:
     Raises InputError with one message that names every bad file. Never unpickles: a file with Python objects is
     refused.
     """
-    folder = Path(options.pairs_dir)
+    folder = input_path(options.pairs_dir)
     suffixes = _scan(folder)
     paired = sorted(suffixes["he"].keys() & suffixes["orion"].keys())
     unpaired = sorted(
@@ -264,10 +269,11 @@ def find_pairs(options: DataOptions) -> PairTable:
         raise InputError.listing(
             f"--pairs_dir {folder}: these files cannot be used:",
             problems,
-            "Repair them or move them out of the folder; nothing has been written.",
+            (NPY_ADVICE if is_remote(folder) and any(".npy" in problem for problem in problems) else "")
+            + "Repair them or move them out of the folder; nothing has been written.",
         )
     if striped := sum(image.striped for image in images):
-        packed = folder.resolve().with_name(f"{folder.resolve().name}_packed")
+        packed = beside(folder.resolve(), "_packed")
         warnings.append(
             f"{striped} files are compressed in strips, of which a patch decodes whole rows; reading is faster after: "
             f"python -m orion_unet pack {shlex.quote(str(folder))} --output_dir {shlex.quote(str(packed))}"

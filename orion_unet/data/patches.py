@@ -15,10 +15,13 @@ from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import SAMPLE, VALIDATION, counter_rng
 from orion_unet.data.scale import Scales
 from orion_unet.data.tissue import tissue_fraction
+from orion_unet.slides.remote import is_remote
 from orion_unet.slides.tiles import TileCache, TiledArray
 
 # Largest number of open memory maps per process. Each uses a file descriptor, often limited to 1,024.
 OPEN_MAPS = 128
+# The same of objects on object storage: they use no descriptor, and each new one costs several requests.
+OPEN_OBJECTS = 1024
 # Decoded tiles that a process keeps, where nothing else is asked for [bytes].
 CACHE_BYTES = 256_000_000
 # A training crop is drawn up to this many times, until at least this fraction of it is tissue.
@@ -119,7 +122,7 @@ class PatchReader:
             if self.from_disk:
                 stored.tiles.expect_single_tiles() if isinstance(stored, TiledArray) else expect_single_rows(stored)
             found = self._maps[key] = (stored, stored if isinstance(stored, TiledArray) else np.asarray(stored))
-            if len(self._maps) > OPEN_MAPS:
+            if len(self._maps) > (OPEN_OBJECTS if is_remote(self.table.folder) else OPEN_MAPS):
                 self._maps.popitem(last=False)
         else:
             self._maps.move_to_end(key)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from orion_unet.data.measured import file_state, fingerprint, recall, remember
+from orion_unet.data.measured import file_state, fingerprint, reading_threads, recall, remember
 from orion_unet.data.pairs import PairTable
-from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.slides.images import ArrayImage
 from orion_unet.slides.intensity import WHITE, declared_white, value_range
@@ -85,7 +84,7 @@ def measure_scales(table: PairTable, bounded_targets: bool, progress: Progress =
         step()
         return found[-2], found[-1]
 
-    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+    with ThreadPoolExecutor(max_workers=reading_threads(table.folder)) as pool:
         ranges = dict(zip(jobs, pool.map(scan, jobs), strict=True))
     known.keep()
 

@@ -18,13 +18,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from orion_unet.data.measured import fingerprint, recall, remember
+from orion_unet.data.measured import fingerprint, reading_threads, recall, remember
 from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import STAIN, counter_rng
 from orion_unet.data.scale import Progress, Scales, he_image, no_progress
 from orion_unet.data.split import Split
 from orion_unet.data.tissue import tissue_pixels
-from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.registration.stains import optical_density, separation
 from orion_unet.slides.images import HeImage
@@ -286,7 +285,7 @@ def known_stain(table: PairTable, scales: Scales, split: Split, progress: Progre
         step()
         return found
 
-    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
+    with ThreadPoolExecutor(max_workers=reading_threads(table.folder)) as pool:
         measured = list(pool.map(measure, cores))
     rows = [(values, group) for values, group in zip(measured, groups, strict=True) if values is not None]
     values = np.array([values for values, _ in rows]).reshape(-1, len(FEATURES))

@@ -29,6 +29,7 @@ from orion_unet.inference.model import load_trained
 from orion_unet.inference.trust import RULE, summary, write_scorecard
 from orion_unet.intervals import leave_one_out, why_no_interval
 from orion_unet.run_log import utc_now, write_atomic, write_json
+from orion_unet.slides.remote import input_path
 from orion_unet.text import clean, csv_bytes
 
 SCHEMA = 1
@@ -67,7 +68,7 @@ def score_folds(
         model = load_trained(run, where.device, where.use_amp)
         if folder is not None and model.names != folder.model.names:
             raise InputError(f"{run}: was trained on other markers than {runs[0]}; these are not folds of one training")
-        folder = open_folder(model, Path(model.config.data.pairs_dir), FolderOptions(), progress)
+        folder = open_folder(model, input_path(model.config.data.pairs_dir), FolderOptions(), progress)
         held = {str(row["core"]) for row in model.split["val"]}
         cores = tuple(core for core in folder.known.val.tolist() if folder.known.names[core] in held)
         if gathered is None:

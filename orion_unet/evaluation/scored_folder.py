@@ -25,6 +25,7 @@ from orion_unet.inference.model import TrainedModel
 from orion_unet.inference.resampled import LARGEST_FACTOR, SAME, ResampledImage, on_model_grid
 from orion_unet.inference.tiling import TiledPrediction, choose_tiling
 from orion_unet.slides.images import HeImage
+from orion_unet.slides.remote import input_path
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _data_options(model: TrainedModel, pairs_dir: Path, options: FolderOptions) 
     """The options of the training, for another folder: what the folder says of itself wins over what training was
     told of its own. Cores may be smaller than a training patch."""
     trained = model.config.data
-    same = Path(trained.pairs_dir).resolve() == pairs_dir.resolve()
+    same = input_path(trained.pairs_dir).resolve() == pairs_dir.resolve()
     names, groups = options.channel_names, options.groups_csv
     if names is None and (same or not any((pairs_dir / file).is_file() for file in (NAMES_FILE, PANELS_FILE))):
         names = trained.channel_names

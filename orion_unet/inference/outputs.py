@@ -21,6 +21,7 @@ from orion_unet.data.pairs import pair_file
 from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import fsync_folder, read_document, write_atomic, write_json
 from orion_unet.slides.open import SUFFIXES, is_zarr_image
+from orion_unet.slides.remote import input_path
 
 RESULT_SUFFIX = {"npy": ".npy", "ome-tiff": ".ome.tiff"}
 SPREAD = "_spread"
@@ -62,7 +63,7 @@ def find_inputs(given: Sequence[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     problems = []
-    for path in map(Path, given):
+    for path in map(input_path, given):
         try:
             images = _images(path) if path.is_dir() and not is_zarr_image(path) else [path]
         except OSError as error:

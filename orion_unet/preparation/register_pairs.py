@@ -117,7 +117,7 @@ def _make(output: Path, table: PairTable, overwrite: bool) -> None:
     """Make the folder; raises InputError where it is the source, or has pairs that did not come from here."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        itself = output.samefile(table.folder)
+        itself = table.folder.samefile(output)
         there = {path.name for path in output.iterdir()}
     except OSError as error:
         raise InputError(f"--output_dir {output}: cannot be used ({error.strerror or error})") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orion_unet.errors import InputError
 from orion_unet.slides.pixel_size import positive
+from orion_unet.slides.remote import input_path, is_url
 
 REQUIRED = ("slide", "he", "orion")
 OPTIONAL = ("patient", "markers", "he_pixel_size_um", "orion_pixel_size_um")
@@ -79,11 +80,15 @@ def _row_problems(row: dict[str, str]) -> list[str]:
     return found
 
 
+def _image(folder: Path, named: str) -> Path:
+    return input_path(named) if is_url(named) else folder / named
+
+
 def _slide(folder: Path, row: dict[str, str]) -> Slide:
     return Slide(
         name=row["slide"],
-        he=folder / row["he"],
-        orion=folder / row["orion"],
+        he=_image(folder, row["he"]),
+        orion=_image(folder, row["orion"]),
         group=row.get("patient") or row["slide"],
         markers=folder / row["markers"] if row.get("markers") else None,
         he_pixel_size_um=positive(row.get("he_pixel_size_um")),

@@ -20,6 +20,7 @@ from orion_unet.preparation.slide_table import Slide
 from orion_unet.preparation.writing import pair_paths
 from orion_unet.registration.transform import Affine
 from orion_unet.run_log import append_line, parse_object, write_json
+from orion_unet.slides.remote import is_remote
 
 FOLDER, RECORD = ".prepare", "regions.jsonl"
 # Options that do not change what a pair is.
@@ -35,12 +36,14 @@ def origin(slide: Slide, options: PrepareOptions) -> dict[str, Any]:
     for path in (slide.he, slide.orion, slide.markers or options.markers):
         if path is None:
             continue
-        try:
-            path.stat()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if not is_remote(path):
+            try:
+                path = path.resolve()
+                path.stat()
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
         # Of an OME-Zarr, all files in the folder count.
-        files[str(path.resolve())] = list(file_state(path)[:2])
+        files[str(path)] = list(file_state(path)[:2])
     chosen = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in FREE}
     sizes = [slide.he_pixel_size_um, slide.orion_pixel_size_um]
     return {"files": files, "options": chosen, "pixel_sizes_um": sizes, "group": slide.group}

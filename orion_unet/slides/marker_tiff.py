@@ -13,6 +13,7 @@ import numpy as np
 from orion_unet.errors import InputError
 from orion_unet.slides.markers import ArrayMarkers, MarkerImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize
+from orion_unet.slides.remote import is_remote
 from orion_unet.slides.segments import Segments
 from orion_unet.slides.tiff import LOOSE, mapped_array, parsed_tiff, smaller_levels, tiff_pixel_size
 from orion_unet.slides.tiff_tiles import TiffTiles
@@ -65,7 +66,7 @@ def _open(path: Path, tiff: Any, series: Any) -> MarkerImage:
     names = marker_names(tiff, planes)
     pixel_size = tiff_pixel_size(tiff, page)
     levels = smaller_levels(tiff, series, len(planes))
-    if series.dataoffset is not None and not levels:
+    if series.dataoffset is not None and not levels and not is_remote(path):
         layout, shape = contiguous_shape(planes)
         opener = mapped_array(path, tiff, series, shape)
         tiff.close()

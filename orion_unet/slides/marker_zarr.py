@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from orion_unet.errors import InputError
+from orion_unet.errors import InputError, RunError
 from orion_unet.slides.markers import MarkerImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
+from orion_unet.slides.remote import RemotePath
 from orion_unet.slides.tiff import LOOSE
 from orion_unet.slides.tiles import TiledArray
 from orion_unet.slides.zarr_tiles import ZarrTiles
@@ -61,7 +62,7 @@ def zarr_tiles(path: Path, image: ZarrImage, level: int) -> ZarrTiles:
     """The chunks of a level; raises InputError if they cannot be used."""
     try:
         return ZarrTiles(path, image.arrays[level], image.axes, level)
-    except InputError:
+    except (InputError, RunError):
         raise
     except Exception as error:
         raise InputError(f"{path}: level {level} is damaged ({type(error).__name__}: {error})") from None
@@ -73,12 +74,15 @@ def zarr_image(path: Path) -> ZarrImage:
     import zarr
 
     try:
-        group: Any = zarr.open_group(str(path), mode="r")
+        group: Any = zarr.open_group(_store(path), mode="r")
         attributes: Any = dict(group.attrs)
         attributes = attributes.get("ome", attributes)
         multiscale = attributes["multiscales"][0]
         axes = "".join(axis["name"] for axis in multiscale["axes"])
         datasets = multiscale["datasets"]
+    except (InputError, RunError):
+        # Those of a store that does not give its objects.
+        raise
     except Exception as error:
         # Metadata of unknown origin can lack anything.
         raise InputError(f"{path}: is damaged or no OME-Zarr image ({type(error).__name__}: {error})") from None
@@ -99,6 +103,19 @@ def zarr_image(path: Path) -> ZarrImage:
     return ZarrImage(arrays, axes, names, pixel_size)
 
 
+def _store(path: Path) -> Any:
+    """What zarr opens; raises InputError where a store has no such folder."""
+    if not isinstance(path, RemotePath):
+        return str(path)
+    # Only now: it imports zarr.
+    from orion_unet.slides.zarr_store import RemoteStore
+
+    try:
+        return RemoteStore(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: cannot be read (no such folder)") from None
+
+
 def _array(path: Path, group: Any, dataset: dict[str, Any], level: int) -> Any:
     name = dataset.get("path")
     try:
@@ -107,6 +124,8 @@ def _array(path: Path, group: Any, dataset: dict[str, Any], level: int) -> Any:
         raise InputError(
             f"{path}: lacks the array {name} of level {level}, which its metadata lists; copy it again"
         ) from None
+    except (InputError, RunError):
+        raise
     except Exception as error:
         kind, reason = type(error).__name__, str(error).splitlines()[0] if str(error) else ""
         if "codec" in f"{kind} {reason}".lower():

@@ -10,12 +10,12 @@ import numpy as np
 
 from orion_unet.errors import InputError
 from orion_unet.extras import needed
-from orion_unet.run_log import open_regular
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.marker_tiff import open_marker_tiff
 from orion_unet.slides.marker_zarr import open_marker_zarr
 from orion_unet.slides.markers import DTYPES, ArrayMarkers, MarkerImage
 from orion_unet.slides.pixel_size import UNKNOWN_PIXEL_SIZE, PixelSize, square_pixel
+from orion_unet.slides.remote import check_openable, input_path, is_remote
 from orion_unet.slides.tiff import open_tiff
 from orion_unet.slides.whole_slide import open_whole_slide
 from orion_unet.slides.zarr_he import open_zarr_he
@@ -31,17 +31,16 @@ def open_he(path: str | Path) -> HeImage:
     Raises InputError if the file is missing, damaged, of another format or without three colour channels, or if a
     package that reads this format is not installed.
     """
-    path = Path(path)
+    path = input_path(path)
     if is_zarr_image(path):
         return open_zarr_he(_zarr_folder(path))
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise InputError(f"{path}: cannot be read; use {', '.join(SUFFIXES)}")
     require_readers([path])
-    try:
-        open_regular(path).close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if is_remote(path) and kind is not TIFF:
+        raise InputError(f"{path}: cannot be read by its URL; a TIFF or OME-Zarr can: copy it to a disk first")
+    check_openable(path)
     return kind.open(path)
 
 
@@ -84,7 +83,7 @@ def open_markers(path: str | Path) -> MarkerImage:
     Raises InputError if it is missing, damaged, of another format or of another dtype than uint8, uint16, float16 and
     float32, or if a package that reads it is not installed.
     """
-    image = _open_planes(Path(path), "markers", _map_npy)
+    image = _open_planes(input_path(path), "markers", _map_npy)
     if image.dtype.name not in DTYPES:
         image.close()
         raise InputError(f"{path}: has dtype {image.dtype}; use {', '.join(DTYPES)}")
@@ -106,7 +105,7 @@ def open_labels(path: str | Path) -> MarkerImage:
         opened = _map_npy(path)
         return open_plane
 
-    image = _open_planes(Path(path), "labels", map_plane)
+    image = _open_planes(input_path(path), "labels", map_plane)
     if image.shape[0] != 1 or image.dtype.kind not in "ui":
         image.close()
         raise InputError(f"{path}: is {image.dtype} {image.shape}; labels are one plane of integers")
@@ -120,7 +119,7 @@ def is_zarr_image(path: Path) -> bool:
 
 
 def _zarr_folder(path: Path) -> Path:
-    if not path.is_dir():
+    if not is_remote(path) and not path.is_dir():
         raise InputError(f"{path}: cannot be read (no such folder)")
     needed("zarr")
     return path
@@ -133,10 +132,9 @@ def _open_planes(path: Path, kind: str, map_npy: Callable[[Path], Callable[[], n
     if suffix not in MARKER_SUFFIXES:
         raise InputError(f"{path}: cannot be read as {kind}; use {', '.join(MARKER_SUFFIXES)}")
     require_readers([path])
-    try:
-        open_regular(path).close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if is_remote(path) and suffix == ".npy":
+        raise InputError(f"{path}: cannot be read by its URL; a TIFF or OME-Zarr can: copy it to a disk first")
+    check_openable(path)
     if suffix != ".npy":
         return open_marker_tiff(path)
     # The one plane of labels comes first; of markers, the shortest axis is that of the channels.

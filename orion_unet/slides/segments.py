@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from orion_unet.distributed import usable_cores
+from orion_unet.slides.remote import READERS
 from orion_unet.slides.tiff_tiles import TiffTiles
 from orion_unet.slides.tiles import Place, groups, overlap, paste, touched
 
@@ -21,7 +22,7 @@ class Segments:
     def __init__(self, tiles: TiffTiles) -> None:
         self.tiles = tiles
         self._kept: dict[Place, np.ndarray] = {}
-        self._decoders = ThreadPoolExecutor(max_workers=min(8, usable_cores()))
+        self._decoders = ThreadPoolExecutor(max_workers=READERS if tiles.remote else min(8, usable_cores()))
 
     def read(self, channels: Sequence[int], y: int, x: int, height: int, width: int) -> np.ndarray:
         """A region inside the image as stored, (h, w, len(channels)); raises InputError if it is damaged."""

@@ -11,10 +11,10 @@ import numpy as np
 
 from orion_unet.errors import InputError
 from orion_unet.extras import needed
-from orion_unet.run_log import open_regular
 from orion_unet.slides.marker_tiff import contiguous_shape, marker_names, marker_planes
 from orion_unet.slides.marker_zarr import zarr_image, zarr_tiles
 from orion_unet.slides.pixel_size import PixelSize
+from orion_unet.slides.remote import check_openable, is_remote
 from orion_unet.slides.tiff import blank_glass, he_planes, mapped_array, parsed_tiff, smaller_levels, tiff_pixel_size
 from orion_unet.slides.tiff_tiles import TiffTiles
 from orion_unet.slides.tiles import Tiles
@@ -76,13 +76,12 @@ def find_tiles(path: Path, modality: str, level: int) -> Tiles | None:
 
 def _opened(path: Path, modality: str, level: int) -> tuple[StoredImage, Tiles | None]:
     if path.name.endswith(ZARR_SUFFIXES):
-        if not path.is_dir():
+        # That of a store is listed when it is opened.
+        if not is_remote(path) and not path.is_dir():
             raise InputError(f"{path}: cannot be read (no such folder)")
         return _zarr(path, modality, level)
-    try:
-        open_regular(path).close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if not is_remote(path):
+        check_openable(path)
 
     def use(path: Path, tiff: Any, series: Any) -> tuple[StoredImage, Tiles | None]:
         found = _tiff(path, tiff, series, modality, level)
@@ -103,7 +102,8 @@ def _tiff(path: Path, tiff: Any, series: Any, modality: str, level: int) -> tupl
     layout, shape = contiguous_shape(planes)
     page = planes[0].keyframe
     dtype, tiles, offset, striped = np.dtype(page.dtype), None, -1, False
-    if series.dataoffset is not None and level == 0 and (modality != "he" or 3 in (len(planes), page.samplesperpixel)):
+    in_one_piece = series.dataoffset is not None and not is_remote(path)
+    if in_one_piece and level == 0 and (modality != "he" or 3 in (len(planes), page.samplesperpixel)):
         mapped_array(path, tiff, series, shape)
         dtype, offset = dtype.newbyteorder(tiff.byteorder), int(series.dataoffset)
     else:

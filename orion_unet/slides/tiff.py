@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from orion_unet.errors import InputError
+from orion_unet.errors import InputError, RunError
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.pixel_size import MICROMETRES, UNKNOWN_PIXEL_SIZE, PixelSize, positive, square_pixel
+from orion_unet.slides.remote import RemoteFile, RemotePath, is_remote
 from orion_unet.slides.segments import Segments
 from orion_unet.slides.tiff_tiles import JPEGS, TiffTiles
 
@@ -80,10 +81,27 @@ def parsed_tiff(path: Path, use: Callable[[Path, Any, Any], T]) -> T:
 
     ``use`` closes the TIFF, or hands it on; where it fails, it is closed here. Raises InputError if it is damaged.
     """
+
+    try:
+        source: Any = RemoteFile(path) if isinstance(path, RemotePath) else path
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        found = _used(path, source, use)
+    except Exception as error:
+        failure = getattr(source, "failure", None)
+        raise failure or error from None
+    if isinstance(source, RemoteFile) and source.failure is not None:
+        # tifffile goes on without what it could not read, and would leave out pages.
+        raise source.failure
+    return found
+
+
+def _used(path: Path, source: Any, use: Callable[[Path, Any, Any], T]) -> T:
     import tifffile
 
     try:
-        tiff = tifffile.TiffFile(path)
+        tiff = tifffile.TiffFile(source)
     except Exception as error:
         # On damaged bytes tifffile can raise almost anything.
         raise InputError(f"{path}: is damaged, truncated or no TIFF ({error})") from None
@@ -93,12 +111,12 @@ def parsed_tiff(path: Path, use: Callable[[Path, Any, Any], T]) -> T:
         except Exception:
             # libvips copies the description of its input to every page of a pyramid, and tifffile believes it.
             tiff.close()
-            tiff = tifffile.TiffFile(path)
+            tiff = tifffile.TiffFile(source)
             series = first_page(tiff)
         return use(path, tiff, series)
     except Exception as error:
         tiff.close()
-        if isinstance(error, InputError):
+        if isinstance(error, InputError | RunError):
             raise
         raise InputError(f"{path}: is damaged or of a kind that cannot be read ({error})") from None
 
@@ -116,7 +134,7 @@ def first_page(tiff: Any) -> Any:
 def _open(path: Path, tiff: Any, series: Any) -> HeImage:
     page, planes = series.keyframe, he_planes(path, series)
     pixel_size = tiff_pixel_size(tiff, page)
-    if series.dataoffset is not None and (len(planes) == 3 or page.samplesperpixel == 3):
+    if not is_remote(path) and series.dataoffset is not None and (len(planes) == 3 or page.samplesperpixel == 3):
         image = _mapped(path, tiff, series, page, planes, pixel_size)
         tiff.close()
         return image

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from orion_unet.errors import InputError
+from orion_unet.slides.remote import RemotePath
 from orion_unet.slides.tiles import LARGEST_SEGMENT, Place, Tiles
 
 # TIFF's codes for compressions whose tables are kept apart from the tiles.
@@ -56,7 +57,8 @@ class TiffTiles(Tiles):
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): update it with pip install "
                 "-U imagecodecs, or save the file with another compression"
             ) from None
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if not isinstance(path, RemotePath):
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _check(self, page: Any, planes: list[Any], size: int) -> None:
         segment = self.side[0] * self.side[1] * self.depth * self.dtype.itemsize
@@ -88,7 +90,10 @@ class TiffTiles(Tiles):
         if not counts[index]:
             return None
         try:
-            data = os.pread(self._file, int(counts[index]), int(offsets[index]))
+            if isinstance(self.path, RemotePath):
+                data = self.path.read_range(int(offsets[index]), int(counts[index]))
+            else:
+                data = os.pread(self._file, int(counts[index]), int(offsets[index]))
             if len(data) < counts[index]:
                 raise ValueError("the file ends here")
             pixels = self._decode(data, index, **self._tables[plane])[0]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from orion_unet.errors import InputError
+from orion_unet.errors import InputError, RunError
+from orion_unet.slides.remote import is_remote, reading_pool
 
 # Row, group of channels and column of a tile; other numbers where a class of tiles says so.
 Place = tuple[int, ...]
@@ -33,6 +34,8 @@ class Tiles(ABC):
         self.dtype: np.dtype[Any]
         self.side: tuple[int, int]
         self.depth: int
+        # Whether several are fetched at a time: each is waited for, and costs little meanwhile.
+        self.remote = is_remote(path)
 
     @abstractmethod
     def tile(self, place: Place) -> np.ndarray | None:
@@ -41,18 +44,22 @@ class Tiles(ABC):
         Raises InputError if it is damaged.
         """
 
+    def fetched(self, places: Sequence[Place]) -> dict[Place, np.ndarray | None]:
+        """Several tiles, as ``tile`` gives each, fetched at the same time."""
+        return dict(zip(places, reading_pool().map(self.tile, places), strict=True))
+
     @abstractmethod
     def expect_single_tiles(self) -> None:
         """Switch off read-ahead, which reads several times a tile around each one of a set larger than memory."""
 
-    def damaged(self, place: Place, error: Exception) -> InputError:
-        """What to raise for a tile that cannot be decoded."""
+    def damaged(self, place: Place, error: Exception) -> InputError | RunError:
+        """What to raise for a tile that cannot be decoded, or that its store does not give."""
         row, _, column = place
+        where = f"level {self.level}, row {row * self.side[0]}, column {column * self.side[1]}"
+        if isinstance(error, InputError | RunError):
+            return type(error)(f"{error} [{where}]")
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return InputError(
-            f"{self.path}: is damaged or truncated at level {self.level}, row {row * self.side[0]}, column "
-            f"{column * self.side[1]} ({reason})"
-        )
+        return InputError(f"{self.path}: is damaged or truncated at {where} ({reason})")
 
 
 class Group(NamedTuple):
@@ -136,7 +143,18 @@ class TileCache:
         if key in self._tiles:
             self._tiles.move_to_end(key)
             return self._tiles[key]
-        pixels = tiles.tile(place)
+        return self._keep(key, tiles.tile(place))
+
+    def get_all(self, owner: Hashable, tiles: Tiles, places: Sequence[Place]) -> dict[Place, np.ndarray | None]:
+        """The same for several tiles; those that are not kept are fetched and decoded at the same time."""
+        missing = [place for place in places if (owner, place) not in self._tiles]
+        if len(missing) < 2:
+            return {place: self.get(owner, tiles, place) for place in places}
+        fetched = tiles.fetched(missing)
+        kept = {place: self.get(owner, tiles, place) for place in places if place not in fetched}
+        return kept | {place: self._keep((owner, place), pixels) for place, pixels in fetched.items()}
+
+    def _keep(self, key: tuple[Hashable, Place], pixels: np.ndarray | None) -> np.ndarray | None:
         size = 0 if pixels is None else pixels.nbytes
         self.decoded_bytes += size
         self._tiles[key] = pixels
@@ -197,11 +215,16 @@ class TiledArray:
                 Group(group.number, _placed(group, chosen), group.in_tile) for group in groups(chosen, self.tiles.depth)
             ]
         rows, columns = touched(self.tiles, y, x, height, width)
+        fetched: dict[Place, np.ndarray | None] = {}
+        if self.tiles.remote:
+            places = [(row, group.number, column) for row in rows for column in columns for group in found]
+            fetched = self._cache.get_all(self._owner, self.tiles, places)
         for row in rows:
             for column in columns:
                 common = overlap(self.tiles, row, column, y, x, height, width)
                 for group in found:
-                    pixels = self._cache.get(self._owner, self.tiles, (row, group.number, column))
+                    place = (row, group.number, column)
+                    pixels = fetched[place] if fetched else self._cache.get(self._owner, self.tiles, place)
                     paste(self.tiles, pixels, common, group, region)
         return region
 

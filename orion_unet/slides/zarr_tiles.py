@@ -7,20 +7,36 @@ time that zarr takes for one; any other array is read through zarr. The formats:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from orion_unet.errors import InputError
+from orion_unet.slides.remote import reading_pool
 from orion_unet.slides.tiles import LARGEST_SEGMENT, Place, Tiles
 
 # In the index of a shard: a chunk that is left out.
 LEFT_OUT = 2**64 - 1
+# Chunks of a shard on object storage that are no further apart are read in one request [bytes]: what lies between them
+# takes less time than another request.
+GAP_BYTES = 1 << 16
 
 Decode = Callable[[bytes], bytes]
+T = TypeVar("T")
+
+
+class Located(NamedTuple):
+    """Where the bytes of a chunk are in its shard."""
+
+    start: int
+    end: int
+    place: Place
 
 
 class ZarrTiles(Tiles):
@@ -47,12 +63,18 @@ class ZarrTiles(Tiles):
                 "in smaller ones"
             )
         # Text: joining paths would take longer than reading a small chunk.
-        self._folder = str(Path(str(array.store_path.store.root)) / array.store_path.path)
+        if self.remote:
+            self._folder = f"{array.path}/" if array.path else ""
+        else:
+            self._folder = str(Path(str(array.store_path.store.root)) / array.store_path.path)
         self._key: Callable[[tuple[int, ...]], str] = array.metadata.encode_chunk_key
         self._codecs = _codecs(array)
         self._indices: dict[str, np.ndarray] = {}
         self._single_tiles = False
-        if not _has_chunks(Path(self._folder)):
+        self._per_shard = [outer // inner for outer, inner in zip(self._shard or self._chunk, self._chunk, strict=True)]
+        # A shard's index is fetched by one thread, and waited for by the others.
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        if not (self._lists_chunks() if self.remote else _has_chunks(Path(self._folder))):
             raise InputError(
                 f"{path}: has no pixels at level {level}: not one chunk of the array {array.path or '.'} is there; "
                 "copy it again"
@@ -61,16 +83,89 @@ class ZarrTiles(Tiles):
     def expect_single_tiles(self) -> None:
         self._single_tiles = True
 
+    def _lists_chunks(self) -> bool:
+        """Whether the list of a store has a chunk or shard of this array."""
+        names = (
+            name[len(self._folder) :] for name in self._array.store_path.store.sizes if name.startswith(self._folder)
+        )
+        return any(name != "zarr.json" and not name.rpartition("/")[2].startswith(".") for name in names)
+
     def tile(self, place: Place) -> np.ndarray | None:
-        row, group, column = place
-        position = {"y": row, "x": column, "c": group}
-        coordinates = tuple(position.get(axis, 0) for axis in self._axes)
+        if self.remote and self._shard is not None and self._codecs is not None:
+            return self.fetched([place])[place]
+        coordinates = self._coordinates(place)
         try:
             chunk = self._through_zarr(coordinates) if self._codecs is None else self._chunk_at(coordinates)
         except Exception as error:
             # On damaged bytes a decoder can raise almost anything.
             raise self.damaged(place, error) from None
         return None if chunk is None else self._as_tile(chunk)
+
+    def fetched(self, places: Sequence[Place]) -> dict[Place, np.ndarray | None]:
+        if self._shard is None or self._codecs is None:
+            return super().fetched(places)
+        of_shard: defaultdict[str, list[tuple[Place, tuple[int, ...]]]] = defaultdict(list)
+        for place in places:
+            key, inside = self._in_shard(self._coordinates(place))
+            of_shard[self._folder + key].append((place, inside))
+        found: dict[Place, np.ndarray | None] = dict.fromkeys(places)
+        pieces = [piece for part in _each(self._pieces, of_shard.items()) for piece in part]
+        for tiles in _each(self._piece, pieces):
+            found |= tiles
+        return found
+
+    def _pieces(self, shard: tuple[str, list[tuple[Place, tuple[int, ...]]]]) -> list[tuple[str, list[Located]]]:
+        """What to read of a shard for some chunks: chunks that lie close together, in the order of their bytes."""
+        name, wanted = shard
+        store = self._array.store_path.store
+        if name not in store.sizes:
+            return []
+        try:
+            with self._locks[name]:
+                if name not in self._indices:
+                    self._indices[name] = self._index(partial(store.read, name), store.sizes[name])
+        except Exception as error:
+            raise self.damaged(wanted[0][0], error) from None
+        chunks = []
+        for place, inside in wanted:
+            offset, length = (int(value) for value in self._indices[name][inside])
+            if LEFT_OUT in (offset, length):
+                continue
+            if offset + length > store.sizes[name]:
+                raise self.damaged(place, ValueError("the object ends here"))
+            chunks.append(Located(offset, offset + length, place))
+        pieces: list[tuple[str, list[Located]]] = []
+        for chunk in sorted(chunks):
+            if pieces and chunk.start - pieces[-1][1][-1].end <= GAP_BYTES:
+                pieces[-1][1].append(chunk)
+            else:
+                pieces.append((name, [chunk]))
+        return pieces
+
+    def _piece(self, piece: tuple[str, list[Located]]) -> dict[Place, np.ndarray | None]:
+        name, chunks = piece
+        first, place = chunks[0].start, chunks[0].place
+        found: dict[Place, np.ndarray | None] = {}
+        try:
+            data = self._array.store_path.store.read(name, first, max(chunk.end for chunk in chunks) - first)
+            for start, end, place in chunks:
+                found[place] = self._as_tile(self._decoded(data[start - first : end - first]))
+        except Exception as error:
+            # On damaged bytes a decoder can raise almost anything.
+            raise self.damaged(place, error) from None
+        return found
+
+    def _coordinates(self, place: Place) -> tuple[int, ...]:
+        """A chunk's place in the array's axes."""
+        row, group, column = place
+        position = {"y": row, "x": column, "c": group}
+        return tuple(position.get(axis, 0) for axis in self._axes)
+
+    def _in_shard(self, coordinates: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """The name of a chunk's shard, and its place there."""
+        per_shard = self._per_shard
+        key = self._key(tuple(at // count for at, count in zip(coordinates, per_shard, strict=True)))
+        return key, tuple(at % count for at, count in zip(coordinates, per_shard, strict=True))
 
     def _as_tile(self, chunk: np.ndarray) -> np.ndarray:
         """A chunk in the array's axes as (h, w, depth)."""
@@ -85,10 +180,12 @@ class ZarrTiles(Tiles):
         return np.asarray(self._array[box], self.dtype)
 
     def _chunk_at(self, coordinates: tuple[int, ...]) -> np.ndarray | None:
-        assert self._codecs is not None
         data = self._encoded(coordinates)
-        if data is None:
-            return None
+        return None if data is None else self._decoded(data)
+
+    def _decoded(self, data: bytes) -> np.ndarray:
+        """A chunk from its bytes as stored."""
+        assert self._codecs is not None
         for decode in self._codecs.decoders:
             data = decode(data)
         chunk = np.frombuffer(data, self._codecs.dtype).reshape(self._chunk)
@@ -96,13 +193,14 @@ class ZarrTiles(Tiles):
 
     def _encoded(self, coordinates: tuple[int, ...]) -> bytes | None:
         """The bytes of a chunk as stored; None if it is left out."""
+        if self.remote:
+            whole: bytes | None = self._array.store_path.store.read(self._folder + self._key(coordinates))
+            return whole
         try:
             if self._shard is None:
                 with open(f"{self._folder}/{self._key(coordinates)}", "rb", buffering=0) as file:
                     return file.readall()
-            per_shard = [outer // inner for outer, inner in zip(self._shard, self._chunk, strict=True)]
-            key = self._key(tuple(at // count for at, count in zip(coordinates, per_shard, strict=True)))
-            inside = tuple(at % count for at, count in zip(coordinates, per_shard, strict=True))
+            key, inside = self._in_shard(coordinates)
             handle = os.open(f"{self._folder}/{key}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
@@ -111,7 +209,8 @@ class ZarrTiles(Tiles):
                 with suppress(AttributeError, OSError):
                     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
             if key not in self._indices:
-                self._indices[key] = self._index(handle, per_shard)
+                size = os.fstat(handle).st_size
+                self._indices[key] = self._index(lambda at, length: _exactly(handle, at, length), size)
             offset, length = (int(value) for value in self._indices[key][inside])
             if LEFT_OUT in (offset, length):
                 return None
@@ -119,17 +218,24 @@ class ZarrTiles(Tiles):
         finally:
             os.close(handle)
 
-    def _index(self, handle: int, per_shard: list[int]) -> np.ndarray:
-        """Offset and length of every chunk of a shard, (..., 2)."""
+    def _index(self, read: Callable[[int, int], bytes], size: int) -> np.ndarray:
+        """Offset and length of every chunk of a shard of so many bytes, (..., 2)."""
         import google_crc32c
 
-        count = int(np.prod(per_shard))
-        size = os.fstat(handle).st_size
+        count = int(np.prod(self._per_shard))
+        if size < 16 * count + 4:
+            raise ValueError("the shard is shorter than its index")
         at_end = self._codecs is None or self._codecs.index_at_end
-        stored = _exactly(handle, size - (16 * count + 4) if at_end else 0, 16 * count + 4)
+        stored = read(size - (16 * count + 4) if at_end else 0, 16 * count + 4)
         if google_crc32c.value(stored[:-4]) != int.from_bytes(stored[-4:], "little"):
             raise ValueError("the index of the shard is damaged")
-        return np.frombuffer(stored[:-4], "<u8").reshape(*per_shard, 2)
+        return np.frombuffer(stored[:-4], "<u8").reshape(*self._per_shard, 2)
+
+
+def _each(call: Callable[[Any], T], given: Iterable[Any]) -> Iterable[T]:
+    """What a call gives for each, at the same time; of one, without another thread."""
+    given = list(given)
+    return reading_pool().map(call, given) if len(given) > 1 else map(call, given)
 
 
 def _exactly(handle: int, offset: int, length: int) -> bytes:

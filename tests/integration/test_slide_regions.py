@@ -13,7 +13,7 @@ from orion_unet.__main__ import dispatch
 from orion_unet.cli import check_data, evaluate, pack, prepare
 from orion_unet.cli.arguments import run_command
 from orion_unet.config import DataOptions
-from orion_unet.data import measured, slide_files
+from orion_unet.data import file_states, measured
 from orion_unet.data.digests import core_digests
 from orion_unet.data.pairs import find_pairs
 from orion_unet.data.patches import PatchPlace, PatchReader
@@ -303,7 +303,7 @@ def test_a_slide_that_was_changed_is_named_and_measurements_of_it_are_not_used(r
     chunk = next((tmp_path / "slides" / "B_orion.zarr" / "0" / "c").rglob("*/*/0"))
     chunk.write_bytes(chunk.read_bytes()[:-1])
     # Another process would not know how it was.
-    monkeypatch.setattr(slide_files, "_STATES", {})
+    monkeypatch.setattr(file_states, "_RECENT", {})
     assert "slide B: " in refusal(regions)
 
 
@@ -392,3 +392,36 @@ def test_a_slide_without_tiles_is_read_in_loader_processes_that_were_forked_from
         more = {"num_workers": 1} if form == "none" else {}
         runs.append(train(f"run_{form}", pairs_dir=str(folder), epochs=1, **more))
     assert_same_run(runs[1].dir, runs[0].dir)
+
+
+def test_slides_and_their_regions_may_be_on_object_storage(made, tmp_path):
+    pytest.importorskip("fsspec")
+    from stores import clear, upload
+
+    (tmp_path / "slides").mkdir()
+    for name in ("A_he.tif", "A_orion.tif"):
+        shutil.copy(made / "slides" / name, tmp_path / "slides")
+    shutil.copytree(made / "regions", tmp_path / "regions", ignore=shutil.ignore_patterns("B_*", ".prepare", "*.png"))
+    clear()
+    try:
+        upload(tmp_path / "slides", "memory://bucket/study/slides")
+        # Both, by the relative paths in the list; then the slides alone, by their URLs.
+        tables = [opened(upload(tmp_path / "regions", "memory://bucket/study/pairs"))]
+        where = "memory://bucket/study/slides"
+        change = {f"../slides/{name}": f"{where}/{name}" for name in ("A_he.tif", "A_orion.tif")}
+        edit_files(tmp_path / "regions", lambda row: row.update({k: change.get(v, v) for k, v in row.items()}))
+        tables.append(opened(tmp_path / "regions"))
+        written = opened(made / "written")
+        for table in tables:
+            for core, modality in ((0, "he"), (1, "orion")):
+                expected = np.asarray(written.image(core, modality))
+                np.testing.assert_array_equal(np.asarray(table.image(core, modality)), expected)
+            state = measured.file_state(table.path(0, "he"))
+        upload(tmp_path / "slides", "memory://bucket/elsewhere")
+        clear()
+        file_states._RECENT.clear()
+        said = refusal(tmp_path / "regions")
+        assert said.count(f"slide A: {where}/A_he.tif: cannot be read (there is no such object") == 1
+        assert state[0] > 0
+    finally:
+        clear()

@@ -117,7 +117,7 @@ def test_the_ranges_of_files_measured_before_a_kill_are_kept(write_pairs, scans,
         return original(array)
 
     monkeypatch.setattr(scale, "value_range", scan)
-    monkeypatch.setattr(scale, "usable_cores", lambda: 1)
+    monkeypatch.setattr(scale, "reading_threads", lambda folder: 1)
     table = find_pairs(DataOptions(pairs_dir=str(folder), patch_size=16))
     with pytest.raises(KeyboardInterrupt):
         measure_scales(table, False)

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from orion_unet.data import slide_files
+from orion_unet.data import file_states, slide_files
 from orion_unet.data.slide_files import PIECE_BYTES, PIECES, content_state, open_slide, slide_file, write_slide_files
 from orion_unet.errors import InputError
 
@@ -70,6 +70,6 @@ def test_an_open_slide_is_shared_and_one_that_has_changed_meanwhile_is_refused(f
     file = slide_file(folder, "A", "he")
     assert open_slide(file, "he") is open_slide(slide_file(folder, "A", "he"), "he")
     np.save(file.path, np.zeros((40, 50, 3), np.uint8))
-    monkeypatch.setattr(slide_files, "_STATES", {})
+    monkeypatch.setattr(file_states, "_RECENT", {})
     with pytest.raises(InputError, match=r"slide A: .*A_he\.npy is not the file that the pairs were made from"):
         open_slide(file, "he")
