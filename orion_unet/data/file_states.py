@@ -29,7 +29,10 @@ def path_state(path: Path) -> State:
 
 
 def recent_state(path: Path) -> State:
-    """The same, asked for again after 20 times as long as that took: an OME-Zarr has many files, and a store is far."""
+    """The same; of a folder or an object, asked for again after 20 times as long as that took: an OME-Zarr has many
+    files, and a store is far."""
+    if not isinstance(path, RemotePath) and not path.is_dir():
+        return path_state(path)
     known = _RECENT.get(path)
     begun = time.monotonic()
     if known is None or begun > known[0]:
