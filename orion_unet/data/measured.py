@@ -19,7 +19,7 @@ from orion_unet.data.slide_regions import REGION_SUFFIX, slide_behind
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
-from orion_unet.slides.remote import READERS, RemotePath, is_remote
+from orion_unet.slides.remote import READERS, is_remote
 
 # Number of documents kept; the oldest are deleted.
 KEPT = 256
@@ -45,8 +45,6 @@ def file_state(path: Path) -> State:
     Copying tools restore the modification time of the source, but nothing can set the change time. Raises InputError if
     the file is gone.
     """
-    if isinstance(path, RemotePath):
-        return path.state()
     try:
         own = path_state(path)
     except OSError as error:

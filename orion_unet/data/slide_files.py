@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
+import posixpath
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orion_unet.data.file_states import State, path_state
-from orion_unet.errors import InputError
+from orion_unet.data.file_states import State, recent_state
+from orion_unet.errors import InputError, RunError
 from orion_unet.extras import needed
 from orion_unet.run_log import write_atomic
 from orion_unet.slides.images import ArrayImage, HeImage
 from orion_unet.slides.marker_zarr import zarr_image, zarr_tiles
 from orion_unet.slides.markers import ArrayMarkers, MarkerImage
 from orion_unet.slides.open import is_zarr_image, open_he, open_markers, require_readers
+from orion_unet.slides.remote import RemotePath, input_path, is_remote, is_url, reading_pool
 from orion_unet.slides.stored import find_tiles
 from orion_unet.slides.tiles import TileCache, TiledArray, Tiles
 from orion_unet.text import csv_bytes
@@ -54,9 +57,11 @@ class SlideFile:
 
     def wrong(self, reason: str) -> InputError:
         """What to raise where the image cannot be used."""
-        return InputError(
-            f"slide {self.slide}: {self.path} {reason}; correct {self.listed}, or prepare the pairs again"
-        )
+        return self.refused(f"{self.path} {reason}")
+
+    def refused(self, reason: str) -> InputError:
+        """The same, of a reason that names the image."""
+        return InputError(f"slide {self.slide}: {reason}; correct {self.listed}, or prepare the pairs again")
 
 
 def write_slide_files(folder: Path, slides: Sequence[tuple[str, Path, Path]]) -> None:
@@ -75,6 +80,8 @@ def write_slide_files(folder: Path, slides: Sequence[tuple[str, Path, Path]]) ->
 
 
 def _written(path: Path, folder: Path) -> str:
+    if is_remote(path):
+        return str(path)
     path, folder = path.resolve(), folder.resolve()
     return os.path.relpath(path, folder) if path.is_relative_to(folder.parent) else str(path)
 
@@ -82,31 +89,49 @@ def _written(path: Path, folder: Path) -> str:
 def content_state(path: Path) -> tuple[int, str]:
     """Size in bytes and digest of a file, or of an OME-Zarr folder with the names and sizes in it.
 
-    Of a large one, pieces are read that are spread evenly. Times do not count, so a copy has the same. Raises OSError.
+    Of a large one, pieces are read that are spread evenly. Times do not count, so a copy has the same, on object
+    storage, too. Raises OSError, or for a store InputError and RunError.
     """
-    folder = path.is_dir()
-    files = sorted(_inside(path)) if folder else [(path, path.stat().st_size)]
+    if isinstance(path, RemotePath):
+        inside = None if path.is_file() else path.sizes()
+        size = path.size() if inside is None else 0
+    else:
+        inside = dict(_inside(path)) if path.is_dir() else None
+        size = path.stat().st_size
+    files = [("", size)] if inside is None else sorted(inside.items())
     total = sum(size for _, size in files)
-    names = [[file.relative_to(path).as_posix(), size] for file, size in files] if folder else []
-    digest = hashlib.sha256(json.dumps(names).encode())
-    whole = total <= PIECES * PIECE_BYTES
-    spread = np.linspace(0, len(files) - 1, min(PIECES, len(files))).round().astype(int).tolist()
-    for file, size in files if whole else [files[at] for at in spread]:
-        with open(file, "rb", buffering=0) as handle:
-            if whole:
-                digest.update(handle.readall())
-                continue
-            starts = np.linspace(0, max(0, size - PIECE_BYTES), -(-PIECES // len(spread)))
-            for start in starts.astype(np.int64).tolist():
-                digest.update(os.pread(handle.fileno(), PIECE_BYTES, start))
+    digest = hashlib.sha256(json.dumps([] if inside is None else files).encode())
+    if total <= PIECES * PIECE_BYTES:
+        pieces = [(name, 0, size) for name, size in files]
+    else:
+        chosen = np.linspace(0, len(files) - 1, min(PIECES, len(files))).round().astype(int).tolist()
+        each = -(-PIECES // len(chosen))
+        pieces = [
+            (files[at][0], start, min(PIECE_BYTES, files[at][1]))
+            for at in chosen
+            for start in np.linspace(0, max(0, files[at][1] - PIECE_BYTES), each).astype(np.int64).tolist()
+        ]
+    read = partial(_piece, path)
+    for data in reading_pool().map(read, pieces) if is_remote(path) else map(read, pieces):
+        digest.update(data)
     return total, digest.hexdigest()[:DIGITS]
 
 
-def _inside(folder: Path) -> Iterator[tuple[Path, int]]:
+def _inside(folder: Path) -> Iterator[tuple[str, int]]:
     for where, _, names in os.walk(folder):
         for name in names:
             path = Path(where, name)
-            yield path, path.stat().st_size
+            yield path.relative_to(folder).as_posix(), path.stat().st_size
+
+
+def _piece(path: Path, piece: tuple[str, int, int]) -> bytes:
+    """Some bytes of a file, or of one inside a folder: its name there, where they begin, and how many."""
+    name, start, length = piece
+    file = path / name if name else path
+    if isinstance(file, RemotePath):
+        return file.read_range(start, length)
+    with open(file, "rb", buffering=0) as handle:
+        return os.pread(handle.fileno(), length, start)
 
 
 def slide_file(folder: Path, slide: str, modality: str) -> SlideFile:
@@ -116,8 +141,7 @@ def slide_file(folder: Path, slide: str, modality: str) -> SlideFile:
     """
     listed = folder / SLIDE_FILES
     try:
-        found = listed.stat()
-        state = (found.st_size, found.st_mtime_ns, found.st_ino)
+        state = recent_state(listed)
         known = _LISTED.get(listed)
         if known is None or known[0] != state:
             known = _LISTED[listed] = (state, _read(listed))
@@ -137,15 +161,15 @@ _LISTED: dict[Path, tuple[Hashable, dict[tuple[str, str], SlideFile]]] = {}
 def _read(listed: Path) -> dict[tuple[str, str], SlideFile]:
     found = {}
     try:
-        with open(listed, newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
-                for modality in ("he", "orion"):
-                    slide, path = row["slide"].strip(), row[modality].strip()
-                    nbytes, digest = int(row[f"{modality}_bytes"]), row[f"{modality}_digest"].strip()
-                    if not slide or not path:
-                        raise ValueError("a slide or path is empty")
-                    found[slide, modality] = SlideFile(slide, listed.parent / path, nbytes, digest, listed)
-    except OSError:
+        text = io.StringIO(listed.read_bytes().decode("utf-8-sig"), newline="")
+        for row in csv.DictReader(text):
+            for modality in ("he", "orion"):
+                slide, path = row["slide"].strip(), row[modality].strip()
+                nbytes, digest = int(row[f"{modality}_bytes"]), row[f"{modality}_digest"].strip()
+                if not slide or not path:
+                    raise ValueError("a slide or path is empty")
+                found[slide, modality] = SlideFile(slide, _path(listed.parent, path), nbytes, digest, listed)
+    except (OSError, InputError, RunError):
         raise
     except Exception as error:
         # What a person has edited can lack anything.
@@ -155,6 +179,16 @@ def _read(listed: Path) -> dict[tuple[str, str], SlideFile]:
             "again"
         ) from None
     return found
+
+
+def _path(folder: Path, text: str) -> Path:
+    """What a row of slide_files.csv in a folder names."""
+    if is_url(text):
+        return input_path(text)
+    if not is_remote(folder) or text.startswith("/"):
+        return Path(text) if text.startswith("/") else folder / text
+    protocol, _, place = str(folder).partition("://")
+    return input_path(f"{protocol}://{posixpath.normpath(f'{place}/{text}')}")
 
 
 class SlideImage:
@@ -207,7 +241,7 @@ class SlideImage:
 
 def _tiles(path: Path, modality: str) -> Tiles | None:
     """The tiles of an image at full resolution; None if its format has none."""
-    if modality == "orion" and is_zarr_image(path):
+    if is_zarr_image(path):
         needed("zarr")
         return zarr_tiles(path, zarr_image(path), 0)
     if path.suffix.lower() not in TIFF_SUFFIXES:
@@ -217,24 +251,15 @@ def _tiles(path: Path, modality: str) -> Tiles | None:
 
 
 def slide_state(file: SlideFile) -> State:
-    """The state of an image of a slide by which a change is noticed; raises InputError if it is gone.
-
-    It is asked for again after 20 times as long as that took: many regions share a slide, and an OME-Zarr has many
-    files.
-    """
-    known = _STATES.get(file.path)
-    begun = time.monotonic()
-    if known is None or begun > known[0]:
-        try:
-            state = path_state(file.path)
-        except OSError as error:
-            raise file.wrong(f"cannot be read ({error.strerror or error})") from None
-        ended = time.monotonic()
-        known = _STATES[file.path] = (ended + 20 * (ended - begun), state)
-    return known[1]
+    """The state of an image of a slide by which a change is noticed; raises InputError if it is gone."""
+    try:
+        return recent_state(file.path)
+    except OSError as error:
+        raise file.wrong(f"cannot be read ({error.strerror or error})") from None
+    except InputError as error:
+        raise file.refused(str(error)) from None
 
 
-_STATES: dict[Path, tuple[float, State]] = {}
 _OPEN: OrderedDict[Hashable, SlideImage] = OrderedDict()
 _OPENING = threading.Lock()
 

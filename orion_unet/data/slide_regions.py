@@ -19,6 +19,7 @@ from orion_unet.errors import InputError
 from orion_unet.registration.fine import LARGEST_DISPLACEMENT
 from orion_unet.registration.transform import Affine, Field, grid_points, move, within
 from orion_unet.run_log import open_regular, parse_object, write_json
+from orion_unet.slides.remote import is_remote
 from orion_unet.slides.stored import StoredImage
 from orion_unet.slides.tiles import OWN_CACHE_BYTES, Place, TileCache, TiledArray, Tiles
 
@@ -82,8 +83,11 @@ def slide_behind(path: Path) -> SlideFile:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
-        with open_regular(path) as file:
-            document = parse_object(file.read(LARGEST_FILE))
+        if is_remote(path):
+            document = parse_object(path.read_bytes())
+        else:
+            with open_regular(path) as file:
+                document = parse_object(file.read(LARGEST_FILE))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     if document is None:

@@ -13,13 +13,15 @@ from orion_unet.__main__ import dispatch
 from orion_unet.cli import check_data, evaluate, pack, prepare
 from orion_unet.cli.arguments import run_command
 from orion_unet.config import DataOptions
-from orion_unet.data import measured, slide_files
+from orion_unet.data import file_states, measured
 from orion_unet.data.digests import core_digests
 from orion_unet.data.pairs import find_pairs
 from orion_unet.data.patches import PatchPlace, PatchReader
 from orion_unet.data.scale import measure_scales
+from orion_unet.data.slide_files import write_slide_files
 from orion_unet.demo.make import MARKERS, draw_core
 from orion_unet.errors import InputError
+from orion_unet.slides.remote import input_path
 from orion_unet.slides.tiles import TileCache, TiledArray
 
 pytestmark = pytest.mark.slow
@@ -303,7 +305,7 @@ def test_a_slide_that_was_changed_is_named_and_measurements_of_it_are_not_used(r
     chunk = next((tmp_path / "slides" / "B_orion.zarr" / "0" / "c").rglob("*/*/0"))
     chunk.write_bytes(chunk.read_bytes()[:-1])
     # Another process would not know how it was.
-    monkeypatch.setattr(slide_files, "_STATES", {})
+    monkeypatch.setattr(file_states, "_RECENT", {})
     assert "slide B: " in refusal(regions)
 
 
@@ -379,7 +381,9 @@ def test_a_slide_without_tiles_is_read_in_loader_processes_that_were_forked_from
     tifffile.imwrite(tmp_path / "slides" / "he.ndpi", he, photometric="rgb", tile=(64, 64), compression="jpeg")
     np.save(tmp_path / "slides" / "orion.npy", orion[..., :4])
     columns = "slide,he,orion,he_pixel_size_um,orion_pixel_size_um"
-    rows = [f"{name},he.ndpi,orion.npy,0.325,0.325" for name in "CD"]
+    # And an H&E in OME-Zarr, which has tiles, beside markers in .npy, which have none.
+    write_zarr(tmp_path / "slides" / "D_HE.zarr", he, chunk=64)
+    rows = [f"{name},{he},orion.npy,0.325,0.325" for name, he in (("C", "he.ndpi"), ("D", "D_HE.zarr"))]
     (tmp_path / "slides" / "slides.csv").write_text("\n".join([columns, *rows, ""]))
     (tmp_path / "slides" / "markers.csv").write_text("marker_name\nHoechst\nCD3\nCD4\nCD8\n")
     options = ("--register", "off", "--region_size", "128")
@@ -390,3 +394,37 @@ def test_a_slide_without_tiles_is_read_in_loader_processes_that_were_forked_from
         more = {"num_workers": 1} if form == "none" else {}
         runs.append(train(f"run_{form}", pairs_dir=str(folder), epochs=1, **more))
     assert_same_run(runs[1].dir, runs[0].dir)
+
+
+def test_slides_and_their_regions_may_be_on_object_storage(made, tmp_path):
+    pytest.importorskip("fsspec")
+    from stores import clear, upload
+
+    (tmp_path / "slides").mkdir()
+    for name in ("A_he.tif", "A_orion.tif"):
+        shutil.copy(made / "slides" / name, tmp_path / "slides")
+    shutil.copytree(made / "regions", tmp_path / "regions", ignore=shutil.ignore_patterns("B_*", ".prepare", "*.png"))
+    clear()
+    try:
+        upload(tmp_path / "slides", "memory://bucket/study/slides")
+        # Both, by the relative paths in the list; then the slides alone, by their URLs, as prepare lists them.
+        tables = [opened(upload(tmp_path / "regions", "memory://bucket/study/pairs"))]
+        where = "memory://bucket/study/slides"
+        before = (tmp_path / "regions" / "slide_files.csv").read_text()
+        write_slide_files(
+            tmp_path / "regions", [("A", *(input_path(f"{where}/{name}") for name in ("A_he.tif", "A_orion.tif")))]
+        )
+        # The copies have the sizes and digests of the originals.
+        assert (tmp_path / "regions" / "slide_files.csv").read_text() == before.replace("../slides/A_", f"{where}/A_")
+        tables.append(opened(tmp_path / "regions"))
+        written = opened(made / "written")
+        for table in tables:
+            for core, modality in ((0, "he"), (1, "orion")):
+                expected = np.asarray(written.image(core, modality))
+                np.testing.assert_array_equal(np.asarray(table.image(core, modality)), expected)
+        clear()
+        file_states._RECENT.clear()
+        said = refusal(tmp_path / "regions")
+        assert said.count(f"slide A: {where}/A_he.tif: cannot be read (there is no such object") == 1
+    finally:
+        clear()
