@@ -204,19 +204,22 @@ class PatchReader:
         room = self.cache.limit // 2
         wanted: dict[tuple[str, int], dict[Place, None]] = {key: {} for key in keys}
         for place in places:
+            of_place = {}
             for modality in self.formats:
                 tiles = self._tiles(modality, place.core)
-                of_image = wanted[modality, place.core]
-                before = len(of_image)
                 box = (place.y, place.x, self.patch_size, self.patch_size)
-                of_image |= dict.fromkeys(tiles.lacking(*box, self._channels(modality, place.core)))
-                room -= (len(of_image) - before) * tiles.tiles.nbytes
+                lacking = tiles.lacking(*box, self._channels(modality, place.core))
+                of_place[modality, place.core] = [tile for tile in lacking if tile not in wanted[modality, place.core]]
+                room -= len(of_place[modality, place.core]) * tiles.tiles.nbytes
             if room < 0:
+                # What does not fit is fetched when it is read.
                 break
+            for key, found in of_place.items():
+                wanted[key] |= dict.fromkeys(found)
         jobs = [(self._tiles(*key), list(of_image)) for key, of_image in wanted.items() if of_image]
         fetched = image_pool().map(lambda job: job[0].tiles.fetched(job[1]), jobs)
-        for (tiles, _), found in zip(jobs, fetched, strict=True):
-            tiles.keep(found)
+        for (tiles, _), decoded in zip(jobs, fetched, strict=True):
+            tiles.keep(decoded)
 
     def _tiles(self, modality: str, core: int) -> TiledArray:
         """An image of which is known that it is tiled."""

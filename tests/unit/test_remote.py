@@ -436,6 +436,11 @@ def test_the_tiles_of_a_batch_are_asked_for_at_the_same_time_and_once(write_pair
     store.asked.clear()
     reader.read(PLACES)
     assert not store.asked
+    # Without room in the cache, what a patch needs is fetched once, when it is read.
+    reader.cache.limit = 1
+    reader.cache.clear()
+    reader.read(PLACES[:1])
+    assert set(store.asked.values()) == {0}
 
 
 def test_chunks_of_a_shard_that_lie_close_together_are_read_in_one_request(put, store, monkeypatch):
