@@ -411,7 +411,9 @@ def _final(path: RemotePath, done: str, error: Exception) -> Exception | None:
         )
     if status == 404:
         return FileNotFoundError(errno.ENOENT, "there is no such object or folder", str(path))
-    passing = isinstance(error, TimeoutError) or status in (408, 429) or (status or 0) >= 500
+    # An answer that breaks off is a bad message to aiohttp, and so has the status 400.
+    passing = isinstance(error, TimeoutError | ConnectionError) or "Payload" in kind
+    passing = passing or status in (408, 429) or (status or 0) >= 500
     wrong = isinstance(error, ValueError | TypeError | NotImplementedError | AttributeError | ImportError)
     wrong = wrong or (isinstance(error, OSError) and error.errno in FINAL_ERRNOS) or 400 <= (status or 0) < 500
     if wrong and not passing:

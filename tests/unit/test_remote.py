@@ -301,6 +301,18 @@ def test_what_a_client_calls_missing_is_judged_by_what_was_behind_it(store, caus
     assert store.asked["read", "/bucket/x.txt"] == tries - 1
 
 
+class ClientPayloadError(Exception):
+    """As aiohttp calls an answer that breaks off."""
+
+
+def test_an_answer_that_breaks_off_is_tried_again(store):
+    upload_one("memory://bucket/x.txt", b"content")
+    error = ClientPayloadError("not enough data")
+    error.__cause__ = ResponseError(400)
+    store.fault = failing(error, times=2)
+    assert input_path("faulty://bucket/x.txt").read_bytes() == b"content"
+
+
 def upload_one(url, content):
     import fsspec
 
