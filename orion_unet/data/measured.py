@@ -19,7 +19,7 @@ from orion_unet.data.slide_regions import REGION_SUFFIX, slide_behind
 from orion_unet.distributed import usable_cores
 from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
-from orion_unet.slides.remote import READERS, is_remote
+from orion_unet.slides.remote import IMAGES, READERS, is_remote
 
 # Number of documents kept; the oldest are deleted.
 KEPT = 256
@@ -93,7 +93,7 @@ def _states(files: list[Path]) -> Iterator[tuple[int, int, int]]:
 
 def reading_threads(folder: Path) -> int:
     """Threads that read the files of a folder: one for each core, which decodes; of a store, more, which wait."""
-    return max(READERS, usable_cores()) if is_remote(folder) else usable_cores()
+    return max(IMAGES, usable_cores()) if is_remote(folder) else usable_cores()
 
 
 def recall(name: str) -> Any:

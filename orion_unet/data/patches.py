@@ -15,8 +15,8 @@ from orion_unet.data.pairs import PairTable
 from orion_unet.data.randomness import SAMPLE, VALIDATION, counter_rng
 from orion_unet.data.scale import Scales
 from orion_unet.data.tissue import tissue_fraction
-from orion_unet.slides.remote import is_remote
-from orion_unet.slides.tiles import TileCache, TiledArray
+from orion_unet.slides.remote import image_pool, is_remote
+from orion_unet.slides.tiles import Place, TileCache, TiledArray
 
 # Largest number of open memory maps per process. Each uses a file descriptor, often limited to 1,024.
 OPEN_MAPS = 128
@@ -113,12 +113,14 @@ class PatchReader:
         # Pickling a memory map copies the whole file.
         return {**self.__dict__, "_maps": OrderedDict(), "cache": TileCache(self.cache.limit)}
 
-    def _map(self, modality: str, core: int) -> tuple[Stored, Stored]:
-        """The memory map of a core, and the same as a plain array, which is far cheaper to slice; or its tiles."""
+    def _map(self, modality: str, core: int, opened: Stored | None = None) -> tuple[Stored, Stored]:
+        """The memory map of a core, and the same as a plain array, which is far cheaper to slice; or its tiles.
+
+        ``opened`` is what to keep where the core is not open yet."""
         key = (modality, core)
         found = self._maps.get(key)
         if found is None:
-            stored = self.table.open(core, modality, self.cache)
+            stored = self.table.open(core, modality, self.cache) if opened is None else opened
             if self.from_disk:
                 stored.tiles.expect_single_tiles() if isinstance(stored, TiledArray) else expect_single_rows(stored)
             found = self._maps[key] = (stored, stored if isinstance(stored, TiledArray) else np.asarray(stored))
@@ -169,6 +171,8 @@ class PatchReader:
 
     def fill(self, places: list[PatchPlace], buffers: dict[str, np.ndarray]) -> None:
         """Copy the patches into the first rows of the buffer of each modality."""
+        if is_remote(self.table.folder):
+            self._fetch(places)
         for modality in buffers:
             self._ask_for(modality, places)
         for modality, target in buffers.items():
@@ -189,6 +193,46 @@ class PatchReader:
                     target[row] = patch
                 else:
                     np.divide(patch, np.float32(white), out=target[row])
+
+    def _fetch(self, places: list[PatchPlace]) -> None:
+        """Fetch the tiles of a batch from object storage at the same time, as far as half of the cache has room."""
+        keys = dict.fromkeys((modality, place.core) for place in places for modality in self.formats)
+        new = [key for key in keys if key not in self._maps]
+        opened = image_pool().map(lambda key: self.table.open(key[1], key[0], self.cache), new)
+        for key, stored in zip(new, opened, strict=True):
+            self._map(*key, stored)
+        room = self.cache.limit // 2
+        wanted: dict[tuple[str, int], dict[Place, None]] = {key: {} for key in keys}
+        for place in places:
+            of_place = {}
+            for modality in self.formats:
+                tiles = self._tiles(modality, place.core)
+                box = (place.y, place.x, self.patch_size, self.patch_size)
+                lacking = tiles.lacking(*box, self._channels(modality, place.core))
+                of_place[modality, place.core] = [tile for tile in lacking if tile not in wanted[modality, place.core]]
+                room -= len(of_place[modality, place.core]) * tiles.tiles.nbytes
+            if room < 0:
+                # What does not fit is fetched when it is read.
+                break
+            for key, found in of_place.items():
+                wanted[key] |= dict.fromkeys(found)
+        jobs = [(self._tiles(*key), list(of_image)) for key, of_image in wanted.items() if of_image]
+        fetched = image_pool().map(lambda job: job[0].tiles.fetched(job[1]), jobs)
+        for (tiles, _), decoded in zip(jobs, fetched, strict=True):
+            tiles.keep(decoded)
+
+    def _tiles(self, modality: str, core: int) -> TiledArray:
+        """An image of which is known that it is tiled."""
+        stored = self._map(modality, core)[1]
+        assert isinstance(stored, TiledArray)
+        return stored
+
+    def _channels(self, modality: str, core: int) -> list[int]:
+        """Channels of a core's file that are read."""
+        if modality == "he":
+            return [0, 1, 2]
+        places = self.table.places(core)
+        return [int(places[channel]) for channel in self.table.kept_channels if places[channel] >= 0]
 
     def _fill_measured(self, place: PatchPlace, target: np.ndarray, white: float) -> None:
         """Copy the markers of one patch to their places among those of all panels; the others become 0."""

@@ -33,7 +33,9 @@ PAUSES_S = (0.5, 1.0, 2.0)
 # Objects of which each is named when it is read again.
 NOTED = 20
 # Reads under way at a time, in one process: a store answers many at once, and each takes tens of milliseconds.
-READERS = 16
+READERS = 32
+# Images of which tiles are asked for at a time, in one process.
+IMAGES = 16
 # A file that is read like a local one (the headers of a TIFF) is fetched and kept in blocks [bytes, blocks].
 BLOCK_BYTES, BLOCKS = 1 << 16, 256
 # What another try cannot mend: a wrong request.
@@ -299,13 +301,22 @@ class RemoteFile(io.RawIOBase):
 
 def reading_pool() -> ThreadPoolExecutor:
     """The threads of this process that wait for stores."""
-    pool = _POOLS.get(os.getpid())
-    return pool or _POOLS.setdefault(os.getpid(), ThreadPoolExecutor(max_workers=READERS))
+    return _pool("objects", READERS)
+
+
+def image_pool() -> ThreadPoolExecutor:
+    """The threads of this process that read several images at a time, and wait for those of ``reading_pool``."""
+    return _pool("images", IMAGES)
+
+
+def _pool(name: str, threads: int) -> ThreadPoolExecutor:
+    key = (os.getpid(), name)
+    return _POOLS.get(key) or _POOLS.setdefault(key, ThreadPoolExecutor(max_workers=threads))
 
 
 # By process: threads and connections do not survive a fork. Those of the parent are kept, unused: closing them in the
 # child could end them for the parent.
-_POOLS: dict[int, ThreadPoolExecutor] = {}
+_POOLS: dict[tuple[int, str], ThreadPoolExecutor] = {}
 _STORES: dict[tuple[int, str], Any] = {}
 _NOTED: set[str] = set()
 
@@ -400,7 +411,9 @@ def _final(path: RemotePath, done: str, error: Exception) -> Exception | None:
         )
     if status == 404:
         return FileNotFoundError(errno.ENOENT, "there is no such object or folder", str(path))
-    passing = isinstance(error, TimeoutError) or status in (408, 429) or (status or 0) >= 500
+    # An answer that breaks off is a bad message to aiohttp, and so has the status 400.
+    passing = isinstance(error, TimeoutError | ConnectionError) or "Payload" in kind
+    passing = passing or status in (408, 429) or (status or 0) >= 500
     wrong = isinstance(error, ValueError | TypeError | NotImplementedError | AttributeError | ImportError)
     wrong = wrong or (isinstance(error, OSError) and error.errno in FINAL_ERRNOS) or 400 <= (status or 0) < 500
     if wrong and not passing:

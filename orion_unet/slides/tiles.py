@@ -37,6 +37,11 @@ class Tiles(ABC):
         # Whether several are fetched at a time: each is waited for, and costs little meanwhile.
         self.remote = is_remote(path)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a decoded tile."""
+        return self.side[0] * self.side[1] * self.depth * self.dtype.itemsize
+
     @abstractmethod
     def tile(self, place: Place) -> np.ndarray | None:
         """A decoded tile (h, w, depth), which may reach beyond the image; None if the file leaves it out.
@@ -143,18 +148,24 @@ class TileCache:
         if key in self._tiles:
             self._tiles.move_to_end(key)
             return self._tiles[key]
-        return self._keep(key, tiles.tile(place))
+        return self.keep(owner, place, tiles.tile(place))
 
     def get_all(self, owner: Hashable, tiles: Tiles, places: Sequence[Place]) -> dict[Place, np.ndarray | None]:
         """The same for several tiles; those that are not kept are fetched and decoded at the same time."""
-        missing = [place for place in places if (owner, place) not in self._tiles]
+        missing = [place for place in places if not self.has(owner, place)]
         if len(missing) < 2:
             return {place: self.get(owner, tiles, place) for place in places}
         fetched = tiles.fetched(missing)
         kept = {place: self.get(owner, tiles, place) for place in places if place not in fetched}
-        return kept | {place: self._keep((owner, place), pixels) for place, pixels in fetched.items()}
+        return kept | {place: self.keep(owner, place, pixels) for place, pixels in fetched.items()}
 
-    def _keep(self, key: tuple[Hashable, Place], pixels: np.ndarray | None) -> np.ndarray | None:
+    def has(self, owner: Hashable, place: Place) -> bool:
+        """Whether a tile is kept."""
+        return (owner, place) in self._tiles
+
+    def keep(self, owner: Hashable, place: Place, pixels: np.ndarray | None) -> np.ndarray | None:
+        """Keep a tile that is new here; returns it."""
+        key = (owner, place)
         size = 0 if pixels is None else pixels.nbytes
         self.decoded_bytes += size
         self._tiles[key] = pixels
@@ -227,6 +238,18 @@ class TiledArray:
                     pixels = fetched[place] if fetched else self._cache.get(self._owner, self.tiles, place)
                     paste(self.tiles, pixels, common, group, region)
         return region
+
+    def lacking(self, y: int, x: int, height: int, width: int, channels: Sequence[int]) -> list[Place]:
+        """The tiles of a region that the cache does not have."""
+        rows, columns = touched(self.tiles, y, x, height, width)
+        numbers = [group.number for group in groups(channels, self.tiles.depth)]
+        places = ((row, number, column) for row in rows for column in columns for number in numbers)
+        return [place for place in places if not self._cache.has(self._owner, place)]
+
+    def keep(self, fetched: dict[Place, np.ndarray | None]) -> None:
+        """Put tiles into the cache that were fetched from ``tiles``."""
+        for place, pixels in fetched.items():
+            self._cache.keep(self._owner, place, pixels)
 
     def rows(self, rows: np.ndarray, channels: Sequence[int]) -> np.ndarray:
         """Whole rows of pixels of some channels, (len(channels), len(rows), W), in the memory of a row of tiles."""

@@ -184,7 +184,17 @@ def test_every_command_that_reads_pairs_takes_a_url(train, pairs, memory, tmp_pa
     assert pack.main([url, "--output_dir", "packed", "--patch_size", "64"]) == 0
 
     for number, source in enumerate((str(disk / "core_00_HE.ome.tif"), url)):
-        words = ["--checkpoint", "run", "--input", source, "--output_dir", f"predicted_{number}", "--device", "cpu"]
+        words = [
+            "--checkpoint",
+            "run",
+            "--input",
+            source,
+            "--no_overview",
+            "--output_dir",
+            f"predicted_{number}",
+            "--device",
+            "cpu",
+        ]
         assert predict.main(words) == 0
     predicted = [np.load(tmp_path / f"predicted_{number}" / "core_00.npy") for number in range(2)]
     np.testing.assert_array_equal(predicted[0], predicted[1])

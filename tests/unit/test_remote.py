@@ -2,19 +2,23 @@
 
 import errno
 import pickle
+import threading
+import time
 
 import numpy as np
 import pytest
-from pair_formats import write_tiff, write_zarr
+from pair_formats import rewrite, write_tiff, write_zarr
+from panel_files import write_panels
 
 from orion_unet.cli.arguments import parse_train_config
 from orion_unet.config import DataOptions, PredictRequest, TrainConfig
 from orion_unet.data.assignments import read_assignments
 from orion_unet.data.measured import file_state
 from orion_unet.data.pairs import find_pairs
+from orion_unet.data.patches import PatchPlace, PatchReader
 from orion_unet.errors import InputError, RunError
 from orion_unet.options import checked
-from orion_unet.slides import remote
+from orion_unet.slides import remote, zarr_tiles
 from orion_unet.slides.open import open_he, open_markers
 from orion_unet.slides.remote import RemoteFile, RemotePath, input_path
 from orion_unet.slides.stored import open_tiles, stored_image
@@ -297,6 +301,18 @@ def test_what_a_client_calls_missing_is_judged_by_what_was_behind_it(store, caus
     assert store.asked["read", "/bucket/x.txt"] == tries - 1
 
 
+class ClientPayloadError(Exception):
+    """As aiohttp calls an answer that breaks off."""
+
+
+def test_an_answer_that_breaks_off_is_tried_again(store):
+    upload_one("memory://bucket/x.txt", b"content")
+    error = ClientPayloadError("not enough data")
+    error.__cause__ = ResponseError(400)
+    store.fault = failing(error, times=2)
+    assert input_path("faulty://bucket/x.txt").read_bytes() == b"content"
+
+
 def upload_one(url, content):
     import fsspec
 
@@ -378,3 +394,75 @@ def test_images_of_other_kinds_are_refused_by_url():
         open_he("memory://bucket/x.png")
     with pytest.raises(InputError, match=r"memory://bucket/x\.npy: cannot be read by its URL"):
         open_markers("memory://bucket/x.npy")
+
+
+PLACES = [PatchPlace(core, y, x) for core, y, x in ((0, 3, 5), (1, 40, 20), (2, 64, 56), (0, 30, 31), (2, 3, 5))]
+
+
+def batch_of(reader, channels):
+    batch = reader.read(PLACES)
+    return batch.he.numpy(), batch.orion.numpy()[:, channels]
+
+
+@pytest.mark.parametrize("form", ["v3", "v3 shards", "v2 zlib", "zstd"])
+@pytest.mark.parametrize("cache_bytes", [1, 20_000, 10**8])
+@pytest.mark.parametrize("panels", [False, True])
+def test_a_batch_from_a_store_is_that_from_the_disk_with_any_cache(
+    write_pairs, open_pairs, tmp_path, form, cache_bytes, panels
+):
+    folder = write_pairs(cores=3, size=(80, 72), channels=4)
+    if panels:
+        names = ["A", "B", "C", "D"]
+        write_panels(folder, {"one": names, "two": [*"DCE", "F"]}, ["one", "two", "one"])
+    options = {"exclude_channels": "1"}
+    disk = rewrite(folder, tmp_path / "disk", form)
+    expected = open_pairs(disk, **options)
+    found = open_pairs(upload(disk, "memory://bucket/pairs"), **options)
+    reader = PatchReader(found.table, found.scales, 16, cache_bytes)
+    kept = list(expected.table.kept_channels)
+    for _ in range(2):
+        for one, other in zip(batch_of(reader, kept), batch_of(expected.reader, kept), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_the_tiles_of_a_batch_are_asked_for_at_the_same_time_and_once(write_pairs, open_pairs, tmp_path, store):
+    folder = rewrite(write_pairs(cores=3, size=(80, 72), channels=4), tmp_path / "disk", "v3")
+    upload(folder, "memory://bucket/pairs")
+    reader = open_pairs("faulty://bucket/pairs").reader
+    under_way, most, lock = set(), [0], threading.Lock()
+
+    def slow(what, path, times):
+        with lock:
+            under_way.add(threading.get_ident())
+            most[0] = max(most[0], len(under_way))
+        time.sleep(0.02)
+        with lock:
+            under_way.discard(threading.get_ident())
+
+    store.fault = staticmethod(slow)
+    store.asked.clear()
+    reader.read(PLACES)
+    chunks = [times for (what, path), times in store.asked.items() if what == "read" and "/c/" in path]
+    assert len(chunks) > 20 and set(chunks) == {0}
+    assert most[0] > 8
+    store.asked.clear()
+    reader.read(PLACES)
+    assert not store.asked
+    # Without room in the cache, what a patch needs is fetched once, when it is read.
+    reader.cache.limit = 1
+    reader.cache.clear()
+    reader.read(PLACES[:1])
+    assert set(store.asked.values()) == {0}
+
+
+def test_chunks_of_a_shard_that_lie_close_together_are_read_in_one_request(put, store, monkeypatch):
+    image, path = put("shards")
+    for gap, requests in ((1 << 16, 1), (-1, 4)):
+        monkeypatch.setattr(zarr_tiles, "GAP_BYTES", gap)
+        tiles = TiledArray(open_tiles(path, "orion", 0), "hwc", 2)
+        # The index of the shard is read first.
+        tiles.read(0, 0, 1, 1, [0])
+        store.asked.clear()
+        tiles = TiledArray(tiles.tiles, "hwc", 2)
+        np.testing.assert_array_equal(tiles.read(10, 10, 50, 50, [0])[..., 0], image[10:60, 10:60, 0])
+        assert [times + 1 for (what, _), times in store.asked.items() if what == "read"] == [requests]
