@@ -65,7 +65,8 @@ class DataOptions:
     )
     pixel_size_um: float | None = option(
         None,
-        "side of a pixel of the pairs; default: that of dataset.json in the pairs folder, else unknown",
+        "side of a pixel of the pairs; that of a smaller level of their pyramids picks this level; default: that of "
+        "dataset.json in the pairs folder, else unknown",
         unit="micrometres",
         above=0,
         maximum=20,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orion_unet.data.pairs import PairTable
+from orion_unet.config import DataOptions
+from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.errors import InputError
 from orion_unet.run_log import SCHEMA
 from orion_unet.slides.pixel_size import LARGEST_UM, SMALLEST_UM
@@ -66,6 +68,30 @@ def pixel_size(table: PairTable, given: float | None) -> float | None:
     if given is not None:
         return given
     return table.pixel_size_um if stated is None else stated
+
+
+def pairs_at_size(options: DataOptions) -> PairTable:
+    """The pairs as ``find_pairs`` finds them, at the level of their pyramids whose pixels have ``--pixel_size_um``, where
+    there is one. Raises InputError.
+    """
+    table = find_pairs(options)
+    given, level = options.pixel_size_um, options.level
+    stated = level_pixel_size(table) or table.pixel_size_um
+    if given is None or stated is None or level or given <= stated * (1 + ROUNDING):
+        return table
+    while True:
+        level += 1
+        try:
+            smaller = find_pairs(replace(options, level=level))
+        except InputError:
+            # No pyramid, or no level of this size: the size is checked against what the folder states.
+            return table
+        size = stated * smaller.factor / table.factor
+        if abs(given - size) <= ROUNDING * size:
+            note = f"level {level} of the pyramids is used, whose pixels have the --pixel_size_um of {given:g}"
+            return replace(smaller, warnings=[*smaller.warnings, note])
+        if size > given:
+            return table
 
 
 def level_pixel_size(table: PairTable) -> float | None:

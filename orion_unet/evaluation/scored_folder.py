@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orion_unet.config import DataOptions
 from orion_unet.data.channels import NAMES_FILE, excluded_channels
-from orion_unet.data.dataset import DATASET_FILE, pixel_size
+from orion_unet.data.dataset import DATASET_FILE, pairs_at_size, pixel_size
 from orion_unet.data.normalization import Normalization, fit_normalization
 from orion_unet.data.pairs import PairTable, find_pairs
 from orion_unet.data.panels import PANELS_FILE
@@ -134,7 +134,7 @@ def open_folder(
     """Find and check the pairs of a folder, match their channels with the model's markers by name, and recognise the
     cores of the training. Raises InputError."""
     data = _data_options(model, pairs_dir, options)
-    table = find_pairs(data)
+    table = pairs_at_size(data)
     stored = table.channel_names
     excluded = {stored[index] for index in excluded_channels(options.exclude_channels, stored)}
     names = tuple(name for name in model.names if name not in excluded)

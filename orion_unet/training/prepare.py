@@ -13,10 +13,10 @@ from orion_unet.config import TrainConfig
 from orion_unet.data.alignment import alignment_warning
 from orion_unet.data.channels import listed_channels, parse_channel_weights
 from orion_unet.data.colour_regression import ColourRegression, held_out_correlations, known_colour_regression
-from orion_unet.data.dataset import pixel_size
+from orion_unet.data.dataset import pairs_at_size, pixel_size
 from orion_unet.data.digests import core_digests
 from orion_unet.data.normalization import Normalization, known_normalization
-from orion_unet.data.pairs import PairTable, find_pairs
+from orion_unet.data.pairs import PairTable
 from orion_unet.data.panels import PANELS_FILE
 from orion_unet.data.patches import PatchReader, validation_patches
 from orion_unet.data.scale import Progress, Scales, measure_scales, no_progress
@@ -66,7 +66,7 @@ def prepare_data(
     model that a new run starts from. Raises InputError.
     """
     data = config.data
-    table = find_pairs(data)
+    table = pairs_at_size(data)
     size_um = pixel_size(table, data.pixel_size_um)
     split, warnings = make_split(table, data, config.optimisation.seed, earlier["split"] if earlier else None)
     channel_weights = parse_channel_weights(config.loss.channel_weights, table.kept_names)
@@ -171,7 +171,7 @@ def check_markers(table: PairTable, split: Split) -> list[str]:
 
 def check_folds(configs: Sequence[TrainConfig]) -> None:
     """Raise InputError where the training of a fold of one folder would be refused for its panels."""
-    table = find_pairs(configs[0].data)
+    table = pairs_at_size(configs[0].data)
     for config in configs:
         try:
             check_markers(table, make_split(table, config.data, config.optimisation.seed)[0])

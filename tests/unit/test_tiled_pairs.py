@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from pair_formats import TIFFS, ZARRS, rewrite, spoil_tile, write_tiff, write_za
 
 from orion_unet.config import DataOptions
 from orion_unet.data import headers, measured
-from orion_unet.data.dataset import pixel_size
+from orion_unet.data.dataset import pairs_at_size, pixel_size
 from orion_unet.data.digests import core_digests
 from orion_unet.data.packing import pack
 from orion_unet.data.pairs import find_pairs
@@ -138,6 +139,14 @@ def test_level_picks_a_level_of_the_pyramid_with_its_pixel_size(write, write_pai
     for modality, image in zip(("he", "orion"), arrays(source, "core_00"), strict=True):
         np.testing.assert_array_equal(np.asarray(table.image(0, modality)), image[::2, ::2])
     assert pixel_size(table, None) == 1.0
+    options = DataOptions(pairs_dir=str(folder), patch_size=16, pixel_size_um=1.0)
+    by_size = pairs_at_size(options)
+    assert (by_size.level, pixel_size(by_size, 1.0)) == (1, 1.0)
+    assert "level 1 of the pyramids is used" in by_size.warnings[-1]
+    assert pairs_at_size(replace(options, pixel_size_um=0.5)).level == 0
+    # Of no level, and contradicted by the folder.
+    with pytest.raises(InputError, match=r"--pixel_size_um 0\.8 contradicts the 0\.5"):
+        pixel_size(pairs_at_size(replace(options, pixel_size_um=0.8)), 0.8)
     assert f"core_00_HE{suffix}: has no level 2; its levels are 0 to 1" in refusal(folder, level=2)
     assert "core_00_HE.npy: has no level 1" in refusal(source, level=1)
 
