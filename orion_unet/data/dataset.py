@@ -71,7 +71,7 @@ def pixel_size(table: PairTable, given: float | None) -> float | None:
 
 
 def pairs_at_size(options: DataOptions) -> PairTable:
-    """The pairs as ``find_pairs`` finds them, at the level of their pyramids whose pixels have ``--pixel_size_um``, where
+    """The pairs as ``find_pairs`` finds them, at that level of their pyramids whose pixels have ``--pixel_size_um``, if
     there is one. Raises InputError.
     """
     table = find_pairs(options)
