@@ -17,6 +17,7 @@ from orion_unet.data.measured import file_state
 from orion_unet.data.pairs import find_pairs
 from orion_unet.data.patches import PatchPlace, PatchReader
 from orion_unet.errors import InputError, RunError
+from orion_unet.inference.outputs import find_inputs, plan_jobs
 from orion_unet.options import checked
 from orion_unet.slides import remote, zarr_tiles
 from orion_unet.slides.open import open_he, open_markers
@@ -370,6 +371,15 @@ def test_a_changed_object_has_another_state(put):
         assert file_state(path) != before
     with pytest.raises(InputError, match="there is no such object or folder"):
         file_state(input_path("faulty://bucket/pairs/other.ome.zarr"))
+
+
+def test_an_he_in_ome_zarr_is_read_and_predicted_by_its_url(put, tmp_path):
+    image, path = put("shards", "HE")
+    with open_he(path) as he:
+        np.testing.assert_array_equal(he.stored(5, 7, 60, 50), image[5:65, 7:57])
+    assert find_inputs(["faulty://bucket/pairs"]) == [path]
+    (job,) = plan_jobs([path], tmp_path, "npy", False, {})
+    assert (job.name, job.fingerprint["input"]["bytes"]) == ("core", file_state(path)[0])
 
 
 def test_npy_is_refused_with_what_to_do(write_pairs):
