@@ -46,8 +46,8 @@ def unet_sizes(width, side, channels):
         before = width * 2**level
     for level in reversed(range(4)):
         wide, pixels = width * 2**level, (side // 2**level) ** 2
-        # Transposed, 2 x 2 with stride 2: each of the pixels it makes comes from one that it is given.
-        convolution(2 * wide, wide, 2, pixels // 4, bias=True)
+        # Before the interpolation, which has no weights, so of a quarter of the pixels.
+        convolution(2 * wide, wide, 1, pixels // 4, bias=True)
         block(2 * wide, wide, pixels)
     convolution(width, channels, 1, side**2, bias=True)
     return weights, multiplications
