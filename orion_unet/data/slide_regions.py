@@ -7,6 +7,7 @@ says how the H&E lies on it, and every crop is moved there when it is read. Both
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +226,7 @@ class _Window(Tiles):
         self._slide = slide
 
     def tile(self, place: Place) -> np.ndarray | None:
-        raise NotImplementedError("the tiles are those of the slide")
+        raise TypeError("the tiles are those of the slide, which reads them")
 
     def expect_single_tiles(self) -> None:
         if self._slide.tiles is not None:
@@ -250,7 +251,9 @@ class _Moved(_Window):
         return move(read, slide.shape, region.affine, region.field, (top + y, left + x, height, width))[0]
 
 
-class _RegionArray(TiledArray):
+class _RegionArray(TiledArray, ABC):
+    """A region that reads like tiles, whatever boxes it is made of."""
+
     def read(
         self,
         y: int,
@@ -267,9 +270,9 @@ class _RegionArray(TiledArray):
         out[..., slice(None) if len(chosen) == out.shape[2] else chosen] = pixels
         return out
 
+    @abstractmethod
     def _pixels(self, box: Box, channels: list[int]) -> np.ndarray:
         """A box (h, w, len(channels)) in memory of its own."""
-        raise NotImplementedError
 
     def channels_last(self) -> TiledArray:
         found = copy.copy(self)

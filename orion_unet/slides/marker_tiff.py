@@ -105,7 +105,7 @@ def marker_names(tiff: Any, planes: list[Any]) -> list[str]:
 
 
 def _ome_channel_names(xml: str | None) -> list[str]:
-    """The names of the channels of the first image, empty where one is missing or stands twice."""
+    """The names of the channels of the first image; empty if one is missing or occurs twice."""
     try:
         root = ElementTree.fromstring(xml or "")
     except ElementTree.ParseError:

@@ -42,7 +42,7 @@ BLOCK_BYTES, BLOCKS = 1 << 16, 256
 FINAL_ERRNOS = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.EINVAL))
 # What a store says of its objects, by which a changed one is recognised.
 VERSIONS = ("ETag", "etag", "md5Hash", "generation", "VersionId", "LastModified", "last_modified", "mtime", "created")
-# By protocol: how it is told who asks.
+# By protocol: where its credentials come from.
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for another store than Amazon's also "
     "AWS_ENDPOINT_URL; for public data FSSPEC_S3_ANON=true",

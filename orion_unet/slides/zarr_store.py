@@ -65,10 +65,10 @@ class RemoteStore(Store):
         return key in self.sizes
 
     async def set(self, key: str, value: Any) -> None:
-        raise NotImplementedError
+        self._check_writable()
 
     async def delete(self, key: str) -> None:
-        raise NotImplementedError
+        self._check_writable()
 
     async def list(self) -> AsyncIterator[str]:
         for name in self.sizes:

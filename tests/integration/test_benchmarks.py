@@ -162,7 +162,7 @@ def test_train_step_goes_on_without_a_peer_that_cannot_run(monkeypatch, capsys):
     def built(name, memory_format, options):
         if name == "BasicUNet":
             raise RuntimeError("no kernel\nfor this")
-        # Another network in the place of MONAI's, half as wide.
+        # A network half as wide replaces MONAI's.
         options = argparse.Namespace(**{**vars(options), "base_features": 4 if name == module.OURS else 2})
         return module.Step(module.network(module.OURS, options), memory_format, options), None
 

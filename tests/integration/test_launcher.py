@@ -114,7 +114,7 @@ def test_bad_input_is_one_message_and_2(words, culprit, launch):
 
 
 NOTING = """#!/usr/bin/env bash
-# Stands for Python: knows every requirement, counts GPUS, and notes what it is asked to run.
+# Replaces Python: has every requirement, counts GPUS, and records what it is asked to run.
 case $1 in
   scripts/check_requirements.py) exit 0 ;;
   -c) echo "${GPUS:-0}"; exit 0 ;;

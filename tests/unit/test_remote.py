@@ -1,5 +1,6 @@
 """Objects by URL: named like paths, read by range, tried again, and never taken for zeros."""
 
+import asyncio
 import errno
 import pickle
 import threading
@@ -476,3 +477,13 @@ def test_chunks_of_a_shard_that_lie_close_together_are_read_in_one_request(put, 
         tiles = TiledArray(tiles.tiles, "hwc", 2)
         np.testing.assert_array_equal(tiles.read(10, 10, 50, 50, [0])[..., 0], image[10:60, 10:60, 0])
         assert [times + 1 for (what, _), times in store.asked.items() if what == "read"] == [requests]
+
+
+def test_a_store_is_never_written_to(put):
+    from orion_unet.slides.zarr_store import RemoteStore
+
+    _, path = put("shards")
+    store = RemoteStore(path)
+    for write in (store.set("zarr.json", b"{}"), store.delete("zarr.json")):
+        with pytest.raises(ValueError, match="read-only"):
+            asyncio.run(write)
