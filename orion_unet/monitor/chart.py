@@ -30,7 +30,7 @@ class Curve:
 
 
 def chart(title: str, label: str, at: np.ndarray, places: Sequence[str], curves: Sequence[Curve]) -> str:
-    """A figure element: the curves over ``at`` (N,), rising; ``places`` (N,) name the points for the pointer.
+    """A figure element: the curves over ``at`` (N,), never falling; ``places`` (N,) name the points for the pointer.
 
     Empty where no curve has a value. Names and texts may come from anyone: they are escaped here.
     """
@@ -45,7 +45,9 @@ def chart(title: str, label: str, at: np.ndarray, places: Sequence[str], curves:
     if high <= low:
         room = abs(low) / 10 or 1.0
         low, high = low - room, high + room
-    first, last = (float(at[0]), float(at[-1])) if len(at) > 1 else (float(at[0]) - 0.5, float(at[0]) + 0.5)
+    first, last = float(at[0]), float(at[-1])
+    if last <= first:
+        first, last = first - 0.5, last + 0.5
     x = LEFT + (at - first) / (last - first) * (WIDTH - LEFT - RIGHT)
 
     def height(value: np.ndarray) -> np.ndarray:

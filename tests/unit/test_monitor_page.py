@@ -22,7 +22,7 @@ from orion_unet.errors import InputError
 from orion_unet.findings import Lines
 from orion_unet.monitor import watch
 from orion_unet.monitor.changed_options import changed_options
-from orion_unet.monitor.chart import Curve, chart, thinned
+from orion_unet.monitor.chart import LEFT, RIGHT, WIDTH, Curve, chart, thinned
 from orion_unet.monitor.diagnostics import Thresholds
 from orion_unet.monitor.evidence import evidence
 from orion_unet.monitor.page import page
@@ -141,6 +141,12 @@ def test_a_line_is_interrupted_where_a_value_is_missing_and_log_where_it_spans_d
     assert drawn.count("M") == 2
     heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", drawn)]
     np.testing.assert_allclose(np.diff(heights)[[0, 2]], np.diff(heights).sum() / 3, atol=0.11)
+
+
+def test_points_at_one_place_are_drawn_in_the_middle():
+    curve = Curve("a", np.array([1.0, 2.0]), "#000")
+    (svg,) = Reader(chart("t", "epoch", np.ones(2), ["step 1", "step 2"], [curve])).all("svg", class_="curves")
+    assert json.loads(svg["data-points"])["at"] == [(LEFT + WIDTH - RIGHT) / 2] * 2
 
 
 def test_a_long_curve_keeps_its_peaks():
