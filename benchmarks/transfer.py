@@ -49,11 +49,16 @@ from orion_unet.run_log import write_json
 from orion_unet.training.loop import train
 
 SCRATCH = "from random weights"
+# With this many cores to train on, where at least as many remain to be scored.
+MORE, MORE_CORES = 4, "from random weights, 4 cores"
 # The options of each way to train on the one core; {source} is the run of the source model.
 WAYS: dict[str, list[str]] = {
     SCRATCH: [],
     "from random weights, rate 1e-3": ["--learning_rate", "1e-3"],
     "--init_from": ["--init_from", "{source}"],
+    "--init_from, half the steps": ["--init_from", "{source}", "--epochs", "{half}"],
+    "--init_from, no warm-up": ["--init_from", "{source}", "--warmup_epochs", "0"],
+    "--init_from, rate 3e-3": ["--init_from", "{source}", "--learning_rate", "3e-3"],
     "--init_from, rate 1e-3": ["--init_from", "{source}", "--learning_rate", "1e-3"],
     "--init_from, encoder rate 0.1": ["--init_from", "{source}", "--encoder_rate_factor", "0.1"],
     "--init_from, encoder last": ["--init_from", "{source}", "--encoder_train", "last"],
@@ -138,7 +143,7 @@ def main(argv: list[str]) -> int:
     for seed in range(0 if options.report else seeds):
         for task in tasks:
             run_task(task, seed, size, trials, output / "runs")
-    text = report(tasks, seeds, trials)
+    text = report(tasks, seeds, size, trials)
     (output / "transfer.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
@@ -226,9 +231,15 @@ def real(folder: Path, targets: int) -> Iterator[Task]:
         yield Task(f"{folder.resolve().name}, {group} is new", folder, source, folder, new)
 
 
+def ways_of(task: Task) -> dict[str, list[str]]:
+    """The ways to train on a task: more cores only where enough remain to be scored."""
+    return WAYS | ({MORE_CORES: []} if len(task.new_cores) >= 2 * MORE else {})
+
+
 def run_task(task: Task, seed: int, size: Size, trials: Trials, runs: Path) -> None:
     """Train the source where a way still needs it, and every way that is not finished."""
-    missing = [way for way in WAYS if trials.get(task, seed, way) is None]
+    ways = ways_of(task)
+    missing = [way for way in ways if trials.get(task, seed, way) is None]
     if not missing:
         return
     base = runs / "".join(char if char.isalnum() else "_" for char in task.name) / f"seed_{seed}"
@@ -249,14 +260,16 @@ def run_task(task: Task, seed: int, size: Size, trials: Trials, runs: Path) -> N
             [],
         )
         (source / "finished").touch()
-    chosen = int(np.random.default_rng([seed, 1]).integers(len(task.new_cores)))
-    rest = [core for index, core in enumerate(task.new_cores) if index != chosen]
+    drawn = np.random.default_rng([seed, 1]).permutation(len(task.new_cores)).tolist()
+    known = MORE if MORE_CORES in ways else 1
+    cores, scored = ([task.new_cores[at] for at in part] for part in (drawn[:known], sorted(drawn[known:])))
     for way in missing:
         print(f"{task.name}, seed {seed}: {way}", file=sys.stderr, flush=True)
-        words = [word.format(source=source) for word in WAYS[way]]
-        run = base / f"way_{list(WAYS).index(way)}"
-        epochs = fit(run, task.new, [task.new_cores[chosen]], rest, seed, size, size.epochs, size.patches, words)
-        trials.add(task, seed, way, {"core": task.new_cores[chosen], "epochs": epochs})
+        words = [word.format(source=source, half=size.epochs // 2) for word in ways[way]]
+        run = base / f"way_{list(ways).index(way)}"
+        trained = cores if way == MORE_CORES else cores[:1]
+        epochs = fit(run, task.new, trained, scored, seed, size, size.epochs, size.patches, words)
+        trials.add(task, seed, way, {"cores": trained, "epochs": epochs})
         shutil.rmtree(run)
 
 
@@ -302,29 +315,34 @@ def over_markers(values: dict[str, float | None], among: set[str] | None = None)
     return mean(value or 0.0 for name, value in values.items() if among is None or name in among)
 
 
-def report(tasks: list[Task], seeds: int, trials: Trials) -> str:
+def report(tasks: list[Task], seeds: int, size: Size, trials: Trials) -> str:
     """A table for each task, over the seeds of which every way is finished."""
     lines = [f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}", ""]
     for task in tasks:
-        whole = [seed for seed in range(seeds) if all(trials.get(task, seed, way) for way in WAYS)]
+        ways = ways_of(task)
+        whole = [seed for seed in range(seeds) if all(trials.get(task, seed, way) for way in ways)]
         if not whole:
             continue
-        found = {way: [cast(dict, trials.get(task, seed, way))["epochs"] for seed in whole] for way in WAYS}
+        found = {way: [cast(dict, trials.get(task, seed, way))["epochs"] for seed in whole] for way in ways}
         scratch = [over_markers(epochs[-1]) for epochs in found[SCRATCH]]
         lines += [
             f"## {task.name}: {len(task.source_cores)} cores of the source, 1 core to train on, "
-            f"{len(task.new_cores) - 1} to score, {len(whole)} {'seed' if len(whole) == 1 else 'seeds'}",
+            f"{len(task.new_cores) - (MORE if MORE_CORES in ways else 1)} to score, {len(whole)} "
+            f"{'seed' if len(whole) == 1 else 'seeds'}",
             "",
-            "| way | r, last epoch | lowest, highest seed | r after a quarter | against random weights, seed by seed |",
+            "| way | r, last epoch | lowest, highest seed | against random weights, seed by seed "
+            "| steps until as good as those at their end |",
             "| --- | --- | --- | --- | --- |",
         ]
+        steps = size.patches // size.batch
         for way, runs in found.items():
             last = [over_markers(epochs[-1]) for epochs in runs]
-            early = [over_markers(epochs[max(0, len(epochs) // 4 - 1)]) for epochs in runs]
             gains = ", ".join(f"{a - b:+.2f}" for a, b in zip(last, scratch, strict=True))
-            lines.append(
-                f"| {way} | {mean(last):.3f} | {min(last):.2f}, {max(last):.2f} | {mean(early):.3f} | {gains} |"
+            reached = ", ".join(
+                next((str(steps * epoch) for epoch, values in enumerate(epochs, 1) if over_markers(values) >= end), "-")
+                for epochs, end in zip(runs, scratch, strict=True)
             )
+            lines.append(f"| {way} | {mean(last):.3f} | {min(last):.2f}, {max(last):.2f} | {gains} | {reached} |")
         lines.append("")
         if task.name == "generated":
             lines += new_marker(found)
