@@ -1,15 +1,16 @@
 """Is the recipe stable, what made it so, and is it better than the alternatives?
 
-    python benchmarks/stability.py --real_pairs DIR          # everything: 4 core hours of training
+    python benchmarks/stability.py --real_pairs DIR [DIR ...]    # everything: HOURS core hours of training
     python benchmarks/stability.py --quick                   # a few steps each: tests that the benchmark runs, no more
     python benchmarks/stability.py --only former stable      # some recipes
 
 Trains the recipes of ``stability_recipes.py`` with up to five seeds on generated tissue and, with ``--real_pairs``, on
-real pairs whose groups.csv names their slides, holding out one slide after another. All recipes of a set train on the
-same pairs, with the same network, patches and epochs except where the recipe changes them, and are scored on the same
-held-out cores. Recipes weigh loss terms differently, so their losses cannot be compared. They are compared by the mean
-squared error and the correlation of the best model on the held-out cores, whose hot pixels are kept. (The unit of the
-error is the range of each marker in the training cores, which differs slightly when a recipe holds out more cores.)
+real pairs whose groups.csv names their slides or places. All recipes of a set train on the same pairs, with the same
+network, patches and epochs except where the recipe changes them. Groups are in three parts: some train, some choose
+the best epoch, and others, which choose nothing, score the best model. Recipes weigh loss terms differently, so their
+losses cannot be compared. They are compared by the mean squared error and the correlation of the best model on the
+cores that score, whose hot pixels are kept. (The unit of the error is the range of each marker in the training cores,
+which differs slightly when a recipe holds out more cores.)
 
 The benchmark can be interrupted: the same command skips the trainings that have ended. A recipe that fails is reported
 and does not stop the others. Tables and figures are written at the end, or at once with ``--report``.
@@ -27,12 +28,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stability_recipes import PUBLISHED, Recipe, TrainingSet, demo_set, real_sets, recipes
+from stability_figures import kind
+from stability_recipes import PUBLISHED, Recipe, TrainingSet, demo_sets, real_sets, recipes
 from stability_report import write_report
 
 from orion_unet.cli.arguments import Parser, run_command
@@ -50,8 +53,12 @@ def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/stability"), metavar="DIR",
                         help="folder of data and results; default: runs/stability")  # fmt: skip
-    parser.add_argument("--real_pairs", type=Path, metavar="DIR", help="real pairs of several slides; default: none")
-    parser.add_argument("--real_name", default="real", metavar="NAME", help="their name in the report; default: real")
+    parser.add_argument("--real_pairs", type=Path, nargs="+", default=[], metavar="DIR",
+                        help="real pairs of several slides; all recipes train on the first; default: none")  # fmt: skip
+    parser.add_argument(
+        "--real_names", nargs="+", metavar="NAME", help="their names in the report; default: the folders'"
+    )
+    parser.add_argument("--sets", nargs="+", metavar="NAME", help="sets to train on, by name; default: all")
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help="recipes, or groups of them; default: all")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds per recipe, at most; default: 5")
     parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time; default: the usable cores")
@@ -93,16 +100,26 @@ def select(words: list[str] | None) -> list[Recipe]:
 
 
 def training_sets(options: argparse.Namespace) -> list[TrainingSet]:
-    """The generated set, and one set per slide of the real pairs, with that slide held out."""
-    data = options.output_dir / "data"
-    sets = [demo_set(data, 12, 2) if options.quick else demo_set(data)]
-    if options.real_pairs:
-        if options.real_name == "demo" or not re.fullmatch(r"[\w -]+", options.real_name):
-            raise InputError(f"--real_name {options.real_name}: use letters, digits, spaces and -, and not demo")
-        if not (options.real_pairs / "groups.csv").is_file():
-            raise InputError(f"--real_pairs {options.real_pairs}: has no groups.csv with the slide of every core")
-        sets += real_sets(options.real_pairs, data, options.real_name, 6 if options.quick else 32)
-    return sets
+    """The generated sets, and those of the real pairs. Raises InputError."""
+    data, quick = options.output_dir / "data", options.quick
+    names = options.real_names or [folder.resolve().name for folder in options.real_pairs]
+    if len(names) != len(options.real_pairs):
+        raise InputError(f"--real_names: {len(names)} names for the {len(options.real_pairs)} folders of --real_pairs")
+    for place, name in enumerate(names):
+        if name in names[:place] or not re.fullmatch(r"[\w -]+", name) or name.startswith("demo"):
+            raise InputError(
+                f"--real_names {name}: use letters, digits, spaces and -, each name once; none may start with demo"
+            )
+    sets = demo_sets(data, 12, 3, 2) if quick else demo_sets(data)
+    for place, (folder, name) in enumerate(zip(options.real_pairs, names, strict=True)):
+        if not (folder / "groups.csv").is_file():
+            raise InputError(f"--real_pairs {folder}: has no groups.csv with the slide of every core")
+        sets += real_sets(folder, data, name, place == 0, 1 if quick else 10)
+    kinds = list(dict.fromkeys(kind(each.name) for each in sets))
+    unknown = [name for name in options.sets or () if name not in kinds]
+    if unknown:
+        raise InputError(f"--sets {unknown[0]}: no such set; the sets are {', '.join(kinds)}")
+    return [each for each in sets if kind(each.name) in (options.sets or kinds)]
 
 
 @dataclass(frozen=True)
@@ -136,30 +153,32 @@ class Job:
 
 def plan(sets: list[TrainingSet], chosen: list[Recipe], options: argparse.Namespace) -> Iterator[Job]:
     """All trainings, ordered by seed."""
-    for seed in range(options.seeds):
-        for each in sets:
-            known: list[Any] = []
-            for recipe in (recipe for recipe in chosen if seed < recipe.seeds):
-                merged = {**PUBLISHED, **each.options, **recipe.options, "seed": seed, "pairs_dir": str(each.pairs_dir)}
-                if not each.wider:
-                    # The slides define the split, so a recipe that changes only the split is a duplicate.
-                    merged["val_split"] = PUBLISHED["val_split"]
-                    if (merged, recipe.changes) in known:
-                        continue
-                    known.append((dict(merged), recipe.changes))
-                if options.quick:
-                    merged |= {"epochs": 2, "warmup_epochs": 0, "base_features": 2}
-                split = each.split_file(options.output_dir / "data", merged["val_split"])
-                name = recipe.name.replace(" ", "_").replace("/", "-").replace(",", "")
-                folder = options.output_dir / each.name.replace(" ", "_").replace(",", "") / name / f"seed_{seed}"
-                merged |= {"split_file": str(split), "output_dir": str(folder / "run")}
-                yield Job(each.name, recipe, folder, {
-                    "options": merged,
-                    "changes": list(recipe.changes),
-                    "scored": list(each.scored),
-                    "baselines": recipe.name == "stable",
-                    "result": str(folder / "result.json"),
-                })  # fmt: skip
+    for seed, each in product(range(options.seeds), sets):
+        known: list[Any] = []
+        parts = each.parts(seed)
+        for recipe in chosen:
+            if seed >= recipe.seeds or (each.groups and recipe.group not in each.groups):
+                continue
+            merged = {**PUBLISHED, **each.options, **recipe.options, "seed": seed, "pairs_dir": str(each.pairs_dir)}
+            if not parts.wider:
+                # The slides define the split, so a recipe that changes only the split is a duplicate.
+                merged["val_split"] = PUBLISHED["val_split"]
+                if (merged, recipe.changes) in known:
+                    continue
+                known.append((dict(merged), recipe.changes))
+            if options.quick:
+                merged |= {"epochs": 2, "warmup_epochs": 0, "base_features": 2}
+            split = each.split_file(options.output_dir / "data", seed, merged["val_split"])
+            name = re.sub(r"[^\w.-]+", "_", recipe.name)
+            folder = options.output_dir / re.sub(r"[^\w.-]+", "_", each.name) / name / f"seed_{seed}"
+            merged |= {"split_file": str(split), "output_dir": str(folder / "run")}
+            yield Job(each.name, recipe, folder, {
+                "options": merged,
+                "changes": list(recipe.changes),
+                "scored": list(parts.scored),
+                "baselines": recipe.name == "stable",
+                "result": str(folder / "result.json"),
+            })  # fmt: skip
 
 
 def train(jobs: list[Job], at_once: int) -> None:

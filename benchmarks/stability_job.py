@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,12 @@ from orion_unet.training.loop import DIVERGED, FINISHED, train
 CENTRE = 12
 
 
+def padded(he: Tensor, depth: int) -> Tensor:
+    """The image (B, 3, H, W), padded right and bottom to sides that are multiples of 2**depth."""
+    right, bottom = (-side % 2**depth for side in (he.shape[3], he.shape[2]))
+    return F.pad(he.float(), (0, right, 0, bottom), mode="replicate")
+
+
 class BasicUNet(nn.Module):
     """MONAI's network at our width, used as it comes: linear output, no sigmoid."""
 
@@ -57,8 +65,75 @@ class BasicUNet(nn.Module):
         self.depth = 4
 
     def forward(self, he: Tensor) -> Tensor:
-        found: Tensor = self.network(he)
-        return found.float()
+        found: Tensor = self.network(padded(he, self.depth))
+        return found.float()[..., : he.shape[2], : he.shape[3]]
+
+    @torch.no_grad()
+    def start_at(self, means: Tensor) -> None:
+        """Start at each marker's mean, as our network does; there is no sigmoid."""
+        self.network.final_conv.bias.copy_(means)
+
+
+class DynUNet(BasicUNet):
+    """MONAI's DynUNet, which is nnU-Net's network, at our width, used as it comes: linear output, no sigmoid."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        nn.Module.__init__(self)
+        from monai.networks.nets import DynUNet as Monai
+
+        self.depth = 4
+        levels = self.depth + 1
+        self.network = Monai(
+            spatial_dims=2, in_channels=3, out_channels=channels, kernel_size=[3] * levels,
+            strides=[1] + [2] * self.depth, upsample_kernel_size=[2] * self.depth,
+            filters=[width * 2**level for level in range(levels)],
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def start_at(self, means: Tensor) -> None:
+        """Start at each marker's mean, as our network does; there is no sigmoid."""
+        self.network.output_block.conv.conv.bias.copy_(means)
+
+
+class Pix2Pix(nn.Module):
+    """The generator of pix2pix (Isola et al., CVPR 2017) at our width, for patches of at least 64 pixels.
+
+    Six convolutions of stride 2 and six transposed ones with skips, batch norm, dropout 0.5 in the three deepest. Its
+    tanh gives [-1, 1], which is brought to [0, 1].
+    """
+
+    depth = 6
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        widths = [min(width * 2**level, 8 * width) for level in range(self.depth)]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, (before, after) in enumerate(pairwise([3, *widths])):
+            inner = 0 < level < self.depth - 1
+            self.down.append(nn.Sequential(
+                nn.LeakyReLU(0.2) if level else nn.Identity(), nn.Conv2d(before, after, 4, 2, 1, bias=not inner),
+                nn.BatchNorm2d(after) if inner else nn.Identity(),
+            ))  # fmt: skip
+        for level in reversed(range(self.depth)):
+            before = widths[level] * (1 if level == self.depth - 1 else 2)
+            after = widths[level - 1] if level else channels
+            self.up.append(nn.Sequential(
+                nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1, bias=not level),
+                nn.BatchNorm2d(after) if level else nn.Tanh(),
+                nn.Dropout(0.5) if self.depth - 3 <= level else nn.Identity(),
+            ))  # fmt: skip
+
+    def forward(self, he: Tensor) -> Tensor:
+        x = 2 * padded(he, self.depth) - 1
+        skips = []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        x = self.up[0](skips.pop())
+        for block in self.up[1:]:
+            x = block(torch.cat((x, skips.pop()), dim=1))
+        found: Tensor = (x.float() + 1) / 2
+        return found[..., : he.shape[2], : he.shape[3]]
 
 
 def default_initialisation() -> None:
@@ -66,9 +141,9 @@ def default_initialisation() -> None:
     unet.initialise = lambda module: None
 
 
-def basic_unet() -> None:
-    """Replace our network by MONAI's BasicUNet."""
-    build = classmethod(lambda cls, options, channels: BasicUNet(channels, options.base_features))
+def use_network(network: type[nn.Module]) -> None:
+    """Replace our network by another one."""
+    build = classmethod(lambda cls, options, channels: network(channels, options.base_features))
     unet.SpatialUNet.from_options = build
 
 
@@ -167,7 +242,9 @@ def residual() -> None:
 
 CHANGES: dict[str, Callable[[], None]] = {
     "default initialisation": default_initialisation,
-    "BasicUNet": basic_unet,
+    "BasicUNet": partial(use_network, BasicUNet),
+    "DynUNet": partial(use_network, DynUNet),
+    "pix2pix": partial(use_network, Pix2Pix),
     "geometry of the H&E alone": geometry_of_he_alone,
     "normalisation of each patch": patch_normalisation,
     "loss in the centre": loss_in_the_centre,
@@ -247,6 +324,9 @@ def _train_and_score(job: dict[str, Any]) -> int:
         folder = open_folder(model, Path(config.data.pairs_dir), FolderOptions())
         result["best_epoch"] = model.epoch
         result["scores"] = score(folder, job["scored"], lambda region: region.predicted)
+        if model.recalibration is not None:
+            raw = open_folder(replace(model, recalibration=None), Path(config.data.pairs_dir), FolderOptions())
+            result["raw_scores"] = score(raw, job["scored"], lambda region: region.predicted)
         if job["baselines"]:
             baselines = fit_baselines(folder)
             result["baselines"] = {

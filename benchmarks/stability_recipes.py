@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import math
 import shutil
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from orion_unet.demo.make import make_demo
 from orion_unet.recipes import RECIPES
@@ -74,6 +79,8 @@ def recipes() -> list[Recipe]:
     found.append(_recipe("BasicUNet, MSE, Adam", "peer", PEER))
     rates = {name: STABLE[name] for name in ("learning_rate", "scheduler", "warmup_epochs")}
     found.append(_recipe("BasicUNet, MSE, Adam, rates of stable", "peer at our rates", PEER, rates))
+    found.append(_recipe("pix2pix's U-Net, L1, Adam", "pix2pix", PIX2PIX))
+    found += [_recipe(f"{name}, recipe of stable", "peer network", STABLE, changes=(name,)) for name in NETWORKS]
     found += [_recipe(f"stable, {change}", "handling", STABLE, changes=(change,)) for change in HEXIF]
     found.append(_recipe("stable, all three", "handling", STABLE, changes=HEXIF))
     for base, changes in ADVICE.items():
@@ -158,58 +165,83 @@ PEER: dict[str, Any] = {
     "mse_weight": 1.0, "l1_weight": 0.0, "boundary_weight": 0.0, "variance_weight": 0.0, "noise_removal": False,
     "use_boundary_guidance": False, "output_start": "half", "changes": ("BasicUNet",),
 }  # fmt: skip
+# Isola et al., CVPR 2017, without the adversarial term: their rate and batch, the absolute error alone.
+PIX2PIX: dict[str, Any] = {
+    **PEER, "learning_rate": 2e-4, "batch_size": 1, "mse_weight": 0.0, "l1_weight": 1.0, "changes": ("pix2pix",),
+}  # fmt: skip
+# Peers' networks trained with our recipe, so that the worth of the network and that of the recipe can be told apart.
+NETWORKS = ("BasicUNet", "DynUNet")
+
+
+# Groups of recipes that the further sets train; demo and the first real pairs train all of them.
+FURTHER = ("main", "stable", "statistics", "peer", "pix2pix", "peer network")
+# With at least so many groups, real pairs are parted by drawing groups; with fewer, each is held out in turn.
+DRAWN_FROM = 6
+# Cores of each group that score, of pairs parted by drawing: scoring whole cores takes long.
+SCORED_OF_GROUP = 3
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Names of the cores that train, that choose the best epoch, and that score; ``wider`` train unless a recipe's
+    val_split is larger."""
+
+    train: tuple[str, ...]
+    chosen: tuple[str, ...]
+    scored: tuple[str, ...]
+    wider: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Pairs, options that suit them, and the split: every recipe holds out the cores in ``scored``.
+    """Pairs, options that suit them, and their parts, which may differ from seed to seed.
 
-    A recipe whose val_split is larger also holds out cores of ``wider``, which is empty when the slides define the
-    split.
+    No core that scores takes part in anything else, so neither a best epoch nor a recipe is chosen on it.
     """
 
     name: str
     pairs_dir: Path
-    train: tuple[str, ...]
-    scored: tuple[str, ...]
-    wider: tuple[str, ...]
     options: dict[str, Any]
+    parts: Callable[[int], Parts]
+    groups: tuple[str, ...] | None = None
 
-    def split_file(self, folder: Path, val_split: float) -> Path:
+    def split_file(self, folder: Path, seed: int, val_split: float) -> Path:
         """Write the split of a recipe with this val_split; returns the file."""
-        held_out = self.scored
-        if self.wider:
-            cores = len(self.train) + len(self.wider) + len(self.scored)
-            held_out += self.wider[: _pairs_of_cores(cores, val_split) - len(self.scored)]
-        trained = [name for name in (*self.train, *self.wider) if name not in held_out]
-        path = folder / f"{self.name.replace(' ', '_')}_{len(held_out)}.json"
-        rows = {side: [{"core": name, "group": name} for name in names]
-                for side, names in (("train", trained), ("val", list(held_out)))}  # fmt: skip
-        write_json(path, {"schema": 1, **rows})
+        parts = self.parts(seed)
+        chosen, trained = parts.chosen, (*parts.train, *parts.wider)
+        if parts.wider and val_split > PUBLISHED["val_split"]:
+            chosen, trained = (*chosen, *parts.wider), parts.train
+        sides = {"train": sorted(trained), "val": sorted(chosen)}
+        content = {"schema": 1, **{side: [{"core": n, "group": n} for n in names] for side, names in sides.items()}}
+        # As short as it is unique: sets whose parts are the same share a file.
+        path = folder / f"split_{zlib.crc32(repr(content).encode()):08x}.json"
+        write_json(path, content)
         return path
 
 
-def demo_set(folder: Path, cores: int = 40, per_image: int = 6) -> TrainingSet:
-    """Generated tissue, two cores per patient: 15 % are held out, up to 25 % if the recipe asks for it."""
+def demo_sets(folder: Path, cores: int = 40, per_image: int = 6, few: int = 3) -> list[TrainingSet]:
+    """Generated tissue, two cores per patient: a fifth scores, 15 % choose, or 25 % if the recipe asks for it; and the
+    same with few patches of a core."""
     pairs = folder / "demo"
     names = make_demo(pairs, cores=cores, size=256, seed=0)
-    first, second = (_pairs_of_cores(cores, share) for share in (0.15, 0.25))
-    options = {**SMALL, "patches_per_image": per_image, "patches_per_image_val": 4}
-    return TrainingSet(
-        "demo", pairs, tuple(names[second:]), tuple(names[:first]), tuple(names[first:second]), options
-    )  # fmt: skip
+    scored, chosen, wider = (2 * round(cores * share / 2) for share in (0.2, 0.35, 0.45))
+    parts = Parts(tuple(names[wider:]), tuple(names[scored:chosen]), tuple(names[:scored]), tuple(names[chosen:wider]))
+    options = {**SMALL, "patches_per_image_val": 4}
+    return [
+        TrainingSet("demo", pairs, {**options, "patches_per_image": per_image}, partial(_same, parts)),
+        TrainingSet("demo few patches", pairs, {**options, "patches_per_image": few}, partial(_same, parts), FURTHER),
+    ]
 
 
-def _pairs_of_cores(cores: int, share: float) -> int:
-    """Number of cores in about this share of the patients, who have two cores each."""
-    return 2 * round(cores * share / 2)
+def real_sets(source: Path, folder: Path, name: str, main: bool, steps: int = 10) -> list[TrainingSet]:
+    """Real pairs of several slides or places, called ``name``. Links, never copies.
 
-
-def real_sets(source: Path, folder: Path, name: str = "real", per_image: int = 32) -> list[TrainingSet]:
-    """Real pairs of several slides, called ``name``: one set per slide, which it holds out. Links, never copies."""
+    Of many groups, four in eleven score, two choose, and five train, drawn by the seed. Of few, one set per group:
+    the others train, half of its cores choose, and half score. ``steps`` are those of an epoch, about.
+    """
     rows = [line.split(",") for line in (source / "groups.csv").read_text(encoding="utf-8").split()[1:]]
     slides = sorted({slide for _, slide in rows})
-    pairs = folder / "real"
+    pairs = folder / name.replace(" ", "_")
     pairs.mkdir(parents=True, exist_ok=True)
     for core, _ in rows:
         for kind in ("HE", "ORION"):
@@ -217,15 +249,40 @@ def real_sets(source: Path, folder: Path, name: str = "real", per_image: int = 3
             if not link.exists():
                 link.symlink_to((source / link.name).resolve())
     shutil.copyfile(source / "channel_names.txt", pairs / "channel_names.txt")
-    options = {**SMALL, "patches_per_image": per_image, "patches_per_image_val": 0}
+    of_slide = {slide: sorted(core for core, its in rows if its == slide) for slide in slides}
+
+    def drawn(seed: int) -> Parts:
+        order = [slides[place] for place in np.random.default_rng(seed).permutation(len(slides))]
+        scored, chosen = round(len(slides) * 4 / 11), round(len(slides) * 6 / 11)
+        cores = [[core for slide in some for core in of_slide[slide]]
+                 for some in (order[chosen:], order[scored:chosen])]  # fmt: skip
+        few = [core for slide in order[:scored] for core in spread_out(of_slide[slide], SCORED_OF_GROUP)]
+        return Parts(tuple(cores[0]), tuple(cores[1]), tuple(few))
+
+    def held_out(slide: str) -> Parts:
+        train = tuple(core for core, its in rows if its != slide)
+        return Parts(train, tuple(of_slide[slide][::2]), tuple(of_slide[slide][1::2]))
+
+    def options(parts: Parts) -> dict[str, Any]:
+        patches = max(1, round(steps * PUBLISHED["batch_size"] / len(parts.train)))
+        return {**SMALL, "patches_per_image": patches, "patches_per_image_val": 2 if len(parts.chosen) > 8 else 0}
+
+    groups = None if main else FURTHER
+    if len(slides) >= DRAWN_FROM:
+        return [TrainingSet(name, pairs, options(drawn(0)), drawn, groups)]
     return [
         TrainingSet(
-            f"{name}, {held} held out",
-            pairs,
-            tuple(core for core, slide in rows if slide != held),
-            tuple(core for core, slide in rows if slide == held),
-            (),
-            options,
+            f"{name}, {slide} held out", pairs, options(held_out(slide)), partial(_same, held_out(slide)), groups
         )
-        for held in slides
+        for slide in slides
     ]
+
+
+def _same(parts: Parts, seed: int) -> Parts:
+    """Parts that are the same whatever the seed."""
+    return parts
+
+
+def spread_out(names: list[str], count: int) -> list[str]:
+    """At most ``count`` of the names, evenly spread."""
+    return [names[place] for place in np.unique(np.linspace(0, len(names) - 1, count).round().astype(int))]

@@ -37,6 +37,8 @@ GROUPS = {
     "variation": "Single changes of stable",
     "peer": "A peer: MONAI's BasicUNet with squared error",
     "peer at our rates": "The peer at stable's learning rates",
+    "pix2pix": "A peer: pix2pix's U-Net with absolute error",
+    "peer network": "Peers' networks with stable's recipe",
     "handling": "Stable with HEXIF's handling of the data",
     "advice": "Advice for runs that are unstable, slow or overfitting",
     "length": "Other lengths and a wider network",
@@ -146,15 +148,17 @@ def write_report(
         if len(measured) == sum(kind(one) == each for one in sets):
             found.setdefault((each, name), []).append(over_slides(measured))
     hours = sum(result["train_s"] for result in results) / 3600
-    named = "".join(f' --real_name "{each}"' for each in kinds if each not in ("demo", "real"))
+    real = [each for each in kinds if not each.startswith("demo")]
+    named = f" --real_pairs DIR{' ...' * (len(real) > 1)} --real_names {' '.join(map(repr, real))}" if real else ""
     lines = [
         "# Stability and quality of recipes",
         "",
-        f"`python benchmarks/stability.py --real_pairs DIR{named}`: {len(results)} trainings, {hours:.1f} core hours; "
+        f"`python benchmarks/stability.py{named}`: {len(results)} trainings, {hours:.1f} core hours; "
         f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {version('torch')}. Values are medians over the "
         "seeds, with the smallest and the largest in brackets.",
         "",
-        "- Squared error and Pearson: of the best model on the held-out cores, mean over markers.",
+        "- Squared error and Pearson: of the best model, chosen on other cores than those that score it, mean over "
+        "markers.",
         "- L and V: training and validation loss. Each recipe has its own loss, so losses of different recipes cannot "
         "be compared.",
         f"- Movement (largest minus smallest) and noise (standard deviation about a line): of V, over the last {LAST} "
@@ -180,6 +184,7 @@ def write_report(
             else []
         )
         lines += table(each, recipes, found, baselines(results, of_kind))
+        lines += level_table([result for result in results if kind(result["set"]) == each])
     if failed:
         lines += ["## Failed", "", *(f"- {line}" for line in failed), ""]
     figures.mkdir(parents=True, exist_ok=True)
@@ -189,6 +194,34 @@ def write_report(
                     figures / "stability_ablation.png")  # fmt: skip
     draw_markers(results, kinds, names, figures / "stability_markers.png")
     return "\n".join(lines)
+
+
+def level_table(results: list[dict[str, Any]]) -> list[str]:
+    """What the recalibration changes, for ``stable``: empty where nothing was scored with and without it."""
+    both = [
+        result for result in results if {"raw_scores", "baselines"} <= result.keys() and result["recipe"] == "stable"
+    ]
+    if not both:
+        return []
+    lines = ["### Level of the markers, with and without recalibration (stable)", ""]
+    lines += ["| predictions | squared error | Pearson | markers worse than their training mean |"]
+    lines += ["| --- " * 4 + "|"]
+    for name, key in (("recalibrated", "scores"), ("as the network gives them", "raw_scores")):
+        error, r = (median(mean(result[key][column]) for result in both) for column in ("mse", "pearson"))
+        worse = [below_mean(result[key], result["baselines"]["training mean"]) for result in both]
+        counts = sorted(len(markers) for markers in worse)
+        named = sorted({marker for markers in worse for marker in markers})
+        lines.append(
+            f"| {name} | {error:.5f} | {r:.3f} | {median(counts):g} of {len(both[0][key]['names'])} "
+            f"({counts[0]} to {counts[-1]}){': ' * bool(named)}{', '.join(named)} |"
+        )
+    return [*lines, ""]
+
+
+def below_mean(scores: dict[str, Any], means: dict[str, Any]) -> list[str]:
+    """Markers with a larger squared error than their training mean has; a marker that is constant is left out."""
+    triples = zip(scores["names"], scores["mse"], means["mse"], strict=True)
+    return [name for name, error, least in triples if None not in (error, least) and least > 0 and error > least]
 
 
 def baselines(results: list[dict[str, Any]], sets: list[str]) -> dict[str, dict[str, float]]:

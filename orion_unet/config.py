@@ -276,6 +276,12 @@ class OptimisationOptions:
         follows=True,
         before=0,
     )
+    recalibrate: bool = option(
+        True,
+        "after training, fit to training patches a scale and an offset for each marker that bring the predictions of "
+        "best.pt to the level of the measurement",
+        fixed=False,
+    )
     seed: int = option(42, "seed of everything random", minimum=0, maximum=2**63 - 1)
 
     @property

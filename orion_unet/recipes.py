@@ -63,6 +63,7 @@ PUBLISHED = Recipe(
         "use_boundary_guidance": Value(True, "as published"),
         "noise_removal": Value(True, "hot pixels of the camera are no markers"),
         "statistics_batches": Value(0, "as published"),
+        "recalibrate": Value(False, "as published"),
     },
 )
 
@@ -76,6 +77,7 @@ STABLE = Recipe(
         "ema_decay": Value(0.95, "validates more evenly than the weights of one step"),
         "correlation_weight": Value(0.1, "makes the network learn scarce markers"),
         "statistics_batches": Value(None, "auto; running averages lag behind the weights, so that validation jumps"),
+        "recalibrate": Value(True, "the correlation term leaves the level of scarce markers open"),
     },
     PUBLISHED,
 )

@@ -18,6 +18,7 @@ from orion_unet.data.stain import StainProfile
 from orion_unet.errors import InputError
 from orion_unet.models.build import build_network
 from orion_unet.models.encoder_weights import weights_of_record
+from orion_unet.models.recalibration import Recalibration
 from orion_unet.models.timm_unet import TimmUNet
 from orion_unet.models.unet import UNet, memory_format
 
@@ -31,7 +32,8 @@ class TrainedModel:
     of split.json: which cores it was trained on. ``digests`` are those of their H&E by name, and
     ``colour_regression`` is what the model has to beat; a checkpoint of version 0.1 has neither. ``earlier_digests``
     are those of the cores that the models it started from were trained on. ``stain`` is that of its training cores,
-    None in a checkpoint that does not keep it.
+    None in a checkpoint that does not keep it. ``recalibration`` is applied to every prediction; None in the checkpoint
+    of a run that did not end, or did not want it.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class TrainedModel:
     colour_regression: ColourRegression | None = None
     earlier_digests: tuple[str, ...] = ()
     stain: StainProfile | None = None
+    recalibration: Recalibration | None = None
 
     @property
     def pixel_size_um(self) -> float | None:
@@ -64,7 +67,8 @@ class TrainedModel:
         mixed = nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
         with mixed:
             prediction: Tensor = self.network(he)
-        return prediction.float()
+        prediction = prediction.float()
+        return prediction if self.recalibration is None else self.recalibration.apply_(prediction)
 
 
 def load_trained(
@@ -126,6 +130,7 @@ def load_trained(
         regression,
         _earlier_digests(path, content),
         _stain(path, content),
+        _recalibration(path, content, len(names)),
     )
 
 
@@ -150,6 +155,14 @@ def _stain(path: Path, content: dict[str, Any]) -> StainProfile | None:
     stored = content.get("stain")
     try:
         return None if stored is None else StainProfile.from_document(stored)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _recalibration(path: Path, content: dict[str, Any], markers: int) -> Recalibration | None:
+    stored = content.get("recalibration")
+    try:
+        return None if stored is None else Recalibration.from_document(stored, markers)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -46,10 +46,11 @@ from orion_unet.training.engine import (
 from orion_unet.training.failures import note_failure, noted_failures, plain_failure
 from orion_unet.training.interrupts import Interrupts
 from orion_unet.training.prepare import prepare_data
+from orion_unet.training.recalibrate import fit_recalibration
 from orion_unet.training.report import EpochTimes
 from orion_unet.training.run_folder import RunLock
 from orion_unet.training.sanity import SanityPanel
-from orion_unet.training.state import capture, capture_model, rank_states
+from orion_unet.training.state import capture, capture_model, load_validated, rank_states
 from orion_unet.training.steps import StepLog, line_interval
 from orion_unet.training.tensorboard import EventWriter
 from orion_unet.training.transfer import find_encoder, find_source
@@ -136,10 +137,10 @@ class Loop:
         with self.heartbeat or nullcontext(), self.interrupts, self.watchdog:
             try:
                 if self.state.early_stopping.should_stop:
-                    raise End("early_stopped", self._early_stop_message(), FINISHED)
+                    raise self._complete("early_stopped", self._early_stop_message())
                 for epoch in range(self.state.epoch + 1, epochs + 1):
                     self._epoch(epoch)
-                raise End("finished", f"finished after {epochs} epochs", FINISHED)
+                raise self._complete("finished", f"finished after {epochs} epochs")
             except Diverged as error:
                 return self._end(End("diverged", f"diverged: {error}. {DIVERGENCE_ADVICE}", DIVERGED))
             except End as end:
@@ -195,7 +196,7 @@ class Loop:
         if not math.isfinite(validation.loss):
             raise Diverged(f"the validation loss of epoch {epoch} is not finite")
         if state.early_stopping.should_stop:
-            raise End("early_stopped", self._early_stop_message(), FINISHED)
+            raise self._complete("early_stopped", self._early_stop_message())
         if epoch < self.config.optimisation.epochs and any_rank(self.interrupts.requested()):
             raise self._interrupted()
 
@@ -332,6 +333,26 @@ class Loop:
             "continues from here",
             max(codes) or 143,
         )
+
+    def _complete(self, state: str, message: str) -> End:
+        """The end of a run that has trained all it was to train; its best model is recalibrated."""
+        if self.config.optimisation.recalibrate:
+            try:
+                self._recalibrate(checkpoint_path(self.built.dir, BEST))
+            except InputError as error:
+                self.console.say(f"warning: the best model is not recalibrated: {error}")
+        return End(state, message, FINISHED)
+
+    def _recalibrate(self, best: Path) -> None:
+        """Add to best.pt, unless it has it, the recalibration of its model, fitted on training patches."""
+        content = from_main_process(lambda: checkpoint.load(best) if best.exists() else None)
+        if content is None or content.get("recalibration") is not None:
+            return
+        self._beat(state="validating")
+        load_validated(self.state, content["model"])
+        found = fit_recalibration(self.built, self._progress)
+        if is_main_process():
+            checkpoint.save(best, {**content, "recalibration": found.document()})
 
     def _early_stop_message(self) -> str:
         stopping = self.state.early_stopping

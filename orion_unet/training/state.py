@@ -158,6 +158,14 @@ def _completed(stored: dict[str, Any], state: TrainState) -> dict[str, Any]:
     return {**{name: tensor for name, tensor in present if _is_left_out(name, state)}, **stored}
 
 
+def load_validated(state: TrainState, weights: dict[str, Any]) -> None:
+    """Give the model that is validated the ``weights`` of a checkpoint; raises InputError where they do not fit."""
+    try:
+        state.validated.load_state_dict(_completed(weights, state))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"the checkpoint does not fit this model ({str(error).splitlines()[0]})") from None
+
+
 def check_resumable(config: TrainConfig, earlier: dict[str, Any], source: str) -> None:
     """Raises InputError listing the options that would silently change the run."""
     changes = config.changes_from(earlier["options"])

@@ -1,11 +1,13 @@
 """Several ranks are one process with a larger batch; and when one of them is lost, all end."""
 
 import os
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rank_work
 import torch
@@ -228,3 +230,16 @@ def test_a_rank_counts_only_its_own_machine_for_its_threads(start, tmp_path):
     ended = start("env", "-u", "OMP_NUM_THREADS", *words, **env).end()
     assert ended.code == 0, ended.err
     assert ended.out.split() == [str(len(os.sched_getaffinity(0)))]
+
+
+def test_two_ranks_recalibrate_as_one_does(tmp_path, pairs, start):
+    options = {"pairs_dir": pairs, "output_dir": tmp_path / "one"}
+    assert start(*trainer(**options, recalibrate=False)).end().code == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert start(*trainer(**options, resume="auto")).end().code == 0
+    halves = {**options, "output_dir": tmp_path / "two", "resume": "auto", "batch_size": 1, "val_batch_size": 1}
+    assert start(*trainer(*LAUNCH, 2, **halves)).end().code == 0
+    one, two = (load(tmp_path / name / "checkpoints" / "best.pt")["recalibration"] for name in ("one", "two"))
+    assert one["pixels"] == two["pixels"] > 0
+    for name in ("scale", "offset"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-6, atol=1e-9)

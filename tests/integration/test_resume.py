@@ -77,12 +77,14 @@ def straight(train, straight_results):
 
 
 def outcome(run_dir):
-    """All that must be equal: every logged loss, rate and gradient norm, and every stored tensor."""
-    return losses(run_dir), {part: weights(run_dir, *part) for part in PARTS}
+    """All that must be equal: every logged loss, rate and gradient norm, every stored tensor, the recalibration."""
+    best = checkpoint.load(run_dir / "checkpoints" / "best.pt")
+    return losses(run_dir), {part: weights(run_dir, *part) for part in PARTS}, best.get("recalibration")
 
 
 def assert_equal_outcome(found, expected):
     assert found[0] == expected[0]
+    assert found[2] == expected[2]
     assert {part: differing(found[1][part], expected[1][part]) for part in PARTS} == {part: [] for part in PARTS}
 
 

@@ -36,7 +36,7 @@ def quick(output, *words):
 
 @pytest.mark.slow
 def test_the_quick_form_runs_end_to_end_repeats_nothing_and_reports_what_fails(tmp_path):
-    words = ("--only", "former", "stable", "BasicUNet, MSE, Adam", "--seeds", "1")
+    words = ("--only", "former", "stable", "BasicUNet, MSE, Adam", "--seeds", "1", "--sets", "demo")
     done = quick(tmp_path, *words)
     # A recipe that fails is reported, and the others go on.
     missing = importlib.util.find_spec("monai") is None
@@ -66,11 +66,74 @@ def test_an_unknown_recipe_is_refused(tmp_path):
     assert "--only stabel: no such recipe; the recipes are former, published" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["demo", "a,b", "a/b"])
+@pytest.mark.parametrize("name", ["demo", "demo few patches", "a,b", "a/b"])
 def test_a_name_of_the_real_pairs_that_would_be_ambiguous_is_refused(tmp_path, name):
-    done = quick(tmp_path, "--real_pairs", str(tmp_path), "--real_name", name)
+    done = quick(tmp_path, "--real_pairs", str(tmp_path), "--real_names", name)
     assert done.returncode == 2
-    assert f"--real_name {name}: use letters" in done.stderr
+    assert f"--real_names {name}: use letters" in done.stderr
+
+
+def real_pairs(folder, groups, cores_of_group):
+    folder.mkdir()
+    names = [f"{group}{core}" for group in groups for core in range(cores_of_group)]
+    (folder / "groups.csv").write_text("\n".join(["core,group", *(f"{name},{name[0]}" for name in names)]))
+    (folder / "channel_names.txt").write_text("DAPI\n")
+    for name in names:
+        for kind in ("HE", "ORION"):
+            (folder / f"{name}_{kind}.npy").touch()
+    return folder
+
+
+def test_the_cores_that_score_choose_nothing_and_a_group_is_in_one_part_only(tmp_path):
+    from stability_recipes import demo_sets, real_sets
+
+    many = real_pairs(tmp_path / "many", "abcdefghijk", 5)
+    (tmp_path / "data").mkdir()
+    (places,) = real_sets(many, tmp_path / "data", "places", True)
+    for seed in range(5):
+        parts = places.parts(seed)
+        groups = [{name[0] for name in names} for names in (parts.train, parts.chosen, parts.scored)]
+        assert [len(some) for some in groups] == [5, 2, 4]
+        assert len(set.union(*groups)) == 11
+        split = json.loads(places.split_file(tmp_path / "data", seed, 0.2).read_text())
+        assert {row["core"] for side in ("train", "val") for row in split[side]} == {*parts.train, *parts.chosen}
+    assert len({places.parts(seed).scored for seed in range(5)}) > 1
+
+    for each in demo_sets(tmp_path / "data", 20, 2):
+        parts = each.parts(0)
+        # Two cores of a patient follow each other.
+        patients = [
+            {int(name[-3:]) // 2 for name in names} for names in (parts.train + parts.wider, parts.chosen, parts.scored)
+        ]
+        assert sum(map(len, patients)) == len(set.union(*patients)) == 10
+
+
+def test_of_two_slides_one_trains_and_the_other_chooses_and_scores(tmp_path):
+    from stability_recipes import FURTHER, real_sets
+
+    (tmp_path / "data").mkdir()
+    sets = real_sets(real_pairs(tmp_path / "two", "ab", 4), tmp_path / "data", "two", False)
+    assert [each.name for each in sets] == ["two, a held out", "two, b held out"]
+    parts = sets[0].parts(3)
+    assert (parts.train, parts.chosen, parts.scored) == (("b0", "b1", "b2", "b3"), ("a0", "a2"), ("a1", "a3"))
+    assert sets[0].groups == FURTHER
+
+
+@pytest.mark.parametrize("name", ["BasicUNet", "DynUNet", "pix2pix"])
+@pytest.mark.parametrize("size", [(64, 64), (80, 100)])
+def test_a_peers_network_predicts_every_marker_at_full_resolution_and_learns(name, size):
+    import stability_job
+
+    if name != "pix2pix":
+        pytest.importorskip("monai")
+    torch.manual_seed(0)
+    network = {
+        "BasicUNet": stability_job.BasicUNet, "DynUNet": stability_job.DynUNet, "pix2pix": stability_job.Pix2Pix,
+    }[name](3, 4)  # fmt: skip
+    found = network(torch.rand(2, 3, *size))
+    assert found.shape == (2, 3, *size)
+    found.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 def test_the_benchmark_trains_the_recipes_of_the_toolkit():

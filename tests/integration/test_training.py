@@ -11,19 +11,22 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from tiny_runs import TINY, command_line, losses, read_metrics, read_status, read_steps, weights
+from tiny_runs import TINY, command_line, differing, losses, read_metrics, read_status, read_steps, weights
 
-from orion_unet.checkpoint import load
+from orion_unet.checkpoint import load, save
 from orion_unet.cli.arguments import parse_train_config
 from orion_unet.config import GROUPS, ModelOptions, TrainConfig
+from orion_unet.data.patches import PatchPlace
 from orion_unet.demo.make import make_demo
 from orion_unet.errors import InputError
+from orion_unet.inference.model import load_trained
 from orion_unet.losses import CompositeLoss
 from orion_unet.models.unet import SpatialUNet
-from orion_unet.training import build, engine
+from orion_unet.training import build, engine, recalibrate
 from orion_unet.training.build import build_loss
 from orion_unet.training.loop import Loop
 from orion_unet.training.loop import train as run
+from orion_unet.training.prepare import prepare_data
 
 pytestmark = pytest.mark.slow
 
@@ -274,6 +277,7 @@ SHOWN_BY = {
     "keep_channels": "tests/unit/test_normalization.py",
     "best_by": "test_best_by_pearson_keeps_the_epoch_with_the_highest_one_and_a_resumed_run_goes_on_so",
     "early_stopping_patience": "test_early_stopping_stops_and_says_so",
+    "recalibrate": "test_the_best_model_is_recalibrated_after_training_and_only_it",
     "stop_timeout_s": "tests/integration/test_launcher.py",
     "pinned_memory_mb": "tests/unit/test_loaders.py",
     "compile": "test_a_compiled_model_trains_and_is_stored_under_its_own_names",
@@ -764,3 +768,62 @@ def test_a_rate_too_small_for_the_length_of_the_run_is_told(train, capsys):
     assert "--learning_rate auto would be 0.01" in said
     train("enough", learning_rate=None)
     assert "note:" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def learnable(pairs):
+    """Pairs whose markers can be seen in the H&E: one is as dark as its red, another half as much, a third empty."""
+    for path in pairs.glob("*_HE.npy"):
+        dark = 255 - np.load(path)[..., :1]
+        np.save(path.with_name(path.name.replace("_HE", "_ORION")), np.concatenate([dark, dark // 2, 0 * dark], axis=2))
+    return pairs
+
+
+def test_the_best_model_is_recalibrated_after_training_and_only_it(learnable, train):
+    made = train(epochs=2, recalibrate=False)
+    raw = load_trained(made.dir, "cpu")
+    assert raw.recalibration is None
+    before = (made.dir / "checkpoints" / "last.pt").read_bytes()
+    # The run has ended, so that nothing but the recalibration is left to do.
+    assert train(epochs=2, resume="auto").code == 0
+    assert (made.dir / "checkpoints" / "last.pt").read_bytes() == before
+    model = load_trained(made.dir, "cpu")
+    assert model.epoch == raw.epoch
+    assert differing(model.network.state_dict(), raw.network.state_dict()) == []
+    assert load_trained(made.dir / "checkpoints" / "last.pt", "cpu").recalibration is None
+    he = torch.rand(1, 3, 40, 50)
+    found, plain, line = model.predict(he), raw.predict(he), model.recalibration
+    assert (line.scale[:2] > 0).all() and (line.scale[:2] != 1).all()
+    assert line.scale[2] == line.offset[2] == 0
+    for marker in range(len(model.names)):
+        expected = (plain[:, marker] * line.scale[marker] + line.offset[marker]).clamp(0, 1)
+        torch.testing.assert_close(found[:, marker], expected.float())
+
+
+def test_the_recalibration_is_the_fit_to_the_training_patches(learnable, train):
+    made = train(epochs=1)
+    config = TrainConfig.of_run(json.loads((made.dir / "config.json").read_text())["options"])
+    prepared = prepare_data(config, 1, None)
+    run = build.build_run(config, torch.device("cpu"), prepared, None)
+    places = recalibrate.recalibration_patches(run)
+    # Three training cores with four patches an epoch, from grids of four.
+    assert len(places) == 12 and len(np.unique(places, axis=0)) == 12
+    assert set(places[:, 0]) == set(prepared.split.train.tolist())
+    raw = replace(load_trained(made.dir, "cpu"), recalibration=None)
+    batch = run.feeds.transform(run.feeds.reader.read([PatchPlace(*row) for row in places.tolist()]), augment=False)
+    p, t = (each.transpose(0, 1).flatten(1).double().numpy() for each in (raw.predict(batch.he), batch.target))
+    line = load_trained(made.dir, "cpu").recalibration
+    for marker in range(2):
+        expected = np.polyfit(p[marker], t[marker], 1)
+        np.testing.assert_allclose([line.scale[marker], line.offset[marker]], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["scale", "pixels"])
+def test_a_damaged_recalibration_is_refused(train, name):
+    made = train(epochs=1)
+    best = made.dir / "checkpoints" / "best.pt"
+    content = load(best)
+    content["recalibration"][name] = "x"
+    save(best, content)
+    with pytest.raises(InputError, match=r"best.pt: is damaged, its recalibration"):
+        load_trained(made.dir, "cpu")
