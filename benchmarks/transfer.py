@@ -123,6 +123,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--pairs", type=Path, nargs="+", default=[], metavar="DIR", help="real pairs; default: none")
     parser.add_argument("--targets", type=int, default=2, metavar="N", help="groups that are the new set; default: 2")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each kind; default: 3")
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, MORE_CORES], metavar="WAY",
+                        help=f"only these, beside random weights: {', '.join([*WAYS, MORE_CORES][1:])}")  # fmt: skip
     parser.add_argument("--panels", action="store_true", help="one model for two panels, and nothing else")
     parser.add_argument("--quick", action="store_true", help="seconds, to try the benchmark; one seed")
     parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
@@ -142,8 +144,8 @@ def main(argv: list[str]) -> int:
     # All tasks once before any is repeated, so that an interrupted benchmark has something to say of each.
     for seed in range(0 if options.report else seeds):
         for task in tasks:
-            run_task(task, seed, size, trials, output / "runs")
-    text = report(tasks, seeds, size, trials)
+            run_task(task, seed, size, trials, output / "runs", options.ways)
+    text = report(tasks, seeds, size, trials, options.ways)
     (output / "transfer.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
@@ -231,14 +233,20 @@ def real(folder: Path, targets: int) -> Iterator[Task]:
         yield Task(f"{folder.resolve().name}, {group} is new", folder, source, folder, new)
 
 
-def ways_of(task: Task) -> dict[str, list[str]]:
-    """The ways to train on a task: more cores only where enough remain to be scored."""
-    return WAYS | ({MORE_CORES: []} if len(task.new_cores) >= 2 * MORE else {})
+def ways_of(task: Task, chosen: list[str] | None) -> dict[str, list[str]]:
+    """The ways to train on a task, or those of them that were chosen: more cores only where enough remain to be
+    scored."""
+    known = WAYS | ({MORE_CORES: []} if has_more(task) else {})
+    return {way: words for way, words in known.items() if chosen is None or way in (SCRATCH, *chosen)}
 
 
-def run_task(task: Task, seed: int, size: Size, trials: Trials, runs: Path) -> None:
+def has_more(task: Task) -> bool:
+    return len(task.new_cores) >= 2 * MORE
+
+
+def run_task(task: Task, seed: int, size: Size, trials: Trials, runs: Path, chosen: list[str] | None) -> None:
     """Train the source where a way still needs it, and every way that is not finished."""
-    ways = ways_of(task)
+    ways = ways_of(task, chosen)
     missing = [way for way in ways if trials.get(task, seed, way) is None]
     if not missing:
         return
@@ -261,12 +269,12 @@ def run_task(task: Task, seed: int, size: Size, trials: Trials, runs: Path) -> N
         )
         (source / "finished").touch()
     drawn = np.random.default_rng([seed, 1]).permutation(len(task.new_cores)).tolist()
-    known = MORE if MORE_CORES in ways else 1
+    known = MORE if has_more(task) else 1
     cores, scored = ([task.new_cores[at] for at in part] for part in (drawn[:known], sorted(drawn[known:])))
     for way in missing:
         print(f"{task.name}, seed {seed}: {way}", file=sys.stderr, flush=True)
         words = [word.format(source=source, half=size.epochs // 2) for word in ways[way]]
-        run = base / f"way_{list(ways).index(way)}"
+        run = base / f"way_{list(ways_of(task, None)).index(way)}"
         trained = cores if way == MORE_CORES else cores[:1]
         epochs = fit(run, task.new, trained, scored, seed, size, size.epochs, size.patches, words)
         trials.add(task, seed, way, {"cores": trained, "epochs": epochs})
@@ -315,11 +323,11 @@ def over_markers(values: dict[str, float | None], among: set[str] | None = None)
     return mean(value or 0.0 for name, value in values.items() if among is None or name in among)
 
 
-def report(tasks: list[Task], seeds: int, size: Size, trials: Trials) -> str:
+def report(tasks: list[Task], seeds: int, size: Size, trials: Trials, chosen: list[str] | None) -> str:
     """A table for each task, over the seeds of which every way is finished."""
     lines = [f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}", ""]
     for task in tasks:
-        ways = ways_of(task)
+        ways = ways_of(task, chosen)
         whole = [seed for seed in range(seeds) if all(trials.get(task, seed, way) for way in ways)]
         if not whole:
             continue
@@ -327,7 +335,7 @@ def report(tasks: list[Task], seeds: int, size: Size, trials: Trials) -> str:
         scratch = [over_markers(epochs[-1]) for epochs in found[SCRATCH]]
         lines += [
             f"## {task.name}: {len(task.source_cores)} cores of the source, 1 core to train on, "
-            f"{len(task.new_cores) - (MORE if MORE_CORES in ways else 1)} to score, {len(whole)} "
+            f"{len(task.new_cores) - (MORE if has_more(task) else 1)} to score, {len(whole)} "
             f"{'seed' if len(whole) == 1 else 'seeds'}",
             "",
             "| way | r, last epoch | lowest, highest seed | against random weights, seed by seed "
