@@ -55,14 +55,14 @@ MORE, MORE_CORES = 4, "from random weights, 4 cores"
 WAYS: dict[str, list[str]] = {
     SCRATCH: [],
     "from random weights, rate 1e-3": ["--learning_rate", "1e-3"],
-    "--init_from": ["--init_from", "{source}"],
-    "--init_from, half the steps": ["--init_from", "{source}", "--epochs", "{half}"],
-    "--init_from, no warm-up": ["--init_from", "{source}", "--warmup_epochs", "0"],
-    "--init_from, rate 3e-3": ["--init_from", "{source}", "--learning_rate", "3e-3"],
-    "--init_from, rate 1e-3": ["--init_from", "{source}", "--learning_rate", "1e-3"],
-    "--init_from, encoder rate 0.1": ["--init_from", "{source}", "--encoder_rate_factor", "0.1"],
-    "--init_from, encoder last": ["--init_from", "{source}", "--encoder_train", "last"],
-    "--init_from, encoder frozen": ["--init_from", "{source}", "--encoder_train", "frozen"],
+    "init_from": ["--init_from", "{source}"],
+    "init_from, half the steps": ["--init_from", "{source}", "--epochs", "{half}"],
+    "init_from, no warm-up": ["--init_from", "{source}", "--warmup_epochs", "0"],
+    "init_from, rate 3e-3": ["--init_from", "{source}", "--learning_rate", "3e-3"],
+    "init_from, rate 1e-3": ["--init_from", "{source}", "--learning_rate", "1e-3"],
+    "init_from, encoder rate 0.1": ["--init_from", "{source}", "--encoder_rate_factor", "0.1"],
+    "init_from, encoder last": ["--init_from", "{source}", "--encoder_train", "last"],
+    "init_from, encoder frozen": ["--init_from", "{source}", "--encoder_train", "frozen"],
     # So low a rate that the weights stay where they are; only batch norm's statistics are those of the new core.
     "the source, batch norm measured anew": ["--init_from", "{source}", "--learning_rate", "1e-12"],
 }

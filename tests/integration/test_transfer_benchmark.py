@@ -43,7 +43,7 @@ def test_the_quick_form_reports_every_way_and_repeats_only_what_is_missing(tmp_p
     assert len(document["trials"]) == 2 * len(ways)
     assert all(text.count(f"| {way} |") == 3 for way in ways)
 
-    lost = "generated | 0 | --init_from, encoder frozen"
+    lost = "generated | 0 | init_from, encoder frozen"
     found = document["trials"].pop(lost)
     trials.write_text(json.dumps(document))
     # A seed of which a way is missing is not in a report.
@@ -51,7 +51,7 @@ def test_the_quick_form_reports_every_way_and_repeats_only_what_is_missing(tmp_p
     assert partial.returncode == 0
     assert "## generated" not in partial.stdout and "## pairs, new is new" in partial.stdout
     again = quick(tmp_path / "out", *words)
-    assert again.stderr.splitlines() == ["generated, seed 0: --init_from, encoder frozen"]
+    assert again.stderr.splitlines() == ["generated, seed 0: init_from, encoder frozen"]
     # A training is a function of its seed: repeated, it comes to the same numbers.
     assert json.loads(trials.read_text())["trials"][lost] == found
     assert again.stdout == done.stdout
