@@ -221,6 +221,8 @@ EFFECTS = {
     "target_normalization, none": {"target_normalization": "none"},
     "target_transform": {"target_transform": "log1p"},
     "augment": {"augment": False},
+    "stain_augmentation": {"stain_augmentation": 2.0},
+    "stain_augmentation, none": {"stain_augmentation": 0.0},
     "base_features": {"base_features": 6},
     "depth": {"depth": 1},
     "norm": {"norm": "group"},
