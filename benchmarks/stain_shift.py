@@ -170,7 +170,7 @@ def trial(pairs: Path, seed: int, way: str, training: int, size: str, run: Path)
     }  # fmt: skip
     with mixing() if way == MIXING else nullcontext():
         words = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-        seconds = train_once(pairs, seed, training, run, words)
+        train_once(pairs, seed, training, run, words)
     model = load_model(run / "run" / "checkpoints" / "last.pt", device="cpu")
     held_out = sides(pairs, seed, training)[1]
     # Sorted by name, so that every group has its share.
@@ -182,11 +182,10 @@ def trial(pairs: Path, seed: int, way: str, training: int, size: str, run: Path)
         top, left = ((length - min(side, length)) // 2 for length in he.shape[:2])
         centre = np.ascontiguousarray(he[top : top + side, left : left + side])
         expected = measured[:, top : top + side, left : left + side].reshape(len(measured), -1)
-        for shift, numbers_of in SHIFTS.items():
-            found = predict(centre if shift == AS_IT_IS else shifted(centre, numbers_of, seed, core), model)
+        for shift, of_it in SHIFTS.items():
+            found = predict(centre if shift == AS_IT_IS else shifted(centre, of_it, seed, core), model)
             sums[shift] += moments(found.reshape(len(found), -1), expected)
-    found_sums = {shift: each.tolist() for shift, each in sums.items()}
-    return {"markers": list(model.names), "sums": found_sums, "seconds": seconds}
+    return {"markers": list(model.names), "sums": {shift: each.tolist() for shift, each in sums.items()}}
 
 
 def report(trials: dict[str, Any]) -> str:
@@ -218,8 +217,7 @@ def report(trials: dict[str, Any]) -> str:
             cells += [f"{found[way].mean():.3f}", ", ".join(f"{value:.3f}" for value in found[way])]
             cells.append("" if way == USUAL else spread(found[way] - found[USUAL]))
             lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    seconds = np.mean([trials[f"{seed} {way}"]["seconds"] for seed in complete for way in WAYS])
-    lines += ["", f"Seeds {', '.join(map(str, complete))}; {seconds:.0f} s a training.", "", verdict(plain, over)]
+    lines += ["", f"Seeds {', '.join(map(str, complete))}.", "", verdict(plain, over)]
     return "\n".join(lines)
 
 
