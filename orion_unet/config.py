@@ -18,6 +18,8 @@ from orion_unet.options import option, range_problems
 UNET, TIMM = "unet", "timm:"
 # How the decoder of a new network doubles the resolution.
 UPSAMPLING = "bilinear"
+# Strength of a new run's stain and colour jitter, by the rule in benchmarks/stain_shift.py.
+STAIN_AUGMENTATION = 1.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ class DataOptions:
     target_transform: str = option("linear", "curve applied to the normalised target", choices=("linear", "log1p"))
     noise_removal: bool = option(False, "replace isolated hot pixels of the target by their local median")
     augment: bool = option(True, "flips, quarter turns, and stain and colour jitter of the H&E")
+    stain_augmentation: float | None = option(
+        None,
+        "with augment: strength of the stain and colour jitter, as a multiple of its usual ranges; 0 = none; default: "
+        f"that of the run to resume, else {STAIN_AUGMENTATION:g}",
+        minimum=0,
+        maximum=4,
+        follows=True,
+        before=1.0,
+    )
     num_workers: int | None = option(
         None,
         "loader processes per rank; auto = from the cores and ranks of the machine",

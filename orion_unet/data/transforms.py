@@ -18,7 +18,8 @@ from orion_unet.models.blocks import sobel_magnitude
 from orion_unet.patch_sums import SUM_PIXELS
 from orion_unet.registration.stains import STAINS
 
-# Largest change of a stain's density (relative) and offset (optical density), of brightness, of contrast (relative).
+# At strength 1: largest change of a stain's density (relative) and offset (optical density), of brightness, of contrast
+# (relative).
 STAIN_SCALE, STAIN_SHIFT, BRIGHTNESS, CONTRAST = 0.15, 0.02, 0.04, 0.10
 # Smallest Sobel gradient of a boundary, above camera noise; and the threshold of a hot pixel in standard deviations.
 BOUNDARY_FLOOR = 0.08
@@ -44,7 +45,10 @@ class Batch:
 
 
 class BatchTransform:
-    """Scaling, noise removal, normalisation, augmentation and boundary mask of whole batches."""
+    """Scaling, noise removal, normalisation, augmentation and boundary mask of whole batches.
+
+    ``stain_augmentation`` is the strength of the colour jitter: 1 for the ranges of ``jitter_colour``, 0 for none.
+    """
 
     def __init__(
         self,
@@ -54,11 +58,13 @@ class BatchTransform:
         noise_removal: bool,
         device: torch.device,
         memory_format: torch.memory_format = torch.contiguous_format,
+        stain_augmentation: float = 1.0,
     ) -> None:
         self.formats = formats
         self.device = device
         self.noise_removal = noise_removal
         self.memory_format = memory_format
+        self.stain_augmentation = stain_augmentation
         self.log_transform = normalization.transform == "log1p"
         kept = table.kept_channels
         whole = kept == tuple(range(len(table.channel_names)))
@@ -98,8 +104,8 @@ class BatchTransform:
             target = target.mul_(measured[:, :, None, None])
         # Before the colour jitter, so that the mask shows the tissue only.
         boundary = boundary_mask(he)
-        if augment:
-            he = jitter_colour(he, raw.colour)
+        if augment and self.stain_augmentation > 0:
+            he = jitter_colour(he, self.stain_augmentation * raw.colour)
         return Batch(he.contiguous(memory_format=self.memory_format), target, boundary, raw.core, measured)
 
     def _geometry(self, drawn: Tensor) -> Tensor | list[list[bool]]:
@@ -151,9 +157,9 @@ def turn_batch(images: Tensor, geometry: Tensor) -> Tensor:
 def jitter_colour(he: Tensor, drawn: Tensor) -> Tensor:
     """Change stain density, brightness and contrast of each H&E (B, 3, H, W) in [0, 1].
 
-    ``drawn`` (B, 8) in [-1, 1], on the CPU or the device of ``he``: factors of three stains, offsets of three stains,
-    brightness, contrast; zeros change nothing. Stains are separated as in Ruifrok and Johnston (2001) and perturbed as
-    in Tellez et al., Medical Image Analysis 2019.
+    ``drawn`` (B, 8) in [-1, 1] times the strength, on the CPU or the device of ``he``: factors of three stains, offsets
+    of three stains, brightness, contrast; zeros change nothing. Stains are separated as in Ruifrok and Johnston (2001)
+    and perturbed as in Tellez et al., Medical Image Analysis 2019.
     """
     # Compute the small matrices where the numbers were drawn: inverting a matrix on a GPU makes the host wait.
     stains = torch.tensor(STAINS, device=drawn.device)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from orion_unet.config import declared_options
+from orion_unet.config import STAIN_AUGMENTATION, UPSAMPLING, declared_options
 from orion_unet.monitor.advice import AUTOMATIC_RATE, option_number
 from orion_unet.recipes import RECIPES
 from orion_unet.text import clean
@@ -18,7 +18,7 @@ OF_THE_DATA = "pixel_size_um"
 # More rows than any run of this version can have.
 MOST = 150
 # What the trainer takes for an option that is left open; config.json holds the learning rate.
-_OPEN = {"statistics_batches": 16}
+_OPEN = {"statistics_batches": 16, "stain_augmentation": STAIN_AUGMENTATION, "upsampling": UPSAMPLING}
 
 
 def changed_options(config: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]]]:

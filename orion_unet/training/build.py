@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orion_unet import checkpoint
 from orion_unet.checkpoint import BEST, LAST, checkpoint_path
-from orion_unet.config import UPSAMPLING, TrainConfig, declared_options
+from orion_unet.config import STAIN_AUGMENTATION, UPSAMPLING, TrainConfig, declared_options
 from orion_unet.data.device_batches import DeviceBatches
 from orion_unet.data.loaders import (
     BatchLoader,
@@ -51,6 +51,7 @@ FRESH: dict[str, Callable[[TrainConfig, Prepared, Source | None], Any]] = {
     "statistics_batches": lambda config, prepared, source: 16,
     "fold": lambda config, prepared, source: config.data.fold,
     "pixel_size_um": lambda config, prepared, source: prepared.pixel_size_um,
+    "stain_augmentation": lambda config, prepared, source: STAIN_AUGMENTATION,
     "upsampling": lambda config, prepared, source: (source and source.options.upsampling) or UPSAMPLING,
 }
 
@@ -248,6 +249,7 @@ def build_feeds(config: TrainConfig, prepared: Prepared, device: torch.device) -
         data.noise_removal,
         device,
         memory_format(config.model.norm, device),
+        STAIN_AUGMENTATION if data.stain_augmentation is None else data.stain_augmentation,
     )
     workers = data.num_workers
     pin_bytes = int(config.runtime.pinned_memory_mb * 1e6) if on_gpu else 0

@@ -1,4 +1,4 @@
-"""The benchmarks that train on some groups and judge the others: upsampling and encoders, in their quick forms."""
+"""The benchmarks that train on some groups and judge the others: upsampling, encoders and stains, in quick forms."""
 
 import importlib
 import json
@@ -9,7 +9,11 @@ import pytest
 import torch
 from timm_here import TinyEncoder
 
+from orion_unet.data.loaders import TrainingSamples
+from orion_unet.data.patches import PatchPlace
+from orion_unet.data.transforms import jitter_colour
 from orion_unet.models import timm_unet
+from orion_unet.registration.stains import STAINS, optical_density, separation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,3 +89,100 @@ def test_an_encoder_is_compared_at_equal_steps_and_at_equal_seconds(
     assert list(different.values()) == list(module.WAYS)
     assert all(sums[0] == [2 * 32 * 32] * 2 for sums in scores.values())
     assert len({json.dumps([sums[2], sums[4]]) for sums in scores.values()}) == 1
+
+
+def degrees(one, other):
+    """Angles between the rows of two arrays of unit vectors."""
+    return np.rad2deg(np.arccos(np.clip((one * other).sum(axis=1), -1, 1)))
+
+
+def test_generated_stains_turn_the_vectors_and_multiply_the_amounts_of_each_image(benchmark):
+    module = benchmark("stain_shift")
+    rng = np.random.default_rng(2)
+    vectors = module.unit(np.array([[0.55, 0.75, 0.37], [0.18, 0.82, 0.55]]))
+    # Nuclei, cytoplasm, and a mixture of both.
+    amounts = rng.uniform(0.2, 0.9, (64 * 64, 2)) * np.repeat([[1, 0], [0, 1], [1, 1], [0.5, 1]], 1024, axis=0)
+    he = np.rint(255 * np.exp(-amounts @ vectors)).astype(np.uint8).reshape(64, 64, 3)
+    found = module.stain_vectors(optical_density(he.reshape(-1, 3) / 255))
+    assert degrees(found, vectors).max() < 1.5
+    assert np.array_equal(module.shifted(he, (0, 1, 1), 0, 0), he)
+    for core in range(4):
+        turned = module.shifted(he, (8, 1, 1), 0, core)
+        moved = degrees(module.stain_vectors(optical_density(turned.reshape(-1, 3) / 255)), found)
+        np.testing.assert_allclose(moved, 8, atol=1)
+        assert np.array_equal(turned, module.shifted(he, (8, 1, 1), 0, core))
+        assert not np.array_equal(turned, module.shifted(he, (8, 1, 1), 1, core))
+        changed = optical_density(module.shifted(he, (0, 1.25, 1), 0, core).reshape(-1, 3) / 255)
+        factors = np.linalg.lstsq(vectors.T, changed.T, rcond=None)[0].sum(axis=1) / amounts.sum(axis=0)
+        assert all(min(abs(factor - 1.25), abs(factor - 0.8)) < 0.02 for factor in factors)
+        gains = (module.shifted(he, (0, 1, 1.1), 0, core) / he.clip(1)).reshape(-1, 3)[he.reshape(-1, 3).max(1) < 230]
+        assert all(min(abs(gain - 1.1), abs(gain - 1 / 1.1)) < 0.02 for gain in np.median(gains, axis=0))
+
+
+def test_mixing_moves_mean_and_spread_towards_another_core_before_the_jitter(benchmark):
+    module = benchmark("stain_shift")
+    # By core: mean and standard deviation of haematoxylin, then of eosin.
+    stains = {0: np.array([[0.4, 0.2], [0.3, 0.1]]), 1: np.array([[0.8, 0.3], [0.2, 0.2]])}
+    drawn = np.random.default_rng(4)
+    weight, other = drawn.random(), stains[[0, 1][drawn.integers(2)]]
+    place = module.mixed(PatchPlace(0, 3, 5, colour=(0.0,) * 8), stains, np.random.default_rng(4))
+    jitter = np.array([0.5, -0.4, 0.3, 0.2, -0.6, 0.1, 0, 0])
+    jittered = module.mixed(PatchPlace(0, 3, 5, colour=tuple(jitter)), stains, np.random.default_rng(4))
+    assert (place.core, place.y, place.x) == (0, 3, 5)
+    expected = (1 - weight) * stains[0] + weight * other
+    vectors = np.array(STAINS) / np.linalg.norm(STAINS, axis=1, keepdims=True)
+    amounts = np.random.default_rng(5).normal(stains[0][:, 0], stains[0][:, 1] / 2, (1, 4000, 2))
+    he = torch.from_numpy(np.exp(-amounts @ vectors[:2]).transpose(2, 0, 1)[None]).float()
+    for colour, factor, offset in ((place.colour, 1, 0), (jittered.colour, 1 + 0.15 * jitter[:2], 0.02 * jitter[3:5])):
+        after = jitter_colour(he, torch.tensor([colour]))[0].numpy().transpose(1, 2, 0)
+        found = (optical_density(after) @ separation())[0, :, :2]
+        moved = expected[:, 1] / stains[0][:, 1] * (amounts[0] - stains[0][:, 0]) + expected[:, 0]
+        np.testing.assert_allclose(found, moved * factor + offset, atol=1e-3)
+    # A core without tissue has no stain to move from.
+    assert module.mixed(PatchPlace(2, 0, 0), stains, np.random.default_rng(4)) == PatchPlace(2, 0, 0)
+
+
+def test_the_rule_takes_the_best_strength_that_costs_little_and_gains_enough(benchmark):
+    module = benchmark("stain_shift")
+
+    def said(plain, over):
+        r = [{way: np.array(values) for way, values in zip(module.WAYS, each, strict=True)} for each in (plain, over)]
+        return module.verdict(*r)
+
+    same = [[0.5, 0.5]] * 5
+    assert "strength 1, and mixing does not" in said(same, same)
+    better = [[0.3, 0.3], [0.3, 0.3], [0.33, 0.34], [0.4, 0.5], [0.3, 0.3]]
+    assert "strength 3, and mixing does not" in said(same, better)
+    assert "strength 2," in said([*same[:3], [0.48, 0.49], same[4]], better)
+    # In one seed of two, or too little.
+    assert "strength 1," in said(same, [*better[:2], [0.36, 0.29], better[0], better[4]])
+    assert "strength 1," in said(same, [*better[:2], [0.305, 0.306], better[0], better[4]])
+    assert "strength 3, and mixing becomes" in said(same, [*better[:4], [0.42, 0.52]])
+    assert "strength 3, and mixing does not" in said([*same[:4], [0.4, 0.4]], [*better[:4], [0.42, 0.52]])
+
+
+@pytest.mark.slow
+def test_the_quick_form_compares_stain_augmentations_on_every_shift(benchmark, tmp_path, capsys):
+    module = benchmark("stain_shift")
+    threads, places = torch.get_num_threads(), TrainingSamples.places
+    assert module.main(["--quick", "--output_dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for shift in module.SHIFTS:
+        assert f"| {shift} | " in shown
+    assert "By the rule, the default is strength " in shown
+    assert TrainingSamples.places is places
+    kept = json.loads((tmp_path / "trials_quick.json").read_text())
+    # Every way is another training, and every shift another prediction of the same pixels.
+    sums = [np.array(kept[f"0 {way}"]["sums"][shift]) for way in module.WAYS for shift in module.SHIFTS]
+    assert len({each.tobytes() for each in sums}) == len(module.WAYS) * len(module.SHIFTS)
+    assert len({each[[0, 2, 4]].tobytes() for each in sums}) == 1
+    assert not list(tmp_path.glob("seed_*"))
+    # A training is a function of its seed, mixing included.
+    lost = kept.pop(f"0 {module.MIXING}")
+    (tmp_path / "trials_quick.json").write_text(json.dumps(kept))
+    assert module.main(["--quick", "--report", "--output_dir", str(tmp_path)]) == 0
+    assert "No seed is finished" in capsys.readouterr().out
+    assert module.main(["--quick", "--output_dir", str(tmp_path)]) == 0
+    again = json.loads((tmp_path / "trials_quick.json").read_text())[f"0 {module.MIXING}"]
+    assert again["sums"] == lost["sums"]
+    torch.set_num_threads(threads)

@@ -224,6 +224,8 @@ EFFECTS = {
     "target_normalization, none": {"target_normalization": "none"},
     "target_transform": {"target_transform": "log1p"},
     "augment": {"augment": False},
+    "stain_augmentation": {"stain_augmentation": 2.0},
+    "stain_augmentation, none": {"stain_augmentation": 0.0},
     "base_features": {"base_features": 6},
     "depth": {"depth": 1},
     "norm": {"norm": "group"},
@@ -375,6 +377,21 @@ def test_validation_is_calm_from_the_first_epoch_where_running_averages_are_not(
     assert before["train"] == after["train"]
     # The averages are those of weights long gone.
     assert before["val"]["metrics"]["r2"] < -1 and after["val"]["metrics"]["r2"] > -0.1
+
+
+def test_a_resumed_run_keeps_its_stain_augmentation_which_was_1_before_the_option_existed(train):
+    strong, usual = (losses(train(f"whole {strength}", stain_augmentation=strength).dir) for strength in (2.0, 1.0))
+    train("strong", stain_augmentation=2.0, epochs=1)
+    assert losses(train("strong", resume="auto").dir) == strong
+    with pytest.raises(InputError, match=r"--stain_augmentation: 2\.0 in the run, 1\.0 now"):
+        train("strong", resume="auto", stain_augmentation=1.0, epochs=3)
+    last = train("old", stain_augmentation=1.0, epochs=1).dir / "checkpoints" / "last.pt"
+    content = load(last)
+    del content["options"]["stain_augmentation"]
+    torch.save(content, last)
+    made = train("old", resume="auto")
+    assert losses(made.dir) == usual
+    assert strict_json(made.dir / "config.json")["options"]["stain_augmentation"] == 1.0
 
 
 def test_a_resumed_run_keeps_how_it_was_validated(train):

@@ -34,6 +34,7 @@ DEFAULTS = {
         "target_transform": "linear",
         "noise_removal": False,
         "augment": True,
+        "stain_augmentation": None,
         "num_workers": None,
         "mixed_cores": 0,
         "cache_mb": 256.0,
@@ -163,6 +164,7 @@ def test_an_option_takes_a_value_and_the_last_one_wins(name):
         "learning_rate": "0.25",
         "lr_factor": "0.25",
         "val_split": "0.25",
+        "stain_augmentation": "0.25",
     }
     if name == "fold":
         assert options("--fold", "1/3", "--fold=2/3")[name] == "2/3"
@@ -180,7 +182,8 @@ def test_an_option_takes_a_value_and_the_last_one_wins(name):
     }.get(name, (first, last))
     found = options(f"--{name}", first, f"--{name}={last}")[name]
     assert found == (last if text else float(last))
-    assert text or type(found) is (float if isinstance(FLAT[name], float) or name == "pixel_size_um" else int)
+    fraction = isinstance(FLAT[name], float) or name in ("pixel_size_um", "stain_augmentation")
+    assert text or type(found) is (float if fraction else int)
 
 
 @pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in CHOICES for choice in CHOICES[name]])
@@ -214,6 +217,7 @@ def test_help_shows_every_option_with_its_default(capsys):
             "grid_stride": "patch_size",
             "pixel_size_um": "that",
             "upsampling": "that",
+            "stain_augmentation": "that",
             "encoder_mean": "timm's",
             "encoder_std": "timm's",
         }.get(name, usual)
@@ -232,6 +236,7 @@ BAD_VALUES = [
     ("--patches_per_image", "0"),
     ("--patches_per_image_val", "-1"),
     ("--grid_stride", "0"),
+    *(("--stain_augmentation", text) for text in ("-0.1", "4.5", "nan", "inf", "strong")),
     ("--grid_stride", "257"),
     ("--target_normalization", "minmax"),
     ("--num_workers", "-2"),
@@ -359,6 +364,7 @@ def test_a_config_may_hold_a_part_of_the_options_and_whole_numbers_for_fractions
         "epochs": 3,
         "statistics_batches": 0,
         "upsampling": "transposed",
+        "stain_augmentation": 1.0,
     }
 
 

@@ -17,7 +17,7 @@ import pytest
 from monitor_runs import epoch_record, former_losses, healthy_losses, step_record, write_run, write_steps
 
 from orion_unet.cli.monitor import main
-from orion_unet.config import TrainConfig
+from orion_unet.config import STAIN_AUGMENTATION, UPSAMPLING, TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.findings import Lines
 from orion_unet.monitor import watch
@@ -223,11 +223,17 @@ def test_options_are_compared_with_the_recipe_of_the_run_or_the_defaults(recipe,
 def test_what_the_trainer_chose_for_an_open_option_is_no_difference():
     usual = TrainConfig.from_options(RECIPES["stable"].values, "stable").options()
     config = {"recipe": "stable", "automatic_learning_rate": 4e-4}
-    chosen = {"learning_rate": 4e-4, "statistics_batches": 16}
+    chosen = {
+        "learning_rate": 4e-4, "statistics_batches": 16, "stain_augmentation": STAIN_AUGMENTATION,
+        "upsampling": UPSAMPLING,
+    }  # fmt: skip
     assert changed_options({**config, "options": usual | chosen}) == ("recipe stable", [])
-    changed = {"learning_rate": 1e-3, "statistics_batches": 4, "fold": "1/5", "use_amp": False}
+    changed = {
+        "learning_rate": 1e-3, "statistics_batches": 4, "stain_augmentation": 0.5, "fold": "1/5", "use_amp": False,
+    }  # fmt: skip
     assert changed_options({**config, "options": usual | changed})[1] == [
         ("fold", "1/5", "none"),
+        ("stain_augmentation", "0.5", "auto"),
         ("learning_rate", "0.001", "auto"),
         ("statistics_batches", "4", "auto"),
         ("use_amp", "off", "on"),

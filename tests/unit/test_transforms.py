@@ -122,6 +122,20 @@ def test_colour_touches_the_he_alone(prepared):
     assert torch.equal(plain.boundary, coloured.boundary)
 
 
+def test_the_strength_of_the_colour_jitter_multiplies_what_was_drawn(prepared):
+    opened, fitted, plain = prepared()
+    raw = opened.reader.read(
+        [PatchPlace(core, 1, 1, colour=(0.3, -0.9, 0.5, 1, -1, 0.2, -0.7, 0.8)) for core in (0, 1)]
+    )
+    untouched = plain(raw, augment=False).he
+    for strength in (0.0, 1.0, 3.0):
+        transform = BatchTransform(opened.table, opened.reader.formats, fitted, False, CPU, stain_augmentation=strength)
+        expected = jitter_colour(untouched, strength * raw.colour) if strength else untouched
+        assert torch.equal(transform(raw, augment=True).he, expected)
+        assert torch.equal(transform(raw, augment=False).he, untouched)
+    assert torch.equal(plain(raw, augment=True).he, jitter_colour(untouched, raw.colour))
+
+
 def test_nothing_makes_the_host_wait_for_the_device(write_pairs, open_pairs):
     """On tensors without content whatever needs a content fails; what looks for errors on a device is named here."""
     opened = open_pairs(write_pairs())
@@ -154,9 +168,10 @@ def test_no_colour_drawn_leaves_an_image_as_it_is():
     assert jitter_colour(torch.zeros(1, 3, 4, 4), torch.zeros(1, 8)).max() <= 1.001 / 255
 
 
-def test_colour_stays_in_range_and_finite_for_every_draw():
+@pytest.mark.parametrize("strength", [1, 4])
+def test_colour_stays_in_range_and_finite_for_every_draw(strength):
     he = torch.cat([torch.rand(64, 3, 8, 8), torch.zeros(64, 3, 8, 8), torch.ones(64, 3, 8, 8)])
-    jittered = jitter_colour(he, torch.rand(192, 8) * 2 - 1)
+    jittered = jitter_colour(he, strength * (torch.rand(192, 8) * 2 - 1))
     assert torch.isfinite(jittered).all()
     assert jittered.min() >= 0
     assert jittered.max() <= 1
