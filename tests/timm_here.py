@@ -28,3 +28,21 @@ class TinyEncoder(nn.Module):
     def forward(self, x):
         first = self.one(x)
         return [first, self.stages_2(first)]
+
+
+class PatchEncoder(nn.Module):
+    """Patches that do not overlap, each a pixel of the first map, then maps of half the size: strides of any number."""
+
+    def __init__(self, stride=14, maps=1):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 5, stride, stride=stride)
+        self.halves = nn.ModuleList(nn.Conv2d(5, 5, 2, stride=2) for _ in range(maps - 1))
+        self.feature_info = SimpleNamespace(
+            reduction=lambda: [stride << step for step in range(maps)], channels=lambda: [5] * maps
+        )
+
+    def forward(self, x):
+        found = [self.patches(x)]
+        for half in self.halves:
+            found.append(half(found[-1]))
+        return found

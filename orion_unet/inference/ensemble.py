@@ -172,6 +172,13 @@ def _check_fits(first: TrainedModel, other: TrainedModel) -> None:
                 f"--checkpoint: {first.path} has --{name} {values[0]} and {other.path} {values[1]}; only models that "
                 "are tiled and trained alike can be averaged"
             )
+    # The depth of a timm encoder follows from its strides, whatever --depth says.
+    tiling = [(model.network.depth, model.network.sees_whole_image) for model in (first, other)]
+    if tiling[0] != tiling[1]:
+        raise InputError(
+            f"--checkpoint: {first.path} has --encoder {first.config.model.encoder} and {other.path} "
+            f"{other.config.model.encoder}, which need other tiles; only models that are tiled alike can be averaged"
+        )
 
 
 def _common_range(members: Sequence[Normalization]) -> Normalization:

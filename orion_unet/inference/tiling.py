@@ -69,12 +69,13 @@ def choose_tiling(
 ) -> Tiling:
     """The tiling for an image (H, W), with the ``tile`` and ``overlap`` that the user chose (pixels), if any.
 
-    With batch norm, tiles are large and divide the image evenly. Group and instance norm measure the tile itself, so
-    tiles have the size of the training patches. Raises InputError for impossible numbers.
+    With batch norm, tiles are large and divide the image evenly. Group and instance norm measure the tile itself, and a
+    vision transformer relates each of its pixels to all others, so their tiles have the size of the training patches.
+    Raises InputError for impossible numbers.
     """
     multiple = 2**model.network.depth
     patch = max(-(-model.config.data.patch_size // multiple), 4) * multiple
-    measured = model.config.model.norm != "batch"
+    measured = model.config.model.norm != "batch" or model.network.sees_whole_image
     if tile is not None and (tile < 4 * multiple or tile % multiple):
         raise InputError(
             f"--tile {tile}: must be a multiple of {multiple} for this network, and at least {4 * multiple}"

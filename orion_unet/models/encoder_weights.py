@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,15 @@ from orion_unet.errors import InputError
 from orion_unet.extras import needed
 
 # What training frameworks put before the names, and around the weights.
-PREFIXES = ("module.", "model.", "encoder.", "backbone.")
+PREFIXES = ("module.", "model.", "encoder.", "backbone.", "teacher.", "_orig_mod.")
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher")
+# DINOv2 trains its blocks in chunks: blocks.CHUNK.BLOCK, where blocks are counted from the first of all.
+CHUNKED = re.compile(r"\bblocks\.\d+\.(?=\d+\.)")
+# Without these a vision transformer computes something else, although nothing that it has is missing from the file.
+VARIANT = {
+    re.compile(r"blocks\.0\.(ls1\.gamma|gamma_1)"): "init_values=1e-5",
+    re.compile(r"reg_token|register_tokens"): "reg_tokens=NUMBER",
+}
 # More of the encoder missing than this fraction means that the file is of another model.
 MOST_MISSING = 0.1
 # Counts of batch norm, which say nothing about a model.
@@ -25,11 +36,13 @@ IGNORED = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Matched:
-    """``weights`` under the encoder's own names; names ``missing`` from the file, and those ``unexpected`` in it."""
+    """``weights`` under the encoder's own names; names ``missing`` from the file, and those ``unexpected`` in it;
+    ``fitted`` are names of tensors in the file that had another shape and were brought to the encoder's."""
 
     weights: dict[str, Tensor]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    fitted: tuple[str, ...] = ()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -43,7 +56,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content: Any = needed("safetensors.torch", "safetensors", extra="encoders").load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Checkpoints of DINO, iBOT and MAE also hold the options of their run.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except OSError as error:
@@ -54,10 +69,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"--encoder_weights {path}: cannot be read as weights ({type(error).__name__}); a .safetensors file or a "
             ".pt file of tensors alone is needed"
         ) from None
-    for name in CONTAINERS:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
             break
+        content = inner
     tensors = {}
     if isinstance(content, Mapping):
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -69,18 +85,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def match_weights(encoder: nn.Module, stored: Mapping[str, Tensor], path: Path) -> Matched:
     """Find the encoder's tensors among those of a file; prefixes of PREFIXES are removed where that helps.
 
-    timm writes the dots within some names of an encoder as underscores: both are taken for the same. A tensor of
-    another shape counts as missing. Raises InputError where more than MOST_MISSING of the encoder's tensors are.
+    timm writes the dots within some names of an encoder as underscores: both are taken for the same. Weights of a
+    vision transformer are first converted as timm does: names of DINOv2, positions of another image size. A tensor of
+    another shape or type counts as missing. Raises InputError where more than MOST_MISSING of the encoder's tensors
+    are, where two different tensors have the same name but for what comes before it, for values that are not finite,
+    and for weights of a vision transformer with LayerScale or registers that the encoder lacks.
     """
     state = encoder.state_dict()
     own = {_plain(name): name for name in state}
-    weights, unexpected = {}, []
-    for name, tensor in stored.items():
+    converted = _converted(encoder, stored)
+    weights: dict[str, Tensor] = {}
+    unexpected: list[str] = []
+    for name, tensor in converted.items():
         found = _find(name, own)
-        if found is not None and state[found].shape == tensor.shape:
-            weights[found] = tensor.to(state[found].dtype)
-        elif not name.endswith(IGNORED):
-            unexpected.append(name)
+        if found is None or not _fits(tensor, state[found]):
+            if not name.endswith(IGNORED):
+                unexpected.append(name)
+            continue
+        taken = tensor.to(state[found].dtype)
+        if found in weights and not torch.equal(weights[found], taken):
+            raise InputError(
+                f"--encoder_weights {path}: has two tensors for {found} of this encoder; make a file with one network"
+            )
+        if not taken.isfinite().all():
+            raise InputError(
+                f"--encoder_weights {path}: {name} has values that are not finite, so the file cannot be used"
+            )
+        weights[found] = taken
     wanted = [name for name in state if not name.endswith(IGNORED)]
     missing = tuple(name for name in wanted if name not in weights)
     if len(missing) > MOST_MISSING * len(wanted):
@@ -89,16 +120,52 @@ def match_weights(encoder: nn.Module, stored: Mapping[str, Tensor], path: Path) 
             f"so it is of another model; missing, or of another shape: {', '.join(missing[:3])}…; in the file: "
             f"{', '.join(unexpected[:3])}…"
         )
-    return Matched(weights, missing, tuple(unexpected))
+    for name, (pattern, argument) in product(unexpected, VARIANT.items()):
+        if pattern.fullmatch(_bare(name)):
+            raise InputError(
+                f"--encoder_weights {path}: has {name} {tuple(converted[name].shape)}, which this encoder does not; it "
+                f"is of a variant that may be --encoder timm:NAME,{argument} (docs/transfer.md)"
+            )
+    shapes = {_bare(name): tensor.shape for name, tensor in stored.items()}
+    fitted = (name for name, tensor in converted.items() if shapes.get(_bare(name), tensor.shape) != tensor.shape)
+    return Matched(weights, missing, tuple(unexpected), tuple(fitted))
+
+
+def _fits(tensor: Tensor, own: Tensor) -> bool:
+    return tensor.shape == own.shape and tensor.is_floating_point() == own.is_floating_point()
+
+
+def _converted(encoder: nn.Module, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a file as timm converts them for its vision transformers; for other encoders as they are."""
+    # A wrapper holds a vision transformer, whole but for its head, as its "model".
+    model = getattr(encoder, "model", None)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return stored
+    bare = {_bare(name): tensor for name, tensor in stored.items()}
+    if len(bare) < len(stored):
+        return stored
+    if not any(CHUNKED.search(name) for name in encoder.state_dict()):
+        bare = {CHUNKED.sub("blocks.", name): tensor for name, tensor in bare.items()}
+    try:
+        return dict(convert(bare, model))
+    except Exception:
+        # timm expects weights of this network. Those of another one are refused by their names.
+        return stored
+
+
+def _bare(name: str) -> str:
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _find(name: str, own: Mapping[str, str]) -> str | None:
-    plain = _plain(name, strip=False)
-    while plain not in own:
-        prefix = next((prefix for prefix in PREFIXES if plain.startswith(prefix)), None)
+    while (plain := _plain(name, strip=False)) not in own:
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
             return None
-        plain = plain.removeprefix(prefix)
+        name = name.removeprefix(prefix)
     return own[plain]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orion_unet.config import TIMM, UPSAMPLING, ModelOptions, channel_values
@@ -38,36 +41,59 @@ def _timm() -> Any:
 def create_encoder(name: str) -> nn.Module:
     """The timm model NAME or NAME.TAG with random weights, giving its maps; nothing is downloaded.
 
-    Raises InputError for a name timm does not know, naming the nearest, and for a model without maps.
+    Arguments of the model may follow: NAME,depth=24,reg_tokens=8. Raises InputError for a name timm does not know,
+    naming the nearest, for arguments that the model does not take, and for a model without maps.
     """
     timm = _timm()
-    base, _, tag = name.partition(".")
+    model, arguments = _arguments(name, timm)
+    base, _, tag = model.partition(".")
     known = timm.list_models()
     if base not in known:
         near = difflib.get_close_matches(base, known, n=3)
         hint = f"the nearest names are {', '.join(near)}" if near else "timm.list_models() lists the names"
         raise InputError(f"--encoder {TIMM}{name}: timm {timm.__version__} has no model of that name; {hint}")
     tagged = timm.list_pretrained(f"{base}.*")
-    if tag and name not in tagged:
+    if tag and model not in tagged:
         there = ", ".join(f"{TIMM}{found}" for found in tagged[:5]) or f"{TIMM}{base} alone"
         raise InputError(f"--encoder {TIMM}{name}: there is no such variant; there is {there}")
+    reason = ""
     for options in ANY_SIZE:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return cast(nn.Module, timm.create_model(name, pretrained=False, features_only=True, **options))
-        except TypeError:
-            continue
+                made = timm.create_model(model, pretrained=False, features_only=True, **{**options, **arguments})
+                return cast(nn.Module, made)
         except Exception as error:
-            # Models without maps raise one of several exceptions.
+            # Models without maps raise one of several exceptions, and a TypeError for a keyword they do not know.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"--encoder {TIMM}{name}: gives no feature maps ({reason})") from None
-    raise InputError(f"--encoder {TIMM}{name}: gives no feature maps")
+            if not isinstance(error, TypeError):
+                break
+    problem = "gives no feature maps, or none with these arguments" if arguments else "gives no feature maps"
+    raise InputError(f"--encoder {TIMM}{name}: {problem} ({reason})")
+
+
+def _arguments(name: str, timm: Any) -> tuple[str, dict[str, Any]]:
+    """The name of a model, and the arguments that follow it, separated by commas."""
+    model, *words = name.split(",")
+    # Those of create_model itself would read weights from elsewhere.
+    reserved = {*inspect.signature(timm.create_model).parameters, "features_only"}
+    arguments: dict[str, Any] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        if not key.isidentifier() or not text or key in reserved:
+            raise InputError(
+                f"--encoder {TIMM}{name}: {word!r} is no argument of a model; write {TIMM}NAME,ARGUMENT=VALUE"
+            )
+        try:
+            arguments[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            arguments[key] = getattr(timm.layers, text, text) if key == "mlp_layer" else text
+    return model, arguments
 
 
 def _colours(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of red, green and blue that the published weights of a model expect."""
-    config = importlib.import_module("timm.models").get_pretrained_cfg(name)
+    config = importlib.import_module("timm.models").get_pretrained_cfg(name.partition(",")[0])
     if config is None:
         data = importlib.import_module("timm.data")
         return data.IMAGENET_DEFAULT_MEAN, data.IMAGENET_DEFAULT_STD
@@ -107,7 +133,11 @@ class TimmUNet(UNet):
     the encoder's stride. The encoder sees the H&E standardised by ``mean`` and ``std`` (timm's for that model where
     None), the stem sees it as the spatial U-Net does. ``depth`` follows from the encoder's largest stride.
 
-    Raises InputError where the encoder is unknown or its strides are not powers of 2 that double.
+    ``strides`` are those of the encoder's first map: in the encoder's own pixels, and in pixels of the H&E, the next
+    power of 2. Where they differ (14 and 16), the encoder sees the H&E at 14/16 of its size, so that its map fits the
+    decoder.
+
+    Raises InputError where the encoder is unknown or its strides do not double.
     """
 
     def __init__(
@@ -124,9 +154,12 @@ class TimmUNet(UNet):
     ) -> None:
         encoder = create_encoder(name)
         own_mean, own_std = _colours(name)
-        maps = _try_out(encoder, name)
+        own_stride, maps = _try_out(encoder, name)
         levels = [level for level, *_ in maps]
         super().__init__(levels[-1], use_boundary_guidance)
+        self.strides = own_stride, 2 ** levels[0]
+        # Maps at a single resolution are those of a plain vision transformer.
+        self.sees_whole_image = len(levels) == 1
         self.chosen = [index for _, index, _, _ in maps]
         self.channels_last_maps = maps[0][3]
         widths = [base_features * 2**level for level in range(self.depth + 1)]
@@ -164,12 +197,20 @@ class TimmUNet(UNet):
         for level, block in enumerate(self.stem):
             x = block(self.pool(x) if level else x)
             skips.append(x)
-        found = self.encoder(self.standardise(he))
+        found = self.encoder(self.standardise(self._resampled(he)))
         maps = [found[index] for index in self.chosen]
         if self.channels_last_maps:
             maps = [each.permute(0, 3, 1, 2) for each in maps]
         skips += [project(each) for project, each in zip(self.project, maps[:-1], strict=True)]
         return skips, self.bottleneck(maps[-1])
+
+    def _resampled(self, he: Tensor) -> Tensor:
+        """The H&E at the size at which the encoder sees it; its sides are multiples of 2**depth."""
+        own, stride = self.strides
+        if own == stride:
+            return he
+        size = [side * own // stride for side in he.shape[-2:]]
+        return F.interpolate(he, size, mode="bilinear", antialias=True)
 
     @property
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
@@ -184,23 +225,23 @@ class TimmUNet(UNet):
             freeze(self.encoder, but=last_stage(self.encoder))
 
 
-def _try_out(encoder: nn.Module, name: str) -> list[tuple[int, int, int, bool]]:
-    """Level, index, channels and channels-last of the maps to use, found by sending an image through the encoder.
+def _try_out(encoder: nn.Module, name: str) -> tuple[int, list[tuple[int, int, int, bool]]]:
+    """The encoder's first stride; and level, index, channels and channels-last of the maps to use.
 
-    Of several maps at one resolution the last counts. Parameters that reach no map that is used, such as those of a
-    last norm, stop requiring a gradient: ranks would wait for it. Raises InputError.
+    They are found by sending an image through the encoder. Of several maps at one resolution the last counts.
+    Parameters that reach no map that is used, such as those of a last norm, stop requiring a gradient: ranks would wait
+    for it. Raises InputError.
     """
     reductions = list(encoder.feature_info.reduction())  # type: ignore[operator, union-attr]
     channels = list(encoder.feature_info.channels())  # type: ignore[operator, union-attr]
     last = {reduction: index for index, reduction in enumerate(reductions)}
-    levels = [reduction.bit_length() - 1 for reduction in sorted(last)]
-    doubling = list(range(levels[0], levels[0] + len(levels)))
-    if sorted(last) != [2**level for level in levels] or levels != doubling or levels[0] < 1:
+    strides = sorted(last)
+    if strides[0] < 2 or strides != [strides[0] << step for step in range(len(strides))]:
         raise InputError(
-            f"--encoder {TIMM}{name}: its maps are at strides {', '.join(map(str, sorted(last)))}; the decoder needs "
-            "powers of 2, each the double of the one before"
+            f"--encoder {TIMM}{name}: its maps are at strides {', '.join(map(str, strides))}; the decoder needs a "
+            "first stride above 1, and then each the double of the one before"
         )
-    side = 2 * max(32, max(last))
+    side = 2 * max(32 // strides[-1], 1) * strides[-1]
     encoder.eval()
     try:
         found = encoder(torch.zeros(1, 3, side, side))
@@ -208,9 +249,9 @@ def _try_out(encoder: nn.Module, name: str) -> list[tuple[int, int, int, bool]]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"--encoder {TIMM}{name}: cannot take images of any size ({reason})") from None
     maps = []
-    for level in levels:
-        index = last[2**level]
-        shape, wanted = tuple(found[index].shape[1:]), (channels[index], side >> level, side >> level)
+    for level, stride in enumerate(strides, start=(strides[0] - 1).bit_length()):
+        index = last[stride]
+        shape, wanted = tuple(found[index].shape[1:]), (channels[index], side // stride, side // stride)
         if shape not in (wanted, (*wanted[1:], wanted[0])):
             raise InputError(f"--encoder {TIMM}{name}: a map has the shape {shape} where {wanted} was announced")
         maps.append((level, index, channels[index], shape != wanted))
@@ -219,7 +260,7 @@ def _try_out(encoder: nn.Module, name: str) -> list[tuple[int, int, int, bool]]:
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
     encoder.train()
-    return maps
+    return strides[0], maps
 
 
 def last_stage(encoder: nn.Module) -> nn.Module:

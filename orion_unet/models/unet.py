@@ -29,6 +29,8 @@ class UNet(nn.Module, ABC):
 
     decoder: nn.ModuleList
     head: nn.Conv2d
+    # Whether every pixel of a prediction depends on all of the image, however large it is.
+    sees_whole_image = False
 
     def __init__(self, depth: int, use_boundary_guidance: bool) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from typing import Any
 
 from orion_unet.config import TrainConfig
 from orion_unet.distributed import usable_cores, world_size
+from orion_unet.models.timm_unet import TimmUNet
 from orion_unet.models.unet import parameter_count
 from orion_unet.run_log import utc_now
 from orion_unet.training.build import Run
@@ -120,7 +121,7 @@ def _encoder(run: Run) -> list[str]:
     config = run.config
     how, factor = config.transfer.encoder_train, config.transfer.encoder_rate_factor
     kept = ", which keeps its weights and the statistics of its norms"
-    lines = [] if run.state.encoder is None else describe_encoder(run.state.encoder)
+    lines = _encoder_input(run) + ([] if run.state.encoder is None else describe_encoder(run.state.encoder))
     lines += {
         "full": [],
         "frozen": [f"encoder         frozen{kept}"],
@@ -131,6 +132,17 @@ def _encoder(run: Run) -> list[str]:
     elif factor != 1:
         lines.append(f"encoder rate    {factor:g} x the learning rate")
     return lines
+
+
+def _encoder_input(run: Run) -> list[str]:
+    model, size = run.state.model, run.config.data.pixel_size_um
+    if not isinstance(model, TimmUNet) or model.strides[0] == model.strides[1]:
+        return []
+    own, stride = model.strides
+    pixels = f"{stride}/{own} times larger" if size is None else f"of {size * stride / own:.3g} µm"
+    return [
+        f"encoder input   the H&E at {own}/{stride} of its size, hence pixels {pixels}, because its stride is {own}"
+    ]
 
 
 def _pixel_size(config: TrainConfig) -> str:

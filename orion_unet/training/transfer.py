@@ -134,6 +134,7 @@ def find_encoder(config: TrainConfig, earlier: dict[str, Any] | None) -> Encoder
         "taken": len(matched.weights),
         "missing": list(matched.missing),
         "unexpected": list(matched.unexpected),
+        "fitted": list(matched.fitted),
         "left_out": options.encoder_train == "frozen",
     }
     return EncoderFile(matched.weights, record)
@@ -300,8 +301,13 @@ def describe(record: Mapping[str, Any]) -> list[str]:
 def describe_encoder(record: Mapping[str, Any]) -> list[str]:
     """The record of a file of weights as lines for a person."""
     lines = [f"encoder weights {record['path']}: {record['taken']} tensors"]
-    for key, words in (("missing", "not in the file, so random"), ("unexpected", "in the file and not used")):
-        names = record[key]
+    for key, words in (
+        ("missing", "not in the file, so random"),
+        ("unexpected", "in the file and not used"),
+        ("fitted", "of another size in the file, resampled"),
+    ):
+        # Checkpoints from before positions were resampled do not have "fitted".
+        names = record.get(key)
         if names:
             lines.append(f"  {words}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}")
     if record["left_out"]:

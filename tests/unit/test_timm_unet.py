@@ -1,11 +1,13 @@
 """Encoders from timm: shapes, strides, standardisation, freezing, and weights from a file."""
 
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from timm_here import TinyEncoder, timm_or_skip
+from timm_here import PatchEncoder, TinyEncoder, timm_or_skip
 from torch import nn
 
 from orion_unet.config import ModelOptions
@@ -98,12 +100,98 @@ def test_a_frozen_encoder_stays_and_stem_and_projections_learn(tiny):
     assert "encoder" not in changed and "standardise" not in changed and "stem" in changed
 
 
-@pytest.mark.parametrize("strides", [[3, 6], [2, 8], [1, 2], [4, 4, 16]])
+@pytest.mark.parametrize("strides", [[3, 9], [2, 8], [1, 2], [4, 4, 16], [14, 16]])
 def test_strides_that_do_not_double_are_refused(strides):
     encoder = TinyEncoder()
     encoder.feature_info = SimpleNamespace(reduction=lambda: strides, channels=lambda: [5] * len(strides))
     with pytest.raises(InputError, match="--encoder timm:odd: its maps are at strides"):
         timm_unet._try_out(encoder, "odd")
+
+
+@pytest.fixture
+def patches(monkeypatch):
+    """A network whose encoder has maps at ``stride`` and its doubles; and the H&E that the encoder saw."""
+    monkeypatch.setattr(timm_unet, "_colours", lambda name: ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+
+    def build(stride=14, maps=1, **options):
+        monkeypatch.setattr(timm_unet, "create_encoder", lambda name: PatchEncoder(stride, maps))
+        torch.manual_seed(0)
+        model = build_network(ModelOptions(encoder="timm:patches", **{**SMALL, **options}), 2).eval()
+        seen = []
+        model.encoder.register_forward_hook(lambda module, given, maps: seen.append((given[0], maps)))
+        return model, seen
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("stride", "maps", "strides", "depth"),
+    [(14, 1, (14, 16), 4), (14, 2, (14, 16), 5), (3, 3, (3, 4), 4), (12, 1, (12, 16), 4), (16, 1, (16, 16), 4)],
+)
+@pytest.mark.parametrize("size", [(1, 1), (96, 96), (100, 70), (256, 64)])
+def test_an_encoder_of_any_stride_sees_the_image_so_that_its_maps_fit(stride, maps, strides, depth, size, patches):
+    model, seen = patches(stride, maps)
+    assert (model.strides, model.depth, model.sees_whole_image) == (strides, depth, maps == 1)
+    with torch.no_grad():
+        prediction = model(torch.rand(1, 3, *size))
+    assert prediction.shape == (1, 2, *size)
+    (image, found), multiple = seen[0], 2**depth
+    padded = [-(-side // multiple) * multiple for side in size]
+    padded = [2 * multiple, 2 * multiple] if padded == [multiple, multiple] else padded
+    assert list(image.shape[2:]) == [side * strides[0] // strides[1] for side in padded]
+    assert list(found[0].shape[2:]) == [side // strides[1] for side in padded]
+
+
+def test_a_stride_of_a_power_of_2_leaves_the_image_as_it_is(patches):
+    model, seen = patches(16)
+    he = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        model(he)
+    assert torch.equal(seen[0][0], he)
+
+
+def test_the_resampled_image_is_that_of_pillow(patches):
+    image_module = pytest.importorskip("PIL.Image")
+    model, seen = patches()
+    he = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        model(he)
+    for channel, found in zip(he[0], seen[0][0][0], strict=True):
+        expected = image_module.fromarray(channel.numpy()).resize((84, 56), image_module.Resampling.BILINEAR)
+        np.testing.assert_allclose(found, np.asarray(expected), atol=1e-5)
+
+
+def test_a_place_in_the_image_stays_at_its_place_in_the_map(patches):
+    """The map of an image moved by one stride is moved by one, and a spot is seen where it is, from edge to edge."""
+    model, seen = patches()
+    he = torch.rand(1, 3, 160, 160)
+    with torch.no_grad():
+        model(he)
+        model(torch.roll(he, (16, 32), (2, 3)))
+    (_, (still,)), (_, (moved,)) = seen
+    torch.testing.assert_close(moved[..., 2:-1, 3:-1], still[..., 1:-2, 1:-3], atol=1e-4, rtol=0)
+    for row, column in ((1.5, 1.5), (79.5, 100.5), (150.5, 157.5)):
+        grid = torch.stack(torch.meshgrid(torch.arange(160.0), torch.arange(160.0), indexing="ij"))
+        spot = torch.exp(-((grid - torch.tensor([row, column])[:, None, None]) ** 2).sum(0) / 8)
+        small = model._resampled(spot.expand(1, 3, 160, 160))[0, 0]
+        centre = [(small.sum(1 - axis) * (torch.arange(140.0) + 0.5)).sum() / small.sum() for axis in (0, 1)]
+        # At the edge the spot is cut off, on the same side in both.
+        whole = [(spot.sum(1 - axis) * (torch.arange(160.0) + 0.5)).sum() / spot.sum() for axis in (0, 1)]
+        torch.testing.assert_close(torch.stack(centre) * 16 / 14, torch.stack(whole), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_resampled_encoder_learns_in_mixed_precision_and_either_layout(layout, patches):
+    model, seen = patches(norm="group")
+    model = model.train().to(memory_format=layout)
+    he = torch.rand(2, 3, 64, 48).contiguous(memory_format=layout)
+    plain = model(he)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(he)
+    assert mixed.dtype == torch.float32 and seen[1][0].dtype == torch.float32
+    torch.testing.assert_close(mixed, plain, atol=0.1, rtol=0)
+    mixed.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def weights_of_tiny(prefix=""):
@@ -113,7 +201,10 @@ def weights_of_tiny(prefix=""):
     return {f"{prefix}{name.replace('stages_2', 'stages.2')}": tensor for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "encoder.", "backbone.", "module.model.encoder."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "model.", "encoder.", "backbone.", "module.model.encoder.", "teacher.backbone.", "_orig_mod."],
+)
 def test_names_fit_whatever_was_put_before_them(prefix, tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"state_dict": weights_of_tiny(prefix) | {"fc.weight": torch.zeros(2)}, "epoch": 3}, path)
@@ -138,6 +229,46 @@ def test_few_missing_tensors_are_listed_and_many_are_an_error(tmp_path):
     del two_missing["7.bias"]
     with pytest.raises(InputError, match="has 17 of the 20 tensors of this encoder, so it is of another model"):
         match_weights(encoder, two_missing, path)
+
+
+def test_the_teacher_of_a_checkpoint_of_dino_is_taken_and_its_options_do_no_harm(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    teacher = weights_of_tiny("module.backbone.") | {"module.head.mlp.0.weight": torch.ones(2)}
+    student = {name: tensor + 1 for name, tensor in teacher.items()}
+    for content in ({"teacher": teacher, "student": student}, {"model": {"teacher": teacher}}):
+        torch.save({**content, "args": Namespace(arch="vit_small", lr=1e-3), "epoch": 3}, path)
+        matched = match_weights(TinyEncoder(), read_weights(path), path)
+        assert (matched.missing, matched.unexpected) == ((), ("module.head.mlp.0.weight",))
+        assert torch.equal(matched.weights["spare.bias"], teacher["module.backbone.spare.bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_those_of_the_encoder(dtype, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save(
+        {name: tensor.to(dtype) if "num" not in name else tensor for name, tensor in weights_of_tiny().items()}, path
+    )
+    matched = match_weights(TinyEncoder(), read_weights(path), path)
+    assert matched.missing == () and matched.weights["one.0.weight"].dtype == torch.float32
+    torch.testing.assert_close(matched.weights["one.0.weight"], weights_of_tiny()["one.0.weight"], atol=1e-2, rtol=0)
+
+
+def test_weights_that_cannot_be_those_of_the_encoder_are_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    stored = weights_of_tiny()
+    for value in (float("nan"), float("inf")):
+        broken = {**stored, "one.0.bias": torch.full((5,), value)}
+        with pytest.raises(InputError, match=r"--encoder_weights .*w.pt: one.0.bias has values that are not finite"):
+            match_weights(TinyEncoder(), broken, path)
+    # Too large for the encoder's float32.
+    with pytest.raises(InputError, match="not finite"):
+        match_weights(TinyEncoder(), {**stored, "one.0.bias": torch.full((5,), 1e300, dtype=torch.float64)}, path)
+    with pytest.raises(InputError, match=r"has two tensors for one\.0\.bias of this encoder"):
+        match_weights(TinyEncoder(), {**stored, "module.one.0.bias": torch.zeros(5)}, path)
+    # Quantised weights without their scales mean nothing.
+    whole = {name: (100 * tensor).to(torch.int8) for name, tensor in stored.items()}
+    with pytest.raises(InputError, match="so it is of another model"):
+        match_weights(TinyEncoder(), whole, path)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +323,9 @@ FAMILIES = {
     "densenet121": (5, None),
     "swin_tiny_patch4_window7_224": (5, "layers_3"),
     "vit_tiny_patch16_224": (4, "model.blocks.11"),
+    "vit_small_patch14_dinov2,depth=3": (4, None),
+    "vit_small_patch14_reg4_dinov2,depth=3": (4, None),
+    "eva02_tiny_patch14_224,depth=3": (4, None),
 }
 
 
@@ -257,3 +391,117 @@ def test_weights_that_timm_saved_come_back_whole(name, ending, tmp_path):
         found = encoder.eval()(he)
     if expected is not None:
         torch.testing.assert_close(found[-1], expected[-1])
+
+
+def whole_and_encoder(name, **differing):
+    """A whole network of timm with random weights and positions, and the encoder of another image size."""
+    timm = timm_or_skip()
+    torch.manual_seed(3)
+    base, arguments = timm_unet._arguments(name, timm)
+    whole = timm.create_model(base, pretrained=False, dynamic_img_size=True, **{**arguments, **differing}).eval()
+    torch.nn.init.normal_(whole.pos_embed)
+    return whole, timm_unet.create_encoder(name).eval()
+
+
+DINO, REGISTERS = "vit_small_patch14_dinov2,depth=3", "vit_small_patch14_reg4_dinov2,depth=3"
+
+
+@pytest.mark.parametrize("name", [DINO, REGISTERS])
+def test_positions_of_another_image_size_are_resampled(name, tmp_path):
+    whole, encoder = whole_and_encoder(name, img_size=224)
+    matched = match_weights(encoder, whole.state_dict(), tmp_path / "w.pt")
+    assert matched.missing == ()
+    assert matched.fitted == ("pos_embed",)
+    own, stored = matched.weights["model.pos_embed"], whole.pos_embed.detach()
+    first = own.shape[1] - 37 * 37
+    assert torch.equal(own[:, :first], stored[:, :first])
+    grid = stored[0, first:].T.reshape(1, -1, 16, 16)
+    expected = nn.functional.interpolate(grid, (37, 37), mode="bicubic", antialias=True).flatten(2).mT
+    torch.testing.assert_close(own[:, first:], expected)
+
+
+@pytest.mark.parametrize("name", [DINO, REGISTERS])
+def test_an_encoder_of_the_weights_own_image_size_gives_their_maps(name, tmp_path):
+    whole, encoder = whole_and_encoder(f"{name},img_size=224", img_size=224)
+    matched = match_weights(encoder, whole.state_dict(), tmp_path / "w.pt")
+    assert (matched.missing, matched.fitted) == ((), ())
+    encoder.load_state_dict(matched.weights)
+    for side in (224, 140):
+        he = torch.rand(1, 3, side, side)
+        with torch.no_grad():
+            expected = whole.forward_intermediates(he, intermediates_only=True)
+            torch.testing.assert_close(encoder(he)[-1], expected[-1])
+
+
+def test_a_teacher_of_dinov2_with_its_own_names_gives_its_maps(tmp_path):
+    """Its positions include one of the class token, its blocks are in chunks, its registers have another name."""
+    whole, encoder = whole_and_encoder(REGISTERS)
+    state = whole.state_dict()
+    at_class = torch.randn(1, 1, 384)
+    teacher = {name.replace("blocks.", "blocks.0."): tensor for name, tensor in state.items() if name != "reg_token"}
+    teacher |= {
+        "register_tokens": state["reg_token"],
+        "mask_token": torch.zeros(1, 384),
+        "pos_embed": torch.cat([at_class, state["pos_embed"]], dim=1),
+        "cls_token": state["cls_token"] - at_class,
+    }
+    path = tmp_path / "teacher_checkpoint.pth"
+    torch.save({"teacher": {f"backbone.{name}": tensor for name, tensor in teacher.items()}}, path)
+    matched = match_weights(encoder, read_weights(path), path)
+    assert matched.missing == ()
+    for name in encoder.state_dict():
+        torch.testing.assert_close(matched.weights[name], state[name.removeprefix("model.")])
+
+
+def test_weights_of_a_variant_that_would_compute_something_else_are_refused(tmp_path):
+    timm_or_skip()
+    path = tmp_path / "w.pt"
+    whole, _ = whole_and_encoder("vit_tiny_patch16_224,depth=3", init_values=1e-5)
+    plain = timm_unet.create_encoder("vit_tiny_patch16_224,depth=3")
+    with pytest.raises(
+        InputError, match=r"has blocks.0.ls1.gamma \(192,\), which this encoder does not; .*timm:NAME,init_values=1e-5"
+    ):
+        match_weights(plain, whole.state_dict(), path)
+    scaled = timm_unet.create_encoder("vit_tiny_patch16_224,depth=3,init_values=1e-5")
+    assert match_weights(scaled, whole.state_dict(), path).missing == ()
+    whole, encoder = whole_and_encoder(REGISTERS, reg_tokens=8)
+    with pytest.raises(InputError, match=r"has reg_token \(1, 8, 384\), .*timm:NAME,reg_tokens=NUMBER"):
+        match_weights(encoder, whole.state_dict(), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18,width", "'width' is no argument of a model; write timm:NAME,ARGUMENT=VALUE"),
+        ("resnet18,checkpoint_path=w.pt", "'checkpoint_path=w.pt' is no argument of a model"),
+        ("resnet18,pretrained=True", "'pretrained=True' is no argument of a model"),
+        ("resnet18,features_only=False", "is no argument of a model"),
+        ("resnet18,foo=3", r"none with these arguments \(.*unexpected keyword argument 'foo'\)"),
+        ("vit_tiny_patch16_224,mlp_layer=Foo", "none with these arguments"),
+    ],
+)
+def test_arguments_that_a_model_does_not_take_are_refused(name, message):
+    timm_or_skip()
+    with pytest.raises(InputError, match=f"--encoder timm:{name}: .*{message}") as error:
+        timm_unet.create_encoder(name)
+    assert "\n" not in str(error.value)
+
+
+def test_arguments_reach_the_model():
+    timm_or_skip()
+    name = "vit_small_patch14_reg4_dinov2,depth=3,reg_tokens=8,mlp_layer=SwiGLUPacked,act_layer=silu,init_values=1e-5"
+    encoder = timm_unet.create_encoder(name)
+    assert len(encoder.model.blocks) == 3
+    assert encoder.model.reg_token.shape == (1, 8, 384)
+    assert type(encoder.model.blocks[0].mlp).__name__ == "GluMlp"
+
+
+def test_a_compiled_encoder_that_sees_the_image_resampled_predicts_the_same():
+    timm_or_skip()
+    torch.manual_seed(0)
+    model = build_network(ModelOptions(encoder=f"timm:{REGISTERS}", **SMALL), 2).eval()
+    he = torch.rand(1, 3, 100, 70)
+    with torch.no_grad():
+        # Without code generation: a compiler may be missing.
+        compiled = torch.compile(model, dynamic=False, backend="aot_eager")(he)
+        torch.testing.assert_close(compiled, model(he), atol=1e-5, rtol=0)
