@@ -46,7 +46,8 @@ import tifffile  # noqa: E402
 import torch  # noqa: E402
 
 from orion_unet import checkpoint  # noqa: E402
-from orion_unet.config import PredictOptions, TrainConfig  # noqa: E402
+from orion_unet.command_options import PredictOptions  # noqa: E402
+from orion_unet.config import TrainConfig  # noqa: E402
 from orion_unet.data.normalization import Normalization  # noqa: E402
 from orion_unet.demo.make import MARKERS, draw_core  # noqa: E402
 from orion_unet.inference.model import TrainedModel, load_trained  # noqa: E402

@@ -21,13 +21,14 @@ LAYERS = (
     ("segmentation",),
     ("data", "checkpoint", "metrics"),
     (
-        *("slides", "registration", "models", "losses", "config", "recipes", "distributed", "run_log"),
+        *("slides", "registration", "models", "losses", "config", "command_options", "recipes"),
+        *("distributed", "run_log"),
         *("correlation", "patch_sums", "cell_metrics", "intervals"),
         *("errors", "extras", "findings", "options", "text", "__init__"),
     ),
 )
 ROOMS_APART = {"training", "evaluation", "quantification", "inspection", "preparation", "monitor", "demo"}
-TORCH_FREE = {"monitor", "run_log", "recipes", "config", "findings", "options", "text"}
+TORCH_FREE = {"monitor", "run_log", "recipes", "config", "command_options", "findings", "options", "text"}
 
 
 def sources():

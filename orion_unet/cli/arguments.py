@@ -13,7 +13,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orion_unet.config import GROUPS, READING, DataOptions, TrainConfig, declared_options, load_options
+from orion_unet.command_options import READING
+from orion_unet.config import GROUPS, DataOptions, TrainConfig, declared_options, load_options
 from orion_unet.errors import InputError, RunError
 from orion_unet.recipes import DEFAULT, RECIPES, Recipe, find_recipe
 from orion_unet.slides.remote import input_path

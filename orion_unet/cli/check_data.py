@@ -6,7 +6,8 @@ import json
 import sys
 
 from orion_unet.cli.arguments import EXIT_OK, Parser, add_options, add_reading_options
-from orion_unet.config import READING, CheckDataOptions, TrainConfig
+from orion_unet.command_options import READING, CheckDataOptions
+from orion_unet.config import TrainConfig
 from orion_unet.options import checked
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from orion_unet.cli.arguments import EXIT_FAILURE, EXIT_OK, Parser, add_options, parse_train_config, train_parser
 from orion_unet.cli.progress import progress, say
-from orion_unet.config import CrossvalOptions, DeviceOptions, TrainConfig
+from orion_unet.command_options import CrossvalOptions, DeviceOptions
+from orion_unet.config import TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.options import checked
 from orion_unet.run_log import CHECKPOINT_DIR, CONFIG_FILE, LOG_FILE, STATUS_FILE, read_document

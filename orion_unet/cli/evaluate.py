@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orion_unet.cli.arguments import EXIT_OK, Parser, add_options, add_reading_options
 from orion_unet.cli.progress import progress, say
-from orion_unet.config import READING, DeviceOptions, EvaluateOptions
+from orion_unet.command_options import READING, DeviceOptions, EvaluateOptions
 from orion_unet.options import checked
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orion_unet.cli.arguments import EXIT_OK, Parser, add_options
-from orion_unet.config import ExportOptions
+from orion_unet.command_options import ExportOptions
 from orion_unet.options import checked
 
 

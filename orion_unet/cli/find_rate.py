@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from orion_unet.cli.arguments import EXIT_FAILURE, EXIT_OK, Parser, add_options, resolve_training, train_parser
-from orion_unet.config import FindRateOptions
+from orion_unet.command_options import FindRateOptions
 from orion_unet.errors import InputError
 from orion_unet.options import checked
 from orion_unet.recipes import DEFAULT, RECIPES, Recipe

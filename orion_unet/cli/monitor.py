@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from orion_unet.cli.arguments import Parser, add_options
-from orion_unet.config import MonitorOptions
+from orion_unet.command_options import MonitorOptions
 from orion_unet.errors import InputError
 from orion_unet.options import checked
 

@@ -6,7 +6,8 @@ import shlex
 import sys
 
 from orion_unet.cli.arguments import EXIT_OK, Parser, add_options
-from orion_unet.config import DataOptions, PackOptions, TrainConfig
+from orion_unet.command_options import PackOptions
+from orion_unet.config import DataOptions, TrainConfig
 from orion_unet.options import checked
 
 READ = ("he_layout", "orion_layout", "level", "patch_size")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from orion_unet.cli.arguments import EXIT_OK, EXIT_USAGE, Parser, add_options
-from orion_unet.config import DeviceOptions, PredictOptions, PredictRequest
+from orion_unet.command_options import DeviceOptions, PredictOptions, PredictRequest
 from orion_unet.errors import InputError
 from orion_unet.options import checked
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from orion_unet.cli.arguments import EXIT_OK, Parser, add_options
-from orion_unet.config import QuantifyOptions
+from orion_unet.command_options import QuantifyOptions
 from orion_unet.options import checked
 
 

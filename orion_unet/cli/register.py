@@ -7,7 +7,8 @@ import sys
 from statistics import median
 
 from orion_unet.cli.arguments import EXIT_OK, Parser, add_options
-from orion_unet.config import DataOptions, RegisterOptions, TrainConfig
+from orion_unet.command_options import RegisterOptions
+from orion_unet.config import DataOptions, TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.options import checked
 from orion_unet.text import clean, short_number

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from orion_unet.config import DeviceOptions
+from orion_unet.command_options import DeviceOptions
 from orion_unet.data.scale import Progress, no_progress
 from orion_unet.errors import InputError, RunError
 from orion_unet.evaluation.baselines import find_baselines

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orion_unet.config import DeviceOptions, EvaluateOptions
+from orion_unet.command_options import DeviceOptions, EvaluateOptions
 from orion_unet.data.patches import PatchReader
 from orion_unet.data.scale import Progress, no_progress
 from orion_unet.data.stain import OUTSIDE, StainJudgement, measure_stain

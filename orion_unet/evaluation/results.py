@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orion_unet.config import EvaluateOptions
+from orion_unet.command_options import EvaluateOptions
 from orion_unet.data.stain import StainJudgement
 from orion_unet.evaluation.baselines import Baselines
 from orion_unet.evaluation.cell_scores import CellResult

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from orion_unet import __version__
-from orion_unet.config import PredictOptions
+from orion_unet.command_options import PredictOptions
 from orion_unet.data.stain import OUTSIDE, StainJudgement, measure_stain
 from orion_unet.errors import InputError, RunError
 from orion_unet.inference.ensemble import members_of, shared_scorecard

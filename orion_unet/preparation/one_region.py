@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orion_unet.config import PrepareOptions
+from orion_unet.command_options import PrepareOptions
 from orion_unet.data.slide_regions import SlideRegion, write_region
 from orion_unet.data.zarr_writing import write_zarr
 from orion_unet.preparation.one_pair import KEPT, REJECTED, largest_inside

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orion_unet.config import PrepareOptions
+from orion_unet.command_options import PrepareOptions
 from orion_unet.data.channels import NAMES_FILE, read_names
 from orion_unet.data.dataset import DATASET_FILE, dataset_document
 from orion_unet.data.file_states import path_state

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orion_unet.config import DataOptions, RegisterOptions
+from orion_unet.command_options import RegisterOptions
+from orion_unet.config import DataOptions
 from orion_unet.data.channels import nuclear_channel
 from orion_unet.data.measured import file_state
 from orion_unet.data.packing import carried_files

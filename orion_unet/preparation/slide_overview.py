@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from orion_unet.config import PrepareOptions
+from orion_unet.command_options import PrepareOptions
 from orion_unet.data.slide_regions import open_region
 from orion_unet.preparation.one_pair import KEPT
 from orion_unet.preparation.one_region import PreparedRegion

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orion_unet.config import PrepareOptions
+from orion_unet.command_options import PrepareOptions
 from orion_unet.data.channels import nuclear_channel
 from orion_unet.errors import InputError
 from orion_unet.preparation.panel import choose_panel, read_markers

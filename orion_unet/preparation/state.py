@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from orion_unet.config import PrepareOptions
+from orion_unet.command_options import PrepareOptions
 from orion_unet.data.measured import file_state
 from orion_unet.errors import InputError
 from orion_unet.preparation.one_pair import KEPT

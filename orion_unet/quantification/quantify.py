@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orion_unet.config import QuantifyOptions
+from orion_unet.command_options import QuantifyOptions
 from orion_unet.data.dataset import stated_pixel_size
 from orion_unet.data.pairs import pair_file
 from orion_unet.errors import InputError, RunError

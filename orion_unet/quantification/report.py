@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orion_unet import __version__
-from orion_unet.config import QuantifyOptions
+from orion_unet.command_options import QuantifyOptions
 from orion_unet.inference.trust import RULE, UNKNOWN, MarkerTrust, summary
 from orion_unet.quantification.cells import ImageCells
 from orion_unet.quantification.comparison import Comparison

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orion_unet.config import QuantifyOptions
+from orion_unet.command_options import QuantifyOptions
 from orion_unet.data.channels import NAMES_FILE, channel_names
 from orion_unet.data.panels import PANELS_FILE, markers_of
 from orion_unet.data.split import GROUPS_FILE, read_groups

@@ -20,7 +20,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from orion_unet.config import FindRateOptions, TrainConfig
+from orion_unet.command_options import FindRateOptions
+from orion_unet.config import TrainConfig
 from orion_unet.data.transforms import Batch
 from orion_unet.errors import InputError, RunError
 from orion_unet.run_log import SCHEMA, utc_now, write_atomic, write_json

@@ -12,7 +12,7 @@ from tiny_runs import TINY, command_line, read_metrics, read_status, wait_for
 
 from orion_unet.cli.arguments import run_command
 from orion_unet.cli.crossval import main
-from orion_unet.config import DeviceOptions
+from orion_unet.command_options import DeviceOptions
 from orion_unet.evaluation.crossval import score_folds
 from orion_unet.evaluation.scored_folder import FolderOptions, open_folder
 from orion_unet.inference.model import load_trained

@@ -14,7 +14,7 @@ from tiny_runs import TINY, command_line, differing, losses, read_metrics, weigh
 
 from orion_unet.__main__ import dispatch
 from orion_unet.cli.arguments import run_command
-from orion_unet.config import DeviceOptions
+from orion_unet.command_options import DeviceOptions
 from orion_unet.errors import InputError
 from orion_unet.evaluation.crossval import score_folds
 from orion_unet.evaluation.scored_folder import FolderOptions, open_folder

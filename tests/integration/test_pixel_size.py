@@ -13,7 +13,8 @@ from tiny_runs import TINY
 import orion_unet
 from orion_unet.__main__ import dispatch
 from orion_unet.cli.arguments import run_command
-from orion_unet.config import PredictOptions, TrainConfig
+from orion_unet.command_options import PredictOptions
+from orion_unet.config import TrainConfig
 from orion_unet.data.dataset import pixel_size, stated_pixel_size
 from orion_unet.demo.make import make_demo
 from orion_unet.errors import InputError

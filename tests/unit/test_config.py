@@ -85,6 +85,7 @@ DEFAULTS = {
         "accumulate_steps": 1,
         "ema_decay": 0.0,
         "statistics_batches": None,
+        "recalibrate": True,
         "seed": 42,
     },
     "runtime": {
@@ -452,11 +453,11 @@ PUBLISHED = {
     "epochs": 30, "batch_size": 12, "val_split": 0.2, "learning_rate": 1e-4, "scheduler": "plateau", "lr_factor": 0.5,
     "lr_patience": 5, "mse_weight": 0.8, "l1_weight": 0.3, "boundary_weight": 0.1, "focal_weight": 0.0,
     "variance_weight": 0.1, "correlation_weight": 0.0, "early_stopping_patience": 10, "use_amp": True,
-    "use_boundary_guidance": True, "noise_removal": True, "statistics_batches": 0,
+    "use_boundary_guidance": True, "noise_removal": True, "statistics_batches": 0, "recalibrate": False,
 }  # fmt: skip
 STABLE = {
     **PUBLISHED, "learning_rate": None, "scheduler": "cosine", "warmup_epochs": 0.5, "ema_decay": 0.95,
-    "correlation_weight": 0.1, "statistics_batches": None,
+    "correlation_weight": 0.1, "statistics_batches": None, "recalibrate": True,
 }  # fmt: skip
 DEMO = {
     **STABLE, "pairs_dir": "demo_pairs", "output_dir": "runs/demo", "patch_size": 128, "patches_per_image": 16,

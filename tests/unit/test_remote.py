@@ -12,7 +12,8 @@ from pair_formats import rewrite, write_tiff, write_zarr
 from panel_files import write_panels
 
 from orion_unet.cli.arguments import parse_train_config
-from orion_unet.config import DataOptions, PredictRequest, TrainConfig
+from orion_unet.command_options import PredictRequest
+from orion_unet.config import DataOptions, TrainConfig
 from orion_unet.data.assignments import read_assignments
 from orion_unet.data.measured import file_state
 from orion_unet.data.pairs import find_pairs
