@@ -179,10 +179,14 @@ def test_a_new_run_starts_from_one_with_the_same_encoder(tiny, file, train):
         ({"encoder": "unet", "encoder_weights": "FILE"}, "--encoder_weights: is for an encoder from timm"),
         ({"encoder_weights": "absent.pt"}, "--encoder_weights absent.pt: cannot be read"),
         ({"encoder_train": "frozen"}, "would keep random weights"),
+        ({"encoder_weights": "REGISTERS"}, r"has model.reg_token, which does not fit this encoder"),
     ],
 )
 def test_what_cannot_be_used_is_refused_and_nothing_is_written(options, message, tiny, file, train, tmp_path):
-    given = {**OPTIONS, **{name: str(file) if value == "FILE" else value for name, value in options.items()}}
+    registers = tmp_path / "registers.pt"
+    torch.save({**torch.load(file, weights_only=True), "model.reg_token": torch.zeros(1, 4, 5)}, registers)
+    files = {"FILE": str(file), "REGISTERS": str(registers)}
+    given = {**OPTIONS, **{name: files.get(value, value) for name, value in options.items()}}
     with pytest.raises(InputError, match=message) as error:
         train("refused", **given)
     assert "\n" not in str(error.value)
