@@ -152,7 +152,8 @@ class ModelOptions:
     )
     encoder: str = option(
         UNET,
-        "unet, or a model of timm by its name (timm:resnet50), whose largest stride then decides on the depth",
+        "unet, or a model of timm by its name (timm:resnet50), with arguments where its weights need them "
+        "(timm:NAME,reg_tokens=8); its largest stride then decides on the depth",
         metavar="unet|timm:NAME",
     )
     encoder_mean: str | None = option(

@@ -88,8 +88,7 @@ def match_weights(encoder: nn.Module, stored: Mapping[str, Tensor], path: Path) 
     timm writes the dots within some names of an encoder as underscores: both are taken for the same. Weights of a
     vision transformer are first converted as timm does: names of DINOv2, positions of another image size. A tensor of
     another shape or type counts as missing. Raises InputError where more than MOST_MISSING of the encoder's tensors
-    are, where two different tensors have the same name but for what comes before it, for values that are not finite,
-    and for weights of a vision transformer with LayerScale or registers that the encoder lacks.
+    are, for two different tensors whose names differ only in their prefix, and for values that are not finite.
     """
     state = encoder.state_dict()
     own = {_plain(name): name for name in state}
@@ -120,15 +119,19 @@ def match_weights(encoder: nn.Module, stored: Mapping[str, Tensor], path: Path) 
             f"so it is of another model; missing, or of another shape: {', '.join(missing[:3])}…; in the file: "
             f"{', '.join(unexpected[:3])}…"
         )
-    for name, (pattern, argument) in product(unexpected, VARIANT.items()):
-        if pattern.fullmatch(_bare(name)):
-            raise InputError(
-                f"--encoder_weights {path}: has {name} {tuple(converted[name].shape)}, which this encoder does not; it "
-                f"is of a variant that may be --encoder timm:NAME,{argument} (docs/transfer.md)"
-            )
     shapes = {_bare(name): tensor.shape for name, tensor in stored.items()}
     fitted = (name for name, tensor in converted.items() if shapes.get(_bare(name), tensor.shape) != tensor.shape)
     return Matched(weights, missing, tuple(unexpected), tuple(fitted))
+
+
+def check_variant(matched: Matched, path: Path) -> None:
+    """Raise InputError for weights of a vision transformer with LayerScale or registers that the encoder lacks."""
+    for name, (pattern, argument) in product(matched.unexpected, VARIANT.items()):
+        if pattern.fullmatch(_bare(name)):
+            raise InputError(
+                f"--encoder_weights {path}: has {name}, which does not fit this encoder; it is of a variant that may "
+                f"be --encoder timm:NAME,{argument} (docs/transfer.md)"
+            )
 
 
 def _fits(tensor: Tensor, own: Tensor) -> bool:

@@ -86,7 +86,7 @@ def _arguments(name: str, timm: Any) -> tuple[str, dict[str, Any]]:
             )
         try:
             arguments[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             arguments[key] = getattr(timm.layers, text, text) if key == "mlp_layer" else text
     return model, arguments
 

@@ -16,7 +16,7 @@ from orion_unet.config import UNET, ModelOptions, TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.inference.model import TrainedModel, load_trained
 from orion_unet.models.build import build_network
-from orion_unet.models.encoder_weights import file_digest, match_weights, read_weights, weights_of_record
+from orion_unet.models.encoder_weights import check_variant, file_digest, match_weights, read_weights, weights_of_record
 from orion_unet.models.timm_unet import TimmUNet
 from orion_unet.models.unet import UNet, frozen_stages
 
@@ -128,6 +128,7 @@ def find_encoder(config: TrainConfig, earlier: dict[str, Any] | None) -> Encoder
         return None
     path = Path(options.encoder_weights)
     matched = match_weights(encoder, read_weights(path), path)
+    check_variant(matched, path)
     record = {
         "path": str(path.resolve()),
         "sha256": file_digest(path),

@@ -135,6 +135,17 @@ def test_models_that_do_not_fit_are_refused_in_one_sentence(change, words, tmp_p
     assert "\n" not in str(caught.value)
 
 
+def test_models_that_need_other_tiles_are_refused(members):
+    first, other = (load_trained(path, "cpu") for path in members[:2])
+    # --depth is the same, but an encoder from timm decides on its own.
+    other.network.depth += 1
+    with pytest.raises(InputError, match=r"has --encoder unet and .* need other tiles"):
+        join([first, other])
+    other.network.depth, other.network.sees_whole_image = first.network.depth, True
+    with pytest.raises(InputError, match="only models that are tiled alike can be averaged"):
+        join([first, other])
+
+
 def test_a_checkpoint_given_twice_is_refused(members):
     with pytest.raises(InputError, match="names a checkpoint twice"):
         load_models([members[0], members[0]], "cpu")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_transfer_runs import started_from
-from timm_here import TinyEncoder, timm_or_skip
+from timm_here import PatchEncoder, TinyEncoder, timm_or_skip
 from tiny_runs import ROOT, TINY, differing, losses, weights
 
 from orion_unet.cli.predict import main as predict_command
@@ -17,6 +17,7 @@ from orion_unet.config import TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.inference.model import load_trained
 from orion_unet.inference.predict import predict
+from orion_unet.inference.tiling import choose_tiling
 from orion_unet.models import timm_unet
 from orion_unet.models.build import build_network
 
@@ -70,6 +71,7 @@ def test_a_frozen_encoder_keeps_the_weights_of_the_file_and_is_not_in_the_checkp
         "taken": 11,
         "missing": [],
         "unexpected": ["model.fc.bias"],
+        "fitted": [],
         "left_out": True,
     }
     for name, part in (("best.pt", "model"), ("last.pt", "model"), ("last.pt", "ema")):
@@ -177,14 +179,38 @@ def test_a_new_run_starts_from_one_with_the_same_encoder(tiny, file, train):
         ({"encoder": "unet", "encoder_weights": "FILE"}, "--encoder_weights: is for an encoder from timm"),
         ({"encoder_weights": "absent.pt"}, "--encoder_weights absent.pt: cannot be read"),
         ({"encoder_train": "frozen"}, "would keep random weights"),
+        ({"encoder_weights": "REGISTERS"}, r"has model.reg_token, which does not fit this encoder"),
     ],
 )
 def test_what_cannot_be_used_is_refused_and_nothing_is_written(options, message, tiny, file, train, tmp_path):
-    given = {**OPTIONS, **{name: str(file) if value == "FILE" else value for name, value in options.items()}}
+    registers = tmp_path / "registers.pt"
+    torch.save({**torch.load(file, weights_only=True), "model.reg_token": torch.zeros(1, 4, 5)}, registers)
+    files = {"FILE": str(file), "REGISTERS": str(registers)}
+    given = {**OPTIONS, **{name: files.get(value, value) for name, value in options.items()}}
     with pytest.raises(InputError, match=message) as error:
         train("refused", **given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("pixel_size", "pixels"), [({}, "16/14 times larger"), ({"pixel_size_um": 0.325}, "of 0.371 µm")]
+)
+def test_an_encoder_with_patches_of_14_pixels_trains_on_any_patch_size_and_predicts(
+    pixel_size, pixels, tiny, monkeypatch, train
+):
+    monkeypatch.setattr(timm_unet, "create_encoder", lambda name: PatchEncoder(14))
+    made = train(encoder="timm:patches", patch_size=52, epochs=1, **pixel_size)
+    assert made.code == 0
+    line = f"encoder input   the H&E at 14/16 of its size, hence pixels {pixels}, because its stride is 14\n"
+    assert (made.dir / "train.log").read_text().count(line) == 1
+    model = load_trained(made.dir, "cpu")
+    assert model.network.strides == (14, 16)
+    assert differing(model.network.state_dict(), stored(made.dir)["model"]) == []
+    assert choose_tiling(model, (1000, 1000)).tile == 64
+    he = np.random.default_rng(0).integers(0, 255, (90, 150, 3), np.uint8)
+    whole, crop = predict(he, model), predict(he[:50], model)
+    assert whole.shape == (3, 90, 150) and crop.shape == (3, 50, 150)
 
 
 # From here on with timm itself.
@@ -215,9 +241,25 @@ def test_a_vision_transformer_trains_and_predicts(train, tmp_path):
     path = tmp_path / "vit.pt"
     torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), path)
     made = train(encoder="timm:vit_tiny_patch16_224", encoder_weights=str(path), encoder_train="frozen", epochs=1)
+    assert "encoder input" not in (made.dir / "train.log").read_text()
     he = np.random.default_rng(0).integers(0, 255, (90, 50, 3), np.uint8)
     assert predict(he, load_trained(made.dir, "cpu")).shape == (3, 90, 50)
     assert (made.dir / "checkpoints" / "best.pt").stat().st_size < path.stat().st_size / 4
+
+
+def test_a_vision_transformer_of_patch_14_takes_the_positions_of_another_image_size(train, tmp_path):
+    timm = timm_or_skip()
+    path = tmp_path / "vit.pt"
+    small = timm.create_model("vit_small_patch14_reg4_dinov2", pretrained=False, img_size=224, depth=3)
+    torch.save(small.state_dict(), path)
+    name = "timm:vit_small_patch14_reg4_dinov2,depth=3"
+    made = train(encoder=name, encoder_weights=str(path), encoder_train="frozen", patch_size=60, epochs=1)
+    log = (made.dir / "train.log").read_text()
+    assert "the H&E at 14/16 of its size" in log
+    assert "  of another size in the file, resampled: pos_embed\n" in log
+    assert inside(stored(made.dir)["model"]) == {}
+    he = np.random.default_rng(0).integers(0, 255, (90, 50, 3), np.uint8)
+    assert predict(he, load_trained(made.dir, "cpu")).shape == (3, 90, 50)
 
 
 def test_a_name_that_timm_does_not_know_is_refused_before_anything_is_written(train, tmp_path):

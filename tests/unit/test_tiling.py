@@ -21,9 +21,9 @@ class Model:
 
     device = torch.device("cpu")
 
-    def __init__(self, function, channels=3, depth=2, norm="batch", patch_size=32):
+    def __init__(self, function, channels=3, depth=2, norm="batch", patch_size=32, sees_whole_image=False):
         self.names = tuple(f"marker_{index}" for index in range(channels))
-        self.network = SimpleNamespace(depth=depth)
+        self.network = SimpleNamespace(depth=depth, sees_whole_image=sees_whole_image)
         self.config = SimpleNamespace(
             data=SimpleNamespace(patch_size=patch_size), model=SimpleNamespace(norm=norm, use_boundary_guidance=False)
         )
@@ -265,10 +265,13 @@ def test_a_small_image_is_one_tile():
     assert tiling.tile < 600
 
 
-@pytest.mark.parametrize("norm", ["group", "instance"])
-def test_a_norm_that_measures_the_tile_gets_tiles_of_the_patch_size(norm):
-    tiling = choose_tiling(Model(same, depth=3, norm=norm, patch_size=256), (5000, 5000))
-    assert tiling.tile == 256
+@pytest.mark.parametrize(("norm", "sees_whole_image"), [("group", False), ("instance", False), ("batch", True)])
+def test_a_network_that_depends_on_the_whole_tile_gets_tiles_of_the_patch_size(norm, sees_whole_image):
+    model = Model(same, depth=3, norm=norm, patch_size=256, sees_whole_image=sees_whole_image)
+    assert choose_tiling(model, (5000, 5000)).tile == 256
+    # Patches are padded inside the network to a multiple of its deepest stride, and so are tiles.
+    model.config.data.patch_size = 250
+    assert choose_tiling(model, (5000, 5000)).tile == 256
 
 
 def test_a_wide_image_gets_smaller_tiles_so_that_its_rows_fit_into_memory():

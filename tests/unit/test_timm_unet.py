@@ -14,7 +14,7 @@ from orion_unet.config import ModelOptions
 from orion_unet.errors import InputError
 from orion_unet.models import timm_unet
 from orion_unet.models.build import build_network
-from orion_unet.models.encoder_weights import match_weights, read_weights
+from orion_unet.models.encoder_weights import check_variant, match_weights, read_weights
 from orion_unet.models.unet import SpatialUNet
 
 SMALL = {"base_features": 4}
@@ -458,15 +458,15 @@ def test_weights_of_a_variant_that_would_compute_something_else_are_refused(tmp_
     path = tmp_path / "w.pt"
     whole, _ = whole_and_encoder("vit_tiny_patch16_224,depth=3", init_values=1e-5)
     plain = timm_unet.create_encoder("vit_tiny_patch16_224,depth=3")
-    with pytest.raises(
-        InputError, match=r"has blocks.0.ls1.gamma \(192,\), which this encoder does not; .*timm:NAME,init_values=1e-5"
-    ):
-        match_weights(plain, whole.state_dict(), path)
+    with pytest.raises(InputError, match=r"has blocks.0.ls1.gamma, which does not fit .*timm:NAME,init_values=1e-5"):
+        check_variant(match_weights(plain, whole.state_dict(), path), path)
     scaled = timm_unet.create_encoder("vit_tiny_patch16_224,depth=3,init_values=1e-5")
-    assert match_weights(scaled, whole.state_dict(), path).missing == ()
+    matched = match_weights(scaled, whole.state_dict(), path)
+    check_variant(matched, path)
+    assert matched.missing == ()
     whole, encoder = whole_and_encoder(REGISTERS, reg_tokens=8)
-    with pytest.raises(InputError, match=r"has reg_token \(1, 8, 384\), .*timm:NAME,reg_tokens=NUMBER"):
-        match_weights(encoder, whole.state_dict(), path)
+    with pytest.raises(InputError, match=r"has reg_token, which does not fit .*timm:NAME,reg_tokens=NUMBER"):
+        check_variant(match_weights(encoder, whole.state_dict(), path), path)
 
 
 @pytest.mark.parametrize(
