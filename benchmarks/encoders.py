@@ -16,6 +16,7 @@ Finished trainings are kept in --output_dir/trials.json; the same command contin
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from functools import partial
 from itertools import product
@@ -28,7 +29,7 @@ from scipy.stats import sem, t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from held_out import Trials, predictions, step_seconds, train_once
+from held_out import Trials, predictions, sides, step_seconds, train_once
 
 from orion_unet.cli.arguments import Parser, run_command
 from orion_unet.config import ModelOptions
@@ -43,10 +44,10 @@ WAYS = (UNET, UNET_LONGER, RANDOM, PRETRAINED, SLOWER, FROZEN)
 EPOCHS, BASE, PATCH, PATCHES, BATCH = 6, 12, 128, 8, 12
 
 
-def words_of(way: str, options: argparse.Namespace, epochs: int) -> list[str]:
-    """The options of a way to train."""
+def words_of(way: str, options: argparse.Namespace, epochs: int, patches: int) -> list[str]:
+    """The options of a way to train, with so many patches of a core."""
     found = ["--epochs", str(epochs), "--base_features", str(BASE), "--patch_size", str(PATCH)]
-    found += ["--patches_per_image", str(PATCHES), "--batch_size", str(BATCH)]
+    found += ["--patches_per_image", str(patches), "--batch_size", str(BATCH)]
     if way in (UNET, UNET_LONGER):
         return found
     found += ["--encoder", options.encoder]
@@ -60,7 +61,7 @@ def words_of(way: str, options: argparse.Namespace, epochs: int) -> list[str]:
 
 def trial(options: argparse.Namespace, seed: int, words: list[str], run: Path) -> dict[str, Any]:
     """Train once and score the held-out cores: sums for r of each core, by marker."""
-    seconds = train_once(options.pairs, seed, options.training_groups, run, words)
+    seconds = train_once(options.pairs, seed, options.training_groups, run, words, options.training_cores)
     names, images = predictions(options.pairs, seed, options.training_groups, run)
     sums = [moments(p.reshape(len(p), -1), m.reshape(len(m), -1)) for p, m in images]
     return {"markers": list(names), "sums": np.sum(sums, axis=0).tolist(), "seconds": seconds}
@@ -74,9 +75,15 @@ def step_ratio(options: argparse.Namespace) -> float:
     return seconds["encoder"] / seconds["unet"]
 
 
-def report(found: dict[str, Any], ways: list[str], ratio: float) -> str:
-    """The table of the seeds of which all ways are finished."""
-    seeds = sorted({int(key.split()[0]) for key in found if key != "step ratio"})
+def report(found: dict[str, Any], ways: list[str], ratio: float, cores: int | None = None) -> str:
+    """The table of the seeds of which all ways are finished, on so many cores; None: on all."""
+    end = "" if cores is None else f", {cores} cores"
+    found = {
+        key.removesuffix(end): value
+        for key, value in found.items()
+        if key != "step ratio" and re.search(r", \d+ cores$|$", key)[0] == end
+    }
+    seeds = sorted({int(key.split()[0]) for key in found})
     complete = [seed for seed in seeds if all(f"{seed} {way}" in found for way in ways)]
     if not complete:
         return "No seed is finished in every way."
@@ -112,6 +119,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--encoder", required=True, metavar="timm:NAME", help="as of the trainer")
     parser.add_argument("--encoder_weights", type=Path, required=True, metavar="FILE", help="as of the trainer")
     parser.add_argument("--training_groups", type=int, default=4, metavar="N", help="groups to train on; default: 4")
+    parser.add_argument("--training_cores", type=int, metavar="N",
+                        help="cores of them to train on, drawn by the seed; as many steps; default: all")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each kind; default: 3")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
@@ -124,9 +133,12 @@ def main(argv: list[str]) -> int:
     for seed, way in product(range(0 if options.report else options.seeds), ways):
         print(f"seed {seed}: {way}", file=sys.stderr, flush=True)
         epochs = max(1, round(EPOCHS * ratio)) if way == UNET_LONGER else EPOCHS
-        make = partial(trial, options, seed, words_of(way, options, epochs))
-        trials.get(f"{seed} {way}", options.output_dir / f"seed_{seed}_{WAYS.index(way)}", make)
-    text = report(trials.found, ways, ratio)
+        there = len(sides(options.pairs, seed, options.training_groups)[0])
+        cores = min(options.training_cores or there, there)
+        make = partial(trial, options, seed, words_of(way, options, epochs, round(PATCHES * there / cores)))
+        name = f"{seed} {way}" if cores == there else f"{seed} {way}, {cores} cores"
+        trials.get(name, options.output_dir / f"seed_{seed}_{WAYS.index(way)}_{cores}", make)
+    text = report(trials.found, ways, ratio, options.training_cores)
     (options.output_dir / "encoders.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0

@@ -42,12 +42,16 @@ def sides(pairs: Path, seed: int, training: int) -> tuple[list[str], list[str]]:
     return fitted, held_out
 
 
-def train_once(pairs: Path, seed: int, training: int, run: Path, words: list[str]) -> float:
+def train_once(
+    pairs: Path, seed: int, training: int, run: Path, words: list[str], most_cores: int | None = None
+) -> float:
     """Train the stable recipe on the groups of a seed with the options ``words``; returns the seconds of its epochs.
 
-    A training that was stopped goes on. Raises InputError if it does not finish.
+    ``most_cores`` of the groups' cores train, drawn by the seed; None: all. A training that was stopped goes on. Raises
+    InputError if it does not finish.
     """
     fitted, held_out = sides(pairs, seed, training)
+    fitted = [fitted[at] for at in sorted(np.random.default_rng([seed, 1]).permutation(len(fitted))[:most_cores])]
     run.mkdir(parents=True, exist_ok=True)
     split, alone = run / "given_split.json", run / "given_groups.csv"
     # Validation chooses nothing here, so one core of the held-out groups is enough for it.

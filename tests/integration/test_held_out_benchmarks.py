@@ -90,6 +90,17 @@ def test_an_encoder_is_compared_at_equal_steps_and_at_equal_seconds(
     assert all(sums[0] == [2 * 32 * 32] * 2 for sums in scores.values())
     assert len({json.dumps([sums[2], sums[4]]) for sums in scores.values()}) == 1
 
+    # Fewer cores: other trainings of as many steps, in a table of their own.
+    fewer = [str(word) for word in [*words, "--training_cores", 1, "--only", "U-Net"]]
+    assert module.main(fewer) == 0
+    torch.set_num_threads(threads)
+    assert len(capsys.readouterr().out.split("| U-Net | ")) == 2
+    again = json.loads((tmp_path / "out" / "trials.json").read_text())
+    assert set(again) - set(found) == {"0 U-Net, 1 cores", "0 U-Net, seconds of the encoder, 1 cores"}
+    assert again["0 U-Net, 1 cores"]["sums"] != scores["U-Net"]
+    assert module.main([*fewer[:-4], "--report"]) == 0
+    assert capsys.readouterr().out.strip() == text.strip()
+
 
 def degrees(one, other):
     """Angles between the rows of two arrays of unit vectors."""
