@@ -99,7 +99,7 @@ class Pix2Pix(nn.Module):
     """The generator of pix2pix (Isola et al., CVPR 2017) at our width, for patches of at least 64 pixels.
 
     Six convolutions of stride 2 and six transposed ones with skips, batch norm, dropout 0.5 in the three deepest. Its
-    tanh gives [-1, 1], which is brought to [0, 1].
+    tanh output, in [-1, 1], is rescaled to [0, 1].
     """
 
     depth = 6

@@ -169,22 +169,22 @@ PEER: dict[str, Any] = {
 PIX2PIX: dict[str, Any] = {
     **PEER, "learning_rate": 2e-4, "batch_size": 1, "mse_weight": 0.0, "l1_weight": 1.0, "changes": ("pix2pix",),
 }  # fmt: skip
-# Peers' networks trained with our recipe, so that the worth of the network and that of the recipe can be told apart.
+# Peers' networks trained with our recipe, to separate the effect of the network from that of the recipe.
 NETWORKS = ("BasicUNet", "DynUNet")
 
 
-# Groups of recipes that the further sets train; demo and the first real pairs train all of them.
+# Groups of recipes that all further sets train; demo and the first real pairs train every group.
 FURTHER = ("main", "stable", "statistics", "peer", "pix2pix", "peer network")
-# With at least so many groups, real pairs are parted by drawing groups; with fewer, each is held out in turn.
+# With at least this many groups, real pairs are split by drawing groups; with fewer, each is held out in turn.
 DRAWN_FROM = 6
-# Cores of each group that score, of pairs parted by drawing: scoring whole cores takes long.
+# Where groups are drawn, how many cores of each group score: scoring whole cores takes long.
 SCORED_OF_GROUP = 3
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Names of the cores that train, that choose the best epoch, and that score; ``wider`` train unless a recipe's
-    val_split is larger."""
+    """Names of the cores that train, that choose the best epoch, and that score. Those in ``wider`` train, too, or
+    choose if a recipe's val_split is larger than that of ``published``."""
 
     train: tuple[str, ...]
     chosen: tuple[str, ...]
@@ -213,15 +213,15 @@ class TrainingSet:
             chosen, trained = (*chosen, *parts.wider), parts.train
         sides = {"train": sorted(trained), "val": sorted(chosen)}
         content = {"schema": 1, **{side: [{"core": n, "group": n} for n in names] for side, names in sides.items()}}
-        # As short as it is unique: sets whose parts are the same share a file.
+        # A checksum keeps the name short; sets with the same parts share a file.
         path = folder / f"split_{zlib.crc32(repr(content).encode()):08x}.json"
         write_json(path, content)
         return path
 
 
 def demo_sets(folder: Path, cores: int = 40, per_image: int = 6, few: int = 3) -> list[TrainingSet]:
-    """Generated tissue, two cores per patient: a fifth scores, 15 % choose, or 25 % if the recipe asks for it; and the
-    same with few patches of a core."""
+    """Generated tissue, two cores per patient: a fifth of the cores score, 15 % choose (25 % if the recipe asks for
+    it); and the same with few patches per core."""
     pairs = folder / "demo"
     names = make_demo(pairs, cores=cores, size=256, seed=0)
     scored, chosen, wider = (2 * round(cores * share / 2) for share in (0.2, 0.35, 0.45))
@@ -236,8 +236,8 @@ def demo_sets(folder: Path, cores: int = 40, per_image: int = 6, few: int = 3) -
 def real_sets(source: Path, folder: Path, name: str, main: bool, steps: int = 10) -> list[TrainingSet]:
     """Real pairs of several slides or places, called ``name``. Links, never copies.
 
-    Of many groups, four in eleven score, two choose, and five train, drawn by the seed. Of few, one set per group:
-    the others train, half of its cores choose, and half score. ``steps`` are those of an epoch, about.
+    With many groups, four in eleven score, two choose and five train, drawn by the seed. With few, there is one set per
+    group: the other groups train, half of its cores choose, and half score. An epoch has about ``steps`` steps.
     """
     rows = [line.split(",") for line in (source / "groups.csv").read_text(encoding="utf-8").split()[1:]]
     slides = sorted({slide for _, slide in rows})

@@ -197,7 +197,7 @@ def write_report(
 
 
 def level_table(results: list[dict[str, Any]]) -> list[str]:
-    """What the recalibration changes, for ``stable``: empty where nothing was scored with and without it."""
+    """What the recalibration changes, for ``stable``; empty where nothing was scored both with and without it."""
     both = [
         result for result in results if {"raw_scores", "baselines"} <= result.keys() and result["recipe"] == "stable"
     ]

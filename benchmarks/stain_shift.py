@@ -1,11 +1,11 @@
-"""How strong should the stain and colour jitter of the training be, for stains that it has not seen?
+"""How strong should the stain and colour jitter in training be, for stains that training has not seen?
 
     python benchmarks/stain_shift.py --pairs DIR     # pairs with a groups.csv: places, patients or slides
     python benchmarks/stain_shift.py --quick         # seconds, on a few generated cores; its numbers mean nothing
 
-For every seed a few groups are drawn, and the stable recipe trains on them with each --stain_augmentation, and with
-mixing beside it: the haematoxylin and eosin of a patch get the mean and the standard deviation of another training
-core, in part, by a random weight. In a seed all ways have the same cores, patches and batches.
+For every seed a few groups are drawn, and the stable recipe trains on them with each --stain_augmentation, and once
+with mixing as well: the mean and the standard deviation of a patch's haematoxylin and eosin move towards those of
+another training core, by a random weight. Within a seed, all ways have the same cores, patches and batches.
 
 The weights after the last step are scored on cores of all other groups, evenly spread: Pearson's r by marker over the
 pixels of their centres, as they are and with generated stains. Nothing is chosen on them. The jitter separates stains
@@ -20,10 +20,11 @@ its pixels (Macenko et al., ISBI 2009), and then
 The directions are drawn by seed and core, the same for every way and size.
 
 The rule, set before the measurement. The default is the strength with the highest mean r over all shifts, among those
-whose r without a shift is at most 0.01 below that of strength 1; but 1 unless the other gains at least 0.01 over the
-shifts in the mean, and some in every seed. Mixing becomes an option if it gains as much over that default.
+whose r without a shift is at most 0.01 below that of strength 1. It stays 1 unless the other strength gains at least
+0.01 on average over the shifts, and something in every seed. Mixing becomes an option if it gains as much over that
+default.
 
-Finished trainings are kept in --output_dir/trials.json; the same command continues. --report trains nothing.
+Finished trainings are kept in --output_dir/trials_full.json; the same command continues. --report trains nothing.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ SHIFTS |= {f"turned, {degrees:g}°": (degrees, 1.0, 1.0) for degrees in (4.0, 8.
 SHIFTS |= {f"amounts, {factor}": (0.0, factor, 1.0) for factor in (1.25, 1.5, 2.0)}
 SHIFTS |= {f"gains, {factor}": (0.0, 1.0, factor) for factor in (1.05, 1.1, 1.2)}
 SHIFTS |= {"all, small": (4.0, 1.25, 1.05), "all, middle": (8.0, 1.5, 1.1), "all, large": (16.0, 2.0, 1.2)}
-# Of Macenko et al.: least optical density of tissue, here natural and the mean over colours; percentile of the angles.
+# Of Macenko et al.: least optical density of tissue, here of base e and the mean over colours; percentile of angles.
 LEAST_DENSITY, PERCENTILE = 0.15 * np.log(10), 1.0
 # What a change may cost without a shift, and must gain over the shifts.
 LOSS, GAIN = 0.01, 0.01
@@ -147,7 +148,7 @@ def mixing() -> Iterator[None]:
 
 
 def mixed(place: PatchPlace, stains: dict[int, np.ndarray], rng: np.random.Generator) -> PatchPlace:
-    """The patch with the change of its densities, d -> scale d + offset, in front of its own jitter."""
+    """The patch with the change of its densities, d -> scale d + offset, applied before its own jitter."""
     weight, other = rng.random(), stains[list(stains)[rng.integers(len(stains))]]
     if place.core not in stains:
         return place
@@ -189,7 +190,7 @@ def trial(pairs: Path, seed: int, way: str, training: int, size: str, run: Path)
 
 
 def report(trials: dict[str, Any]) -> str:
-    """The tables of the seeds of which every way is finished."""
+    """The tables over the seeds for which every way is finished."""
     seeds = sorted({int(key.split()[0]) for key in trials})
     complete = [seed for seed in seeds if all(f"{seed} {way}" in trials for way in WAYS)]
     if not complete:
@@ -222,7 +223,7 @@ def report(trials: dict[str, Any]) -> str:
 
 
 def verdict(plain: dict[str, np.ndarray], over: dict[str, np.ndarray]) -> str:
-    """What follows by the rule from r by seed, without a shift and over all shifts."""
+    """What the rule says, given r by seed without a shift and over all shifts."""
 
     def gains(way: str, other: str) -> bool:
         gain = over[way] - over[other]
@@ -243,7 +244,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each way; default: 3")
     parser.add_argument("--quick", action="store_true", help="seconds, to try the benchmark; one seed")
     parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch; default: 1")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch; default: 1")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/stain_shift"), metavar="DIR", help="default: runs/…"
     )

@@ -5,10 +5,10 @@
     python benchmarks/transfer.py --panels               # one model for two panels, against a model for each
     python benchmarks/transfer.py --quick                # seconds; its numbers mean nothing
 
-A source model is trained on one set. Then one core of the new set is trained on, in several ways with the same number
-of steps, and every way is scored on the other cores of the new set: Pearson's r after the last epoch, mean over the
-markers. The held-out cores choose nothing, neither an epoch nor a rate. In real pairs (with groups.csv) the new set is
-one group and the source is trained on all the others.
+A source model is trained on one set. Then one core of the new set is trained on (four in one of the ways), in several
+ways with the same number of steps (half of them in one of the ways). Every way is scored on the same other cores of the
+new set: Pearson's r after the last epoch, mean over the markers. The held-out cores choose nothing, neither an epoch
+nor a rate. In real pairs (with groups.csv) the new set is one group and the source is trained on all the others.
 
 With --panels, two sets of generated cores share four of their markers. One model is trained on both with panels.csv,
 and one on each; all are scored on further cores, in which every marker was measured. This answers another question
@@ -339,7 +339,7 @@ def report(tasks: list[Task], seeds: int, size: Size, trials: Trials, chosen: li
             f"{'seed' if len(whole) == 1 else 'seeds'}",
             "",
             "| way | r, last epoch | lowest, highest seed | against random weights, seed by seed "
-            "| steps until as good as those at their end |",
+            "| steps until as good as random weights at their end |",
             "| --- | --- | --- | --- | --- |",
         ]
         steps = size.patches // size.batch

@@ -287,7 +287,7 @@ class OptimisationOptions:
     )
     recalibrate: bool = option(
         True,
-        "after training, fit to training patches a scale and an offset for each marker that bring the predictions of "
+        "after training, fit a scale and an offset for each marker to training patches, which bring the predictions of "
         "best.pt to the level of the measurement",
         fixed=False,
     )

@@ -32,8 +32,8 @@ class TrainedModel:
     of split.json: which cores it was trained on. ``digests`` are those of their H&E by name, and
     ``colour_regression`` is what the model has to beat; a checkpoint of version 0.1 has neither. ``earlier_digests``
     are those of the cores that the models it started from were trained on. ``stain`` is that of its training cores,
-    None in a checkpoint that does not keep it. ``recalibration`` is applied to every prediction; None in the checkpoint
-    of a run that did not end, or did not want it.
+    None in a checkpoint that does not keep it. ``recalibration`` is applied to every prediction; None in last.pt, and
+    for a run that did not end or was trained without --recalibrate.
     """
 
     path: Path

@@ -21,9 +21,9 @@ from orion_unet.extras import needed
 # What training frameworks put before the names, and around the weights.
 PREFIXES = ("module.", "model.", "encoder.", "backbone.", "teacher.", "_orig_mod.")
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher")
-# DINOv2 trains its blocks in chunks: blocks.CHUNK.BLOCK, where blocks are counted from the first of all.
+# DINOv2 trains its blocks in chunks: blocks.CHUNK.BLOCK, where the numbers of blocks run through all chunks.
 CHUNKED = re.compile(r"\bblocks\.\d+\.(?=\d+\.)")
-# Without these a vision transformer computes something else, although nothing that it has is missing from the file.
+# Without these a vision transformer computes something else, even if the file has every tensor of it.
 VARIANT = {
     re.compile(r"blocks\.0\.(ls1\.gamma|gamma_1)"): "init_values=1e-5",
     re.compile(r"reg_token|register_tokens"): "reg_tokens=NUMBER",
@@ -140,7 +140,7 @@ def _fits(tensor: Tensor, own: Tensor) -> bool:
 
 def _converted(encoder: nn.Module, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors of a file as timm converts them for its vision transformers; for other encoders as they are."""
-    # A wrapper holds a vision transformer, whole but for its head, as its "model".
+    # A wrapper has the vision transformer, complete except for its head, as its "model".
     model = getattr(encoder, "model", None)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
@@ -153,7 +153,7 @@ def _converted(encoder: nn.Module, stored: Mapping[str, Tensor]) -> Mapping[str,
     try:
         return dict(convert(bare, model))
     except Exception:
-        # timm expects weights of this network. Those of another one are refused by their names.
+        # timm expects weights of this network. Those of another network are refused later, by their names.
         return stored
 
 

@@ -1,4 +1,4 @@
-"""A straight line for each marker, from what the network predicts to the level that is measured."""
+"""A straight line for each marker, from the network's prediction to the measured level."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from orion_unet.errors import InputError
 
 @dataclass(frozen=True)
 class Recalibration:
-    """``scale`` and ``offset`` (C,) of C markers, and the number of ``pixels`` of training patches behind them.
+    """``scale`` and ``offset`` (C,) of C markers, and the number of ``pixels`` of training patches they were fitted to.
 
-    A loss that rewards correlation leaves the level of a marker open: its predictions rank the pixels well and may yet
-    be further from the measured values than the marker's mean is. Correlations do not change, but for values that are
-    cut off at 0 or 1.
+    A loss that rewards correlation leaves the level of a marker open: its predictions may rank the pixels well and
+    still be further from the measured values than the marker's mean is. Correlations do not change, except where values
+    are cut off at 0 or 1.
     """
 
     scale: np.ndarray
@@ -28,10 +28,10 @@ class Recalibration:
 
     @classmethod
     def fit(cls, sums: np.ndarray) -> Self:
-        """The least-squares lines from sums (6, C) over pixels as of ``correlation.moments``.
+        """The least-squares lines from sums (6, C) over pixels, as ``correlation.moments`` returns them.
 
-        A marker whose prediction does not rise with the measurement is left as it is, and one that is the same in every
-        pixel becomes that constant.
+        A marker whose prediction does not rise with the measurement is left as it is. A marker whose measurement is the
+        same in every pixel becomes that constant.
         """
         count, p, t, _, _, pt = sums
         spread_p, spread_t = spread(count, p, sums[3]), spread(count, t, sums[4])
@@ -55,12 +55,12 @@ class Recalibration:
 
     @classmethod
     def from_document(cls, document: Any, markers: int) -> Self:
-        """Inverse of ``document``; raises InputError where it is damaged or of another number of markers."""
+        """Inverse of ``document``; raises InputError if it is damaged or has another number of markers."""
         try:
             scale, offset = (np.array(document[name], np.float64) for name in ("scale", "offset"))
             found = cls(scale, offset, int(document["pixels"]))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"is damaged, its recalibration cannot be read ({error!r})") from None
         if scale.shape != (markers,) or offset.shape != (markers,) or not np.isfinite([scale, offset]).all():
-            raise InputError(f"is damaged, its recalibration is not that of {markers} markers")
+            raise InputError(f"is damaged, its recalibration is not for {markers} markers")
         return found

@@ -133,9 +133,9 @@ class TimmUNet(UNet):
     the encoder's stride. The encoder sees the H&E standardised by ``mean`` and ``std`` (timm's for that model where
     None), the stem sees it as the spatial U-Net does. ``depth`` follows from the encoder's largest stride.
 
-    ``strides`` are those of the encoder's first map: in the encoder's own pixels, and in pixels of the H&E, the next
-    power of 2. Where they differ (14 and 16), the encoder sees the H&E at 14/16 of its size, so that its map fits the
-    decoder.
+    ``strides`` are those of the encoder's first map: in the encoder's own pixels, and in pixels of the H&E, where it is
+    rounded up to a power of 2. If they differ (14 and 16), the encoder sees the H&E at 14/16 of its size, so that its
+    map fits the decoder.
 
     Raises InputError where the encoder is unknown or its strides do not double.
     """

@@ -29,7 +29,7 @@ class UNet(nn.Module, ABC):
 
     decoder: nn.ModuleList
     head: nn.Conv2d
-    # Whether every pixel of a prediction depends on all of the image, however large it is.
+    # Whether every pixel of a prediction depends on the whole image, however large it is.
     sees_whole_image = False
 
     def __init__(self, depth: int, use_boundary_guidance: bool) -> None:

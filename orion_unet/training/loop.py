@@ -335,7 +335,7 @@ class Loop:
         )
 
     def _complete(self, state: str, message: str) -> End:
-        """The end of a run that has trained all it was to train; its best model is recalibrated."""
+        """The end of a run whose training is complete; recalibrates its best model."""
         if self.config.optimisation.recalibrate:
             try:
                 self._recalibrate(checkpoint_path(self.built.dir, BEST))
@@ -344,7 +344,7 @@ class Loop:
         return End(state, message, FINISHED)
 
     def _recalibrate(self, best: Path) -> None:
-        """Add to best.pt, unless it has it, the recalibration of its model, fitted on training patches."""
+        """Fit the recalibration of the best model to training patches and add it to best.pt, unless it has one."""
         content = from_main_process(lambda: checkpoint.load(best) if best.exists() else None)
         if content is None or content.get("recalibration") is not None:
             return

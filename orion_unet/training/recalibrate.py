@@ -1,4 +1,4 @@
-"""After training, the level of each marker: how the best model's predictions are brought to that of the measurement."""
+"""After training: brings the best model's predictions to the level of the measurement, marker by marker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orion_unet.models.recalibration import Recalibration
 from orion_unet.patch_sums import patch_sums
 from orion_unet.training.build import Run
 
-# Training patches that the lines are fitted to, at most; and no more than an epoch has.
+# Largest number of training patches that the lines are fitted to; never more than an epoch has.
 MOST_PATCHES = 256
 
 
@@ -31,9 +31,9 @@ def recalibration_patches(run: Run) -> np.ndarray:
 
 @torch.no_grad()
 def fit_recalibration(run: Run, progress: Callable[[], None]) -> Recalibration:
-    """Fit to what ``run.validated`` predicts of training patches, over all ranks; every rank must call it.
+    """Fit the lines to predictions of ``run.validated`` on training patches of all ranks; every rank must call it.
 
-    ``progress`` is called after every batch. Ranks may have different numbers of them.
+    ``progress`` is called after every batch. Ranks may have different numbers of batches.
     """
     places = recalibration_patches(run)[rank() :: world_size()]
     reader, transform, precision = run.feeds.reader, run.feeds.transform, run.state.learner.precision

@@ -159,7 +159,7 @@ def _completed(stored: dict[str, Any], state: TrainState) -> dict[str, Any]:
 
 
 def load_validated(state: TrainState, weights: dict[str, Any]) -> None:
-    """Give the model that is validated the ``weights`` of a checkpoint; raises InputError where they do not fit."""
+    """Load the ``weights`` of a checkpoint into the model that is validated; raises InputError if they do not fit."""
     try:
         state.validated.load_state_dict(_completed(weights, state))
     except (RuntimeError, TypeError, AttributeError) as error:
