@@ -1,6 +1,6 @@
 """Is the recipe stable, what made it so, and is it better than the alternatives?
 
-    python benchmarks/stability.py --real_pairs DIR [DIR ...]    # everything: HOURS core hours of training
+    python benchmarks/stability.py --real_pairs DIR [DIR ...]    # everything: hours of training
     python benchmarks/stability.py --quick                   # a few steps each: tests that the benchmark runs, no more
     python benchmarks/stability.py --only former stable      # some recipes
 
@@ -35,7 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stability_figures import kind
-from stability_recipes import PUBLISHED, Recipe, TrainingSet, demo_sets, real_sets, recipes
+from stability_recipes import PUBLISHED, Recipe, TrainingSet, demo_sets, real_sets, recipes, slug
 from stability_report import write_report
 
 from orion_unet.cli.arguments import Parser, run_command
@@ -106,7 +106,7 @@ def training_sets(options: argparse.Namespace) -> list[TrainingSet]:
     if len(names) != len(options.real_pairs):
         raise InputError(f"--real_names: {len(names)} names for the {len(options.real_pairs)} folders of --real_pairs")
     for place, name in enumerate(names):
-        if name in names[:place] or not re.fullmatch(r"[\w -]+", name) or name.startswith("demo"):
+        if slug(name) in map(slug, names[:place]) or not re.fullmatch(r"[\w -]+", name) or name.startswith("demo"):
             raise InputError(
                 f"--real_names {name}: use letters, digits, spaces and -, each name once; none may start with demo"
             )
@@ -160,21 +160,20 @@ def plan(sets: list[TrainingSet], chosen: list[Recipe], options: argparse.Namesp
             if seed >= recipe.seeds or (each.groups and recipe.group not in each.groups):
                 continue
             merged = {**PUBLISHED, **each.options, **recipe.options, "seed": seed, "pairs_dir": str(each.pairs_dir)}
-            if not parts.wider:
-                # The slides define the split, so a recipe that changes only the split is a duplicate.
-                merged["val_split"] = PUBLISHED["val_split"]
-                if (merged, recipe.changes) in known:
-                    continue
-                known.append((dict(merged), recipe.changes))
+            split = each.split_file(options.output_dir / "data", seed, merged["val_split"])
+            # A recipe that differs from another only in a val_split which this set does not follow is a duplicate.
+            same = (merged | {"val_split": None}, split, recipe.changes)
+            if same in known:
+                continue
+            known.append(same)
             if options.quick:
                 merged |= {"epochs": 2, "warmup_epochs": 0, "base_features": 2}
-            split = each.split_file(options.output_dir / "data", seed, merged["val_split"])
-            name = re.sub(r"[^\w.-]+", "_", recipe.name)
-            folder = options.output_dir / re.sub(r"[^\w.-]+", "_", each.name) / name / f"seed_{seed}"
+            folder = options.output_dir / slug(each.name) / slug(recipe.name) / f"seed_{seed}"
             merged |= {"split_file": str(split), "output_dir": str(folder / "run")}
             yield Job(each.name, recipe, folder, {
                 "options": merged,
                 "changes": list(recipe.changes),
+                "chosen": list(parts.chosen),
                 "scored": list(parts.scored),
                 "baselines": recipe.name == "stable",
                 "result": str(folder / "result.json"),

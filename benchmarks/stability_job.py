@@ -1,9 +1,9 @@
 """One training of the stability benchmark, in a separate process: train with a recipe, then score the best model.
 
 The job is a JSON object: ``options`` of the trainer, ``changes`` (names in CHANGES: changes of code, for which the
-toolkit has no option), ``scored`` (names of the cores that score every recipe), ``baselines`` (whether to score the
-baselines too) and ``result`` (the file to write). The trainer writes its usual run folder. The changes patch this
-process only.
+toolkit has no option), ``chosen`` and ``scored`` (names of the cores that choose the best epoch, and that score),
+``baselines`` (whether to score the baselines too) and ``result`` (the file to write). The trainer writes its usual run
+folder. The changes patch this process only.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def padded(he: Tensor, depth: int) -> Tensor:
 class BasicUNet(nn.Module):
     """MONAI's network at our width, used as it comes: linear output, no sigmoid."""
 
+    # Its instance norm takes its statistics from the whole tile.
+    sees_whole_image = True
+
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         from monai.networks.nets import BasicUNet as Monai
@@ -103,6 +106,7 @@ class Pix2Pix(nn.Module):
     """
 
     depth = 6
+    sees_whole_image = False
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -329,11 +333,12 @@ def _train_and_score(job: dict[str, Any]) -> int:
             result["raw_scores"] = score(raw, job["scored"], lambda region: region.predicted)
         if job["baselines"]:
             baselines = fit_baselines(folder)
+            regression = baselines.regression
+            # The level that the epochs are counted to, on the cores that every epoch is validated on.
+            result["level"] = score(folder, job["chosen"], lambda region: regression.predict(region.he))["mse"]
             result["baselines"] = {
                 "training mean": score(folder, job["scored"], lambda region: baselines.predict_mean(region.measured)),
-                "regression from colours": score(
-                    folder, job["scored"], lambda region: baselines.regression.predict(region.he)
-                ),
+                "regression from colours": score(folder, job["scored"], lambda region: regression.predict(region.he)),
             }
     write_json(Path(job["result"]), result)
     return code

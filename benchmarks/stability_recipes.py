@@ -8,6 +8,7 @@ set of changes to ``published``: of options, and of code where no option exists 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -196,7 +197,8 @@ class Parts:
 class TrainingSet:
     """Pairs, options that suit them, and their parts, which may differ from seed to seed.
 
-    No core that scores takes part in anything else, so neither a best epoch nor a recipe is chosen on it.
+    A core that scores neither trains nor chooses a best epoch. Nor does any core of its group, but where a set has one
+    group to hold out: half of its cores choose then, and half score.
     """
 
     name: str
@@ -241,7 +243,7 @@ def real_sets(source: Path, folder: Path, name: str, main: bool, steps: int = 10
     """
     rows = [line.split(",") for line in (source / "groups.csv").read_text(encoding="utf-8").split()[1:]]
     slides = sorted({slide for _, slide in rows})
-    pairs = folder / name.replace(" ", "_")
+    pairs = folder / slug(name)
     pairs.mkdir(parents=True, exist_ok=True)
     for core, _ in rows:
         for kind in ("HE", "ORION"):
@@ -276,6 +278,11 @@ def real_sets(source: Path, folder: Path, name: str, main: bool, steps: int = 10
         )
         for slide in slides
     ]
+
+
+def slug(name: str) -> str:
+    """A name as that of a folder."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _same(parts: Parts, seed: int) -> Parts:

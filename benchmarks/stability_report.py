@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, median_low
@@ -136,14 +136,12 @@ def write_report(
     """Draw the figures and return the tables as Markdown, averaged over the sets of a kind (the held-out slides)."""
     kinds = list(dict.fromkeys(kind(name) for name in sets))
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    levels = {}
-    for name in sets:
-        given = [result["baselines"] for result in results if result["set"] == name and result.get("baselines")]
-        levels[name] = mean(given[0][REGRESSION]["mse"]) if given else math.nan
+    levels = {(result["set"], seed_of(result)): mean(result["level"]) for result in results if "level" in result}
     of_seed: dict[tuple[str, str, int], list[dict[str, float]]] = {}
     for result in results:
-        key = (kind(result["set"]), result["recipe"], result["job"]["options"]["seed"])
-        of_seed.setdefault(key, []).append(measures(result, levels[result["set"]]))
+        key = (kind(result["set"]), result["recipe"], seed_of(result))
+        level = levels.get((result["set"], seed_of(result)), math.nan)
+        of_seed.setdefault(key, []).append(measures(result, level))
     for (each, name, _), measured in of_seed.items():
         if len(measured) == sum(kind(one) == each for one in sets):
             found.setdefault((each, name), []).append(over_slides(measured))
@@ -158,7 +156,7 @@ def write_report(
         "seeds, with the smallest and the largest in brackets.",
         "",
         "- Squared error and Pearson: of the best model, chosen on other cores than those that score it, mean over "
-        "markers.",
+        "markers. `stable`, and every recipe that changes it, is scored with its recalibration; the others have none.",
         "- L and V: training and validation loss. Each recipe has its own loss, so losses of different recipes cannot "
         "be compared.",
         f"- Movement (largest minus smallest) and noise (standard deviation about a line): of V, over the last {LAST} "
@@ -176,8 +174,8 @@ def write_report(
         lines += [f"## {each}", ""]
         lines += (
             [
-                f"Each slide was held out in turn ({', '.join(n.split(', ')[1].split()[0] for n in of_kind)}); the "
-                "values of a seed are means over the slides.",
+                f"Each slide was held out in turn ({', '.join(n.split(', ')[1].split()[0] for n in of_kind)}): half "
+                "of its cores chose the best epoch, the others scored. The values of a seed are means over the slides.",
                 "",
             ]
             if len(of_kind) > 1
@@ -207,7 +205,10 @@ def level_table(results: list[dict[str, Any]]) -> list[str]:
     lines += ["| predictions | squared error | Pearson | markers worse than their training mean |"]
     lines += ["| --- " * 4 + "|"]
     for name, key in (("recalibrated", "scores"), ("as the network gives them", "raw_scores")):
-        error, r = (median(mean(result[key][column]) for result in both) for column in ("mse", "pearson"))
+        error, r = (
+            over_seeds(both, lambda result, key=key, column=column: mean(result[key][column]))
+            for column in ("mse", "pearson")
+        )
         worse = [below_mean(result[key], result["baselines"]["training mean"]) for result in both]
         counts = sorted(len(markers) for markers in worse)
         named = sorted({marker for markers in worse for marker in markers})
@@ -225,20 +226,25 @@ def below_mean(scores: dict[str, Any], means: dict[str, Any]) -> list[str]:
 
 
 def baselines(results: list[dict[str, Any]], sets: list[str]) -> dict[str, dict[str, float]]:
-    """Mean scores of the two baselines over the sets."""
+    """Scores of the two baselines: means over the sets, of which medians over the seeds."""
     found: dict[str, dict[str, float]] = {}
-    for name in BASELINES:
-        scores = []
-        for each in sets:
-            given = [
-                result["baselines"][name] for result in results if result["set"] == each and result.get("baselines")
-            ]
-            scores += given[:1]
-        if scores:
-            found[name] = {
-                key: mean([mean(score[key]) for score in scores]) for key in ("mse", "pearson", "pearson_boxes")
-            }
+    both = [result for result in results if result["set"] in sets and "baselines" in result]
+    for name in BASELINES if both else ():
+        found[name] = {
+            key: over_seeds(both, lambda result, name=name, key=key: mean(result["baselines"][name][key]))
+            for key in ("mse", "pearson", "pearson_boxes")
+        }
     return found
+
+
+def over_seeds(results: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
+    """Median over the seeds of the means over a seed's slides."""
+    seeds = sorted({seed_of(result) for result in results})
+    return median(mean([value(result) for result in results if seed_of(result) == seed]) for seed in seeds)
+
+
+def seed_of(result: dict[str, Any]) -> int:
+    return int(result["job"]["options"]["seed"])
 
 
 def table(

@@ -290,6 +290,7 @@ class OptimisationOptions:
         "after training, fit a scale and an offset for each marker to training patches, which bring the predictions of "
         "best.pt to the level of the measurement",
         fixed=False,
+        before=False,
     )
     seed: int = option(42, "seed of everything random", minimum=0, maximum=2**63 - 1)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 # Purposes of streams. Drawing more numbers from one stream never changes another. 6 was the bootstrap of version 0.1.
 SPLIT, ORDER, SAMPLE, VALIDATION, NORMALIZATION, SCORED_PIXELS = range(6)
-REGRESSION, DIGEST, STAIN = 7, 8, 9
+REGRESSION, DIGEST, STAIN, RECALIBRATION = 7, 8, 9, 10
 
 
 def counter_rng(seed: int, purpose: int, first: int = 0, second: int = 0) -> np.random.Generator:

@@ -12,6 +12,9 @@ from torch import Tensor
 from orion_unet.correlation import spread
 from orion_unet.errors import InputError
 
+# A line is fitted from so many patches on, and multiplies by at most so much.
+LEAST_PATCHES, MOST_SCALE = 8, 2.0
+
 
 @dataclass(frozen=True)
 class Recalibration:
@@ -27,27 +30,33 @@ class Recalibration:
     pixels: int
 
     @classmethod
-    def fit(cls, sums: np.ndarray) -> Self:
-        """The least-squares lines from sums (6, C) over pixels, as ``correlation.moments`` returns them.
+    def fit(cls, sums: np.ndarray, patches: np.ndarray, empty: np.ndarray) -> Self:
+        """The least-squares lines from sums (6, C) over pixels as of ``correlation.moments``.
 
-        A marker whose prediction does not rise with the measurement is left as it is. A marker whose measurement is the
-        same in every pixel becomes that constant.
+        ``patches`` (C,) is the number of patches that each marker was measured in. A marker with few of them, or whose
+        prediction does not rise with the measurement, is left as it is. One that is ``empty`` (C,) becomes 0. A scale
+        is at most ``MOST_SCALE``: where a prediction is nearly flat, a larger one would blow up whatever differs.
         """
-        count, p, t, _, _, pt = sums
-        spread_p, spread_t = spread(count, p, sums[3]), spread(count, t, sums[4])
+        count, p, t, pp, _, pt = sums
         with np.errstate(divide="ignore", invalid="ignore"):
-            covariance = pt - p * t / count
-            slope = covariance / spread_p
-            rises = (spread_p > 0) & (covariance > 0)
-            constant = (spread_t == 0) & (count > 0)
-            scale = np.where(constant, 0.0, np.where(rises, slope, 1.0))
-            offset = np.where(constant | rises, (t - scale * p) / count, 0.0)
+            slope = np.minimum((pt - p * t / count) / spread(count, p, pp), MOST_SCALE)
+            fits = (patches >= LEAST_PATCHES) & np.isfinite(slope) & (slope > 0)
+            scale = np.where(empty, 0.0, np.where(fits, slope, 1.0))
+            offset = np.where(fits & ~empty, (t - scale * p) / count, 0.0)
         return cls(scale, offset, int(count.max(initial=0)))
 
     def apply_(self, prediction: Tensor) -> Tensor:
         """Recalibrate predictions (B, C, H, W) in place; they stay in [0, 1]."""
         lines = torch.from_numpy(np.stack([self.scale, self.offset])[:, None, :, None, None]).to(prediction)
         return prediction.mul_(lines[0]).add_(lines[1]).clamp_(0, 1)
+
+    def sentence(self) -> str:
+        """What it does, for the console."""
+        changed = (self.scale != 1) & (self.scale != 0)
+        if not changed.any():
+            return "changes no marker"
+        least, most = self.scale[changed].min(), self.scale[changed].max()
+        return f"{changed.sum()} of {len(changed)} markers, scales {least:.2f} to {most:.2f}"
 
     def document(self) -> dict[str, Any]:
         """Plain Python values for a checkpoint."""

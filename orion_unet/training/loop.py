@@ -46,7 +46,7 @@ from orion_unet.training.engine import (
 from orion_unet.training.failures import note_failure, noted_failures, plain_failure
 from orion_unet.training.interrupts import Interrupts
 from orion_unet.training.prepare import prepare_data
-from orion_unet.training.recalibrate import fit_recalibration
+from orion_unet.training.recalibrate import RecalibrationSums
 from orion_unet.training.report import EpochTimes
 from orion_unet.training.run_folder import RunLock
 from orion_unet.training.sanity import SanityPanel
@@ -323,36 +323,45 @@ class Loop:
         feeds = self.built.feeds
         return SanityPanel(feeds.reader, feeds.transform, places, self.built.prepared.table.kept_names)
 
-    def _interrupted(self) -> End:
+    def _interrupted(self, where: str | None = None) -> End:
         """The end after a request to stop, on every rank; the state has been saved."""
         codes = gather(self.interrupts.exit_code if self.interrupts.requested() else 0)
-        where = f"after step {self.state.step}" if self.state.step < self.built.steps else "before its validation"
+        if where is None:
+            step = f"after step {self.state.step}" if self.state.step < self.built.steps else "before its validation"
+            where = f"in epoch {self.state.epoch + 1} {step}"
         return End(
             "interrupted",
-            f"interrupted in epoch {self.state.epoch + 1} {where}, state saved; the same command with --resume auto "
-            "continues from here",
+            f"interrupted {where}, state saved; the same command with --resume auto continues from here",
             max(codes) or 143,
         )
 
     def _complete(self, state: str, message: str) -> End:
         """The end of a run whose training is complete; recalibrates its best model."""
         if self.config.optimisation.recalibrate:
-            try:
-                self._recalibrate(checkpoint_path(self.built.dir, BEST))
-            except InputError as error:
-                self.console.say(f"warning: the best model is not recalibrated: {error}")
+            self._recalibrate(checkpoint_path(self.built.dir, BEST))
         return End(state, message, FINISHED)
 
     def _recalibrate(self, best: Path) -> None:
         """Fit the recalibration of the best model to training patches and add it to best.pt, unless it has one."""
-        content = from_main_process(lambda: checkpoint.load(best) if best.exists() else None)
-        if content is None or content.get("recalibration") is not None:
+        try:
+            content = from_main_process(lambda: checkpoint.load(best) if best.exists() else None)
+            if content is None or content.get("recalibration") is not None:
+                return
+            load_validated(self.state, content["model"])
+        except InputError as error:
+            self.console.say(f"warning: the best model is not recalibrated: {error}")
             return
         self._beat(state="validating")
-        load_validated(self.state, content["model"])
-        found = fit_recalibration(self.built, self._progress)
+        sums = RecalibrationSums(self.built)
+        for places in sums.batches:
+            if any_rank(self.interrupts.requested()):
+                raise self._interrupted("after the last epoch, before the best model was recalibrated")
+            sums.add(places)
+            self._progress()
+        found = sums.fit()
         if is_main_process():
             checkpoint.save(best, {**content, "recalibration": found.document()})
+            self.console.say(f"best model recalibrated: {found.sentence()}")
 
     def _early_stop_message(self) -> str:
         stopping = self.state.early_stopping

@@ -55,6 +55,15 @@ def pairs(write_pairs):
 
 
 @pytest.fixture
+def learnable(pairs):
+    """Pairs whose markers can be seen in the H&E: one is as dark as its red, another half as much, a third empty."""
+    for path in pairs.glob("*_HE.npy"):
+        dark = 255 - np.load(path)[..., :1]
+        np.save(path.with_name(path.name.replace("_HE", "_ORION")), np.concatenate([dark, dark // 2, 0 * dark], axis=2))
+    return pairs
+
+
+@pytest.fixture
 def train(pairs, tmp_path):
     """Train in this process with TINY options; returns exit code and run folder."""
 

@@ -232,8 +232,8 @@ def test_a_rank_counts_only_its_own_machine_for_its_threads(start, tmp_path):
     assert ended.out.split() == [str(len(os.sched_getaffinity(0)))]
 
 
-def test_two_ranks_recalibrate_as_one_does(tmp_path, pairs, start):
-    options = {"pairs_dir": pairs, "output_dir": tmp_path / "one"}
+def test_two_ranks_recalibrate_as_one_does(tmp_path, learnable, start):
+    options = {"pairs_dir": learnable, "output_dir": tmp_path / "one"}
     assert start(*trainer(**options, recalibrate=False)).end().code == 0
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert start(*trainer(**options, resume="auto")).end().code == 0
@@ -241,5 +241,6 @@ def test_two_ranks_recalibrate_as_one_does(tmp_path, pairs, start):
     assert start(*trainer(*LAUNCH, 2, **halves)).end().code == 0
     one, two = (load(tmp_path / name / "checkpoints" / "best.pt")["recalibration"] for name in ("one", "two"))
     assert one["pixels"] == two["pixels"] > 0
+    assert 1 not in one["scale"]
     for name in ("scale", "offset"):
         np.testing.assert_allclose(one[name], two[name], rtol=1e-6, atol=1e-9)

@@ -79,7 +79,7 @@ def straight(train, straight_results):
 def outcome(run_dir):
     """All that must be equal: every logged loss, rate and gradient norm, every stored tensor, the recalibration."""
     best = checkpoint.load(run_dir / "checkpoints" / "best.pt")
-    return losses(run_dir), {part: weights(run_dir, *part) for part in PARTS}, best.get("recalibration")
+    return losses(run_dir), {part: weights(run_dir, *part) for part in PARTS}, best["recalibration"]
 
 
 def assert_equal_outcome(found, expected):

@@ -1,5 +1,6 @@
 """The stability benchmark: its quick form end to end, its measures against hand calculations, its code changes."""
 
+import argparse
 import importlib.util
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,15 @@ def test_a_name_of_the_real_pairs_that_would_be_ambiguous_is_refused(tmp_path, n
     assert f"--real_names {name}: use letters" in done.stderr
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Generated sets without their pixels."""
+    import stability_recipes
+
+    names = partial(map, "core_{:03d}".format)
+    monkeypatch.setattr(stability_recipes, "make_demo", lambda folder, cores, size, seed: list(names(range(cores))))
+
+
 def real_pairs(folder, groups, cores_of_group):
     folder.mkdir()
     names = [f"{group}{core}" for group in groups for core in range(cores_of_group)]
@@ -84,7 +95,7 @@ def real_pairs(folder, groups, cores_of_group):
     return folder
 
 
-def test_the_cores_that_score_choose_nothing_and_a_group_is_in_one_part_only(tmp_path):
+def test_the_cores_that_score_choose_nothing_and_a_group_is_in_one_part_only(tmp_path, undrawn):
     from stability_recipes import demo_sets, real_sets
 
     many = real_pairs(tmp_path / "many", "abcdefghijk", 5)
@@ -99,13 +110,13 @@ def test_the_cores_that_score_choose_nothing_and_a_group_is_in_one_part_only(tmp
         assert {row["core"] for side in ("train", "val") for row in split[side]} == {*parts.train, *parts.chosen}
     assert len({places.parts(seed).scored for seed in range(5)}) > 1
 
-    for each in demo_sets(tmp_path / "data", 20, 2):
+    for each in demo_sets(tmp_path / "data"):
         parts = each.parts(0)
         # Two cores of a patient follow each other.
         patients = [
             {int(name[-3:]) // 2 for name in names} for names in (parts.train + parts.wider, parts.chosen, parts.scored)
         ]
-        assert sum(map(len, patients)) == len(set.union(*patients)) == 10
+        assert sum(map(len, patients)) == len(set.union(*patients)) == 20
 
 
 def test_of_two_slides_one_trains_and_the_other_chooses_and_scores(tmp_path):
@@ -117,6 +128,20 @@ def test_of_two_slides_one_trains_and_the_other_chooses_and_scores(tmp_path):
     parts = sets[0].parts(3)
     assert (parts.train, parts.chosen, parts.scored) == (("b0", "b1", "b2", "b3"), ("a0", "a2"), ("a1", "a3"))
     assert sets[0].groups == FURTHER
+
+
+def test_a_recipe_that_changes_only_a_split_that_the_set_does_not_follow_is_trained_once(tmp_path, undrawn):
+    import stability
+    from stability_recipes import demo_sets, recipes
+
+    (tmp_path / "data").mkdir()
+    options = argparse.Namespace(seeds=1, output_dir=tmp_path, quick=False)
+    wanted = [recipe for recipe in recipes() if recipe.name in ("former", "former, a fifth held out", "stable",
+                                                                "stable, a quarter held out")]  # fmt: skip
+    jobs = list(stability.plan(demo_sets(tmp_path / "data")[:1], wanted, options))
+    assert {job.recipe.name for job in jobs} == {"former", "stable", "stable, a quarter held out"}
+    parts = {job.recipe.name: json.loads(Path(job.content["options"]["split_file"]).read_text()) for job in jobs}
+    assert len(parts["stable, a quarter held out"]["val"]) > len(parts["stable"]["val"])
 
 
 @pytest.mark.parametrize("name", ["BasicUNet", "DynUNet", "pix2pix"])
@@ -210,6 +235,34 @@ def test_slides_held_out_in_turn_are_averaged_and_their_warnings_counted():
     assert (spread(rows, "mse"), epochs(rows)) == ("0.200 (0.100 to 0.300)", "4")
     rows.append({"mse": math.nan, "epochs to level": math.inf})
     assert (spread(rows, "mse"), epochs(rows)) == ("0.200 (0.100 to 0.300) of 2", "never")
+
+
+def scored(seed, error, raw, held_out="a"):
+    """A result of ``stable`` on one of two slides: two markers and an empty one; the mean's errors are 0.2 and 0.1."""
+    scores = {"names": ["CD3", "CD20", "Blank"], "pearson": [0.5, 0.3, None], "pearson_boxes": [0.6, 0.4, None]}
+    baseline = {**scores, "mse": [0.2, 0.1, 0.0]}
+    return {
+        "set": f"two, {held_out} held out", "recipe": "stable", "job": {"options": {"seed": seed}}, "epochs": [],
+        "scores": {**scores, "mse": error}, "raw_scores": {**scores, "mse": raw}, "level": [0.1],
+        "baselines": {"training mean": baseline, "regression from colours": baseline},
+    }  # fmt: skip
+
+
+def test_the_level_of_the_markers_is_compared_with_the_training_mean():
+    from stability_report import baselines, below_mean, level_table
+
+    results = [
+        scored(seed, [0.1, 0.05, 0.0], [0.1 + 0.2 * seed, 0.11, 0.1], slide) for seed in (0, 1) for slide in "ab"
+    ]
+    assert below_mean(results[0]["raw_scores"], results[0]["baselines"]["training mean"]) == ["CD20"]
+    assert below_mean(results[2]["raw_scores"], results[2]["baselines"]["training mean"]) == ["CD3", "CD20"]
+    after, before = level_table(results)[-3:-1]
+    assert after == "| recalibrated | 0.05000 | 0.400 | 0 of 3 (0 to 0) |"
+    # Of the seeds' means, 0.31 / 3 and 0.51 / 3, the median.
+    assert before == "| as the network gives them | 0.13667 | 0.400 | 1.5 of 3 (1 to 2): CD20, CD3 |"
+    assert level_table([{**results[0], "recipe": "former"}]) == []
+    found = baselines(results, ["two, a held out", "two, b held out"])
+    assert found["training mean"] == pytest.approx({"mse": 0.1, "pearson": 0.4, "pearson_boxes": 0.5})
 
 
 def transformed(write_pairs, change, augment=True):

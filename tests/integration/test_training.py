@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import signal
 import sys
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -787,22 +789,14 @@ def test_a_rate_too_small_for_the_length_of_the_run_is_told(train, capsys):
     assert "note:" not in capsys.readouterr().out
 
 
-@pytest.fixture
-def learnable(pairs):
-    """Pairs whose markers can be seen in the H&E: one is as dark as its red, another half as much, a third empty."""
-    for path in pairs.glob("*_HE.npy"):
-        dark = 255 - np.load(path)[..., :1]
-        np.save(path.with_name(path.name.replace("_HE", "_ORION")), np.concatenate([dark, dark // 2, 0 * dark], axis=2))
-    return pairs
-
-
-def test_the_best_model_is_recalibrated_after_training_and_only_it(learnable, train):
+def test_the_best_model_is_recalibrated_after_training_and_only_it(learnable, train, capsys):
     made = train(epochs=2, recalibrate=False)
     raw = load_trained(made.dir, "cpu")
     assert raw.recalibration is None
     before = (made.dir / "checkpoints" / "last.pt").read_bytes()
     # The run has ended, so that nothing but the recalibration is left to do.
     assert train(epochs=2, resume="auto").code == 0
+    assert "best model recalibrated: 2 of 3 markers, scales " in capsys.readouterr().out
     assert (made.dir / "checkpoints" / "last.pt").read_bytes() == before
     model = load_trained(made.dir, "cpu")
     assert model.epoch == raw.epoch
@@ -825,6 +819,8 @@ def test_the_recalibration_is_the_fit_to_the_training_patches(learnable, train):
     places = recalibrate.recalibration_patches(run)
     # Three training cores with four patches an epoch, from grids of four.
     assert len(places) == 12 and len(np.unique(places, axis=0)) == 12
+    sums = recalibrate.RecalibrationSums(run)
+    np.testing.assert_array_equal(np.concatenate(sums.batches), places)
     assert set(places[:, 0]) == set(prepared.split.train.tolist())
     raw = replace(load_trained(made.dir, "cpu"), recalibration=None)
     batch = run.feeds.transform(run.feeds.reader.read([PatchPlace(*row) for row in places.tolist()]), augment=False)
@@ -833,6 +829,25 @@ def test_the_recalibration_is_the_fit_to_the_training_patches(learnable, train):
     for marker in range(2):
         expected = np.polyfit(p[marker], t[marker], 1)
         np.testing.assert_allclose([line.scale[marker], line.offset[marker]], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_signal_before_the_recalibration_ends_the_run_and_the_next_one_finishes_it(learnable, train, monkeypatch):
+    straight = load(train("straight", epochs=1).dir / "checkpoints" / "best.pt")
+    add = recalibrate.RecalibrationSums.add
+
+    def interrupted(self, places):
+        os.kill(os.getpid(), signal.SIGTERM)
+        add(self, places)
+
+    monkeypatch.setattr(recalibrate.RecalibrationSums, "add", interrupted)
+    made = train(epochs=1)
+    assert made.code == 143
+    status = read_status(made.dir)
+    assert status["state"] == "interrupted" and "before the best model was recalibrated" in status["message"]
+    assert "recalibration" not in load(made.dir / "checkpoints" / "best.pt")
+    monkeypatch.setattr(recalibrate.RecalibrationSums, "add", add)
+    assert train(epochs=1, resume="auto").code == 0
+    assert load(made.dir / "checkpoints" / "best.pt")["recalibration"] == straight["recalibration"]
 
 
 @pytest.mark.parametrize("name", ["scale", "pixels"])

@@ -366,6 +366,7 @@ def test_a_config_may_hold_a_part_of_the_options_and_whole_numbers_for_fractions
         "statistics_batches": 0,
         "upsampling": "transposed",
         "stain_augmentation": 1.0,
+        "recalibrate": False,
     }
 
 
