@@ -127,7 +127,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/encoders"), metavar="DIR", help="default: runs/…")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    trials = Trials(options.output_dir / "trials.json")
+    settings = {
+        "pairs": options.pairs.resolve().name, "groups": options.training_groups, "encoder": options.encoder,
+        "sizes": [EPOCHS, BASE, PATCH, PATCHES, BATCH],
+    }  # fmt: skip
+    trials = Trials(options.output_dir / "trials.json", settings)
     ratio = float(trials.get("step ratio", options.output_dir / "none", lambda run: step_ratio(options)))
     ways = [way for way in WAYS if way in options.only or way in (UNET, UNET_LONGER)]
     for seed, way in product(range(0 if options.report else options.seeds), ways):

@@ -50,14 +50,14 @@ def train_once(
     ``most_cores`` of the groups' cores train, drawn by the seed; None: all. A training that was stopped goes on. Raises
     InputError if it does not finish.
     """
-    fitted, held_out = sides(pairs, seed, training)
-    fitted = [fitted[at] for at in sorted(np.random.default_rng([seed, 1]).permutation(len(fitted))[:most_cores])]
+    there, held_out = sides(pairs, seed, training)
+    fitted = [there[at] for at in sorted(np.random.default_rng([seed, 1]).permutation(len(there))[:most_cores])]
     run.mkdir(parents=True, exist_ok=True)
     split, alone = run / "given_split.json", run / "given_groups.csv"
     # Validation chooses nothing here, so one core of the held-out groups is enough for it.
     parts = {"train": fitted, "val": held_out[:1]}
     write_json(split, {"schema": 1, **{k: [{"core": c, "group": c} for c in cores] for k, cores in parts.items()}})
-    alone.write_text("\n".join(["core,group", *(f"{core},{core}" for core in (*fitted, *held_out))]), encoding="utf-8")
+    alone.write_text("\n".join(["core,group", *(f"{core},{core}" for core in (*there, *held_out))]), encoding="utf-8")
     config = parse_train_config([
         "--pairs_dir", str(pairs), "--output_dir", str(run / "run"), "--resume", "auto", "--gpus", "0",
         "--split_file", str(split), "--groups_csv", str(alone), "--seed", str(seed), "--patches_per_image_val", "4",
@@ -83,18 +83,26 @@ def predictions(pairs: Path, seed: int, training: int, run: Path) -> tuple[tuple
 
 
 class Trials:
-    """Finished trials in a file, each under a name; what is missing is made."""
+    """Finished trials in a file, each under a name; what is missing is made.
 
-    def __init__(self, path: Path) -> None:
+    ``settings`` are what all of them share. Raises InputError where the file is of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        # As they are read again.
+        self._settings = json.loads(json.dumps(settings))
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": self._settings}
+        if stored["settings"] != self._settings:
+            raise InputError(f"{path}: its trials have other settings ({stored['settings']}); use another --output_dir")
+        self.found: dict[str, Any] = stored.get("trials", {})
 
     def get(self, name: str, run: Path, make: Callable[[Path], Any]) -> Any:
         """The result of a trial, made in the folder ``run`` unless it is known; the folder is removed."""
         if name not in self.found:
             self.found[name] = make(run)
-            write_json(self._path, self.found)
+            write_json(self._path, {"settings": self._settings, "trials": self.found})
             shutil.rmtree(run, ignore_errors=True)
         return self.found[name]
 

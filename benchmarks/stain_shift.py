@@ -253,12 +253,13 @@ def main(argv: list[str]) -> int:
         raise InputError("--pairs DIR: is needed; or try the benchmark with --quick")
     torch.set_num_threads(options.threads)
     size = "quick" if options.quick else "full"
-    trials = Trials(options.output_dir / f"trials_{size}.json")
+    training = options.training_groups if options.pairs else 1
+    settings = {"pairs": options.pairs and options.pairs.resolve().name, "groups": training, "sizes": SIZES[size]}
+    trials = Trials(options.output_dir / f"trials_{size}.json", settings)
     with tempfile.TemporaryDirectory() as scratch:
         if options.pairs is None and not options.report:
             make_demo(Path(scratch) / "pairs", cores=6, size=128)
         pairs = options.pairs or Path(scratch) / "pairs"
-        training = options.training_groups if options.pairs else 1
         seeds = 1 if options.quick else options.seeds
         for seed, way in product(range(0 if options.report else seeds), WAYS):
             print(f"seed {seed}: {way}", file=sys.stderr, flush=True)

@@ -153,10 +153,11 @@ def main(argv: list[str]) -> int:
         raise InputError("--pairs DIR: is needed; or try the benchmark with --quick")
     torch.set_num_threads(options.threads)
     size = "quick" if options.quick else "full"
-    trials = Trials(options.output_dir / f"trials_{size}.json")
+    training = options.training_groups if options.pairs else 1
+    settings = {"pairs": options.pairs and options.pairs.resolve().name, "groups": training, "sizes": SIZES[size]}
+    trials = Trials(options.output_dir / f"trials_{size}.json", settings)
     with tempfile.TemporaryDirectory() as scratch:
         pairs = options.pairs or demo(Path(scratch))
-        training = options.training_groups if options.pairs else 1
         seeds = 1 if options.quick else options.seeds
         for seed, kind in product(range(0 if options.report else seeds), UPSAMPLINGS):
             print(f"seed {seed}: {kind}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from timm_here import TinyEncoder
 from orion_unet.data.loaders import TrainingSamples
 from orion_unet.data.patches import PatchPlace
 from orion_unet.data.transforms import jitter_colour
+from orion_unet.errors import InputError
 from orion_unet.models import timm_unet
 from orion_unet.registration.stains import STAINS, optical_density, separation
 
@@ -47,14 +48,18 @@ def test_the_quick_form_compares_upsamplings_and_repeats_only_what_is_missing(be
     first = capsys.readouterr().out
     assert "| bilinear | " in first and "| transposed, Hoechst | 8 | " in first
     kept = json.loads((tmp_path / "trials_quick.json").read_text())
-    lost = kept.pop("0 bilinear")
+    lost = kept["trials"].pop("0 bilinear")
     (tmp_path / "trials_quick.json").write_text(json.dumps(kept))
     assert module.main(["--quick", "--report", "--output_dir", str(tmp_path)]) == 0
     assert "No seed is finished" in capsys.readouterr().out
     assert module.main(["--quick", "--output_dir", str(tmp_path)]) == 0
     # A training is a function of its seed.
-    assert json.loads((tmp_path / "trials_quick.json").read_text())["0 bilinear"] == lost
+    assert json.loads((tmp_path / "trials_quick.json").read_text())["trials"]["0 bilinear"] == lost
     assert not list(tmp_path.glob("seed_*"))
+    # Trials of other settings are neither reported nor replaced.
+    (tmp_path / "trials_quick.json").write_text(json.dumps({**kept, "settings": {}}))
+    with pytest.raises(InputError, match="its trials have other settings"):
+        module.main(["--quick", "--output_dir", str(tmp_path)])
     torch.set_num_threads(threads)
 
 
@@ -82,7 +87,7 @@ def test_an_encoder_is_compared_at_equal_steps_and_at_equal_seconds(
         assert f"| {way} | " in text
     assert "A step with the encoder takes 2.20 times as long" in text
     assert "- encoder, pretrained, frozen against the U-Net at equal seconds: " in text
-    found = json.loads((tmp_path / "out" / "trials.json").read_text())
+    found = json.loads((tmp_path / "out" / "trials.json").read_text())["trials"]
     scores = {way: found[f"0 {way}"]["sums"] for way in module.WAYS}
     # Every way is another training; all are judged on the same pixels of both markers.
     different = {json.dumps(sums): way for way, sums in scores.items()}
@@ -95,7 +100,7 @@ def test_an_encoder_is_compared_at_equal_steps_and_at_equal_seconds(
     assert module.main(fewer) == 0
     torch.set_num_threads(threads)
     assert len(capsys.readouterr().out.split("| U-Net | ")) == 2
-    again = json.loads((tmp_path / "out" / "trials.json").read_text())
+    again = json.loads((tmp_path / "out" / "trials.json").read_text())["trials"]
     assert set(again) - set(found) == {"0 U-Net, 1 cores", "0 U-Net, seconds of the encoder, 1 cores"}
     assert again["0 U-Net, 1 cores"]["sums"] != scores["U-Net"]
     assert module.main([*fewer[:-4], "--report"]) == 0
@@ -184,16 +189,16 @@ def test_the_quick_form_compares_stain_augmentations_on_every_shift(benchmark, t
     assert TrainingSamples.places is places
     kept = json.loads((tmp_path / "trials_quick.json").read_text())
     # Every way is another training, and every shift another prediction of the same pixels.
-    sums = [np.array(kept[f"0 {way}"]["sums"][shift]) for way in module.WAYS for shift in module.SHIFTS]
+    sums = [np.array(kept["trials"][f"0 {way}"]["sums"][shift]) for way in module.WAYS for shift in module.SHIFTS]
     assert len({each.tobytes() for each in sums}) == len(module.WAYS) * len(module.SHIFTS)
     assert len({each[[0, 2, 4]].tobytes() for each in sums}) == 1
     assert not list(tmp_path.glob("seed_*"))
     # A training is a function of its seed, mixing included.
-    lost = kept.pop(f"0 {module.MIXING}")
+    lost = kept["trials"].pop(f"0 {module.MIXING}")
     (tmp_path / "trials_quick.json").write_text(json.dumps(kept))
     assert module.main(["--quick", "--report", "--output_dir", str(tmp_path)]) == 0
     assert "No seed is finished" in capsys.readouterr().out
     assert module.main(["--quick", "--output_dir", str(tmp_path)]) == 0
-    again = json.loads((tmp_path / "trials_quick.json").read_text())[f"0 {module.MIXING}"]
+    again = json.loads((tmp_path / "trials_quick.json").read_text())["trials"][f"0 {module.MIXING}"]
     assert again["sums"] == lost["sums"]
     torch.set_num_threads(threads)
