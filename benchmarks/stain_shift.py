@@ -249,7 +249,7 @@ def main(argv: list[str]) -> int:
         "--output_dir", type=Path, default=Path("runs/stain_shift"), metavar="DIR", help="default: runs/…"
     )
     options = parser.parse_args(argv)
-    if options.pairs is None and not options.quick:
+    if options.pairs is None and not (options.quick or options.report):
         raise InputError("--pairs DIR: is needed; or try the benchmark with --quick")
     torch.set_num_threads(options.threads)
     size = "quick" if options.quick else "full"
