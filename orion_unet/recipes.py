@@ -118,7 +118,18 @@ DEMO = Recipe(
     STABLE,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (STABLE, PUBLISHED, FORMER, DEMO, NONE)}
+FINE_TUNE = Recipe(
+    "fine_tune",
+    "stable for a run that starts from an earlier model (--init_from)",
+    {
+        "encoder_rate_factor": Value(
+            0.1, "as good as 1 where stains differ, and the encoder forgets less of what the new cores do not show"
+        ),
+    },
+    STABLE,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (STABLE, FINE_TUNE, PUBLISHED, FORMER, DEMO, NONE)}
 DEFAULT = STABLE.name
 
 

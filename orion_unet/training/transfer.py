@@ -19,6 +19,7 @@ from orion_unet.models.build import build_network
 from orion_unet.models.encoder_weights import check_variant, file_digest, match_weights, read_weights, weights_of_record
 from orion_unet.models.timm_unet import TimmUNet
 from orion_unet.models.unet import UNet, frozen_stages
+from orion_unet.recipes import FINE_TUNE
 
 # Options that decide which layers a network has, and of which shape.
 ARCHITECTURE = ("encoder", "base_features", "depth", "norm", "use_boundary_guidance", "upsampling")
@@ -67,6 +68,8 @@ def find_source(config: TrainConfig, earlier: dict[str, Any] | None) -> Source |
     if earlier is not None:
         return None
     if options.init_from is None:
+        if config.recipe == FINE_TUNE.name:
+            raise InputError(f"--recipe {config.recipe}: needs a model to start from; name its run with --init_from")
         if options.encoder_train != "full" and options.encoder_weights is None:
             raise InputError(
                 f"--encoder_train {options.encoder_train}: would keep random weights, because this run starts from no "

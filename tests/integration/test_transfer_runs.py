@@ -13,10 +13,12 @@ from runs_of_version_0_1 import ARCHIVE, COMMON
 from tiny_runs import TINY, differing, losses, trainer, weights
 
 from orion_unet import checkpoint
+from orion_unet.config import TrainConfig
 from orion_unet.errors import InputError
 from orion_unet.evaluation.known_cores import recognise_cores
 from orion_unet.inference.model import load_trained
 from orion_unet.training.loop import Loop
+from orion_unet.training.loop import train as train_run
 
 pytestmark = pytest.mark.slow
 
@@ -277,6 +279,13 @@ def test_partly_frozen_ranks_continue_bit_for_bit(options, ranks, train, others,
     before = weights(first.dir, "best.pt")
     assert kept
     assert all(torch.equal(stored[name], before[name]) for name in kept)
+
+
+def test_the_recipe_of_fine_tuning_needs_a_model_to_start_from(pairs, tmp_path):
+    options = {"pairs_dir": str(pairs), "output_dir": str(tmp_path / "refused")}
+    with pytest.raises(InputError, match="^--recipe fine_tune: needs a model to start from; name its run with --init_"):
+        train_run(TrainConfig.from_options(options, "fine_tune"))
+    assert not (tmp_path / "refused").exists()
 
 
 def test_another_encoder_training_is_refused_when_a_run_is_resumed(source, train):

@@ -469,7 +469,15 @@ FORMER = {
     "lr_patience": 3, "focal_weight": 0.1, "variance_weight": 0.5, "variance_form": "exponential",
     "output_start": "half",
 }  # fmt: skip
-RECIPE_VALUES = {"stable": STABLE, "published": PUBLISHED, "former": FORMER, "demo": DEMO, "none": {}}
+FINE_TUNE = {**STABLE, "encoder_rate_factor": 0.1}
+RECIPE_VALUES = {
+    "stable": STABLE,
+    "fine_tune": FINE_TUNE,
+    "published": PUBLISHED,
+    "former": FORMER,
+    "demo": DEMO,
+    "none": {},
+}
 
 
 @pytest.mark.parametrize(("name", "values"), RECIPE_VALUES.items(), ids=RECIPE_VALUES)
