@@ -283,7 +283,7 @@ def test_partly_frozen_ranks_continue_bit_for_bit(options, ranks, train, others,
 
 def test_the_recipe_of_fine_tuning_needs_a_model_to_start_from(pairs, tmp_path):
     options = {"pairs_dir": str(pairs), "output_dir": str(tmp_path / "refused")}
-    with pytest.raises(InputError, match="^--recipe fine_tune: needs a model to start from; name its run with --init_"):
+    with pytest.raises(InputError, match="--recipe fine_tune: needs a model to start from; name its run with --init_"):
         train_run(TrainConfig.from_options(options, "fine_tune"))
     assert not (tmp_path / "refused").exists()
 
