@@ -1,7 +1,7 @@
 """Named recipes: the values of options that belong together, and why each is what it is.
 
 A recipe names only what differs from the options' own defaults. The evidence is in TRAINING_IMPROVEMENTS.md and
-benchmarks/results/stability.md.
+benchmarks/results/stability.md; that of ``fine_tune`` is in benchmarks/results/transfer.md.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ FINE_TUNE = Recipe(
     "fine_tune",
     "stable for a run that starts from an earlier model (--init_from)",
     {
-        "encoder_rate_factor": Value(
-            0.1, "as good as 1 where stains differ, and the encoder forgets less of what the new cores do not show"
-        ),
+        "learning_rate": Value(1e-3, "never clearly worse than random weights, and forgets less than a higher rate"),
     },
     STABLE,
 )

@@ -469,7 +469,7 @@ FORMER = {
     "lr_patience": 3, "focal_weight": 0.1, "variance_weight": 0.5, "variance_form": "exponential",
     "output_start": "half",
 }  # fmt: skip
-FINE_TUNE = {**STABLE, "encoder_rate_factor": 0.1}
+FINE_TUNE = {**STABLE, "learning_rate": 1e-3}
 RECIPE_VALUES = {
     "stable": STABLE,
     "fine_tune": FINE_TUNE,
