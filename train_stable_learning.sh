@@ -7,6 +7,9 @@
 #   ./train_stable_learning.sh --demo          make a small generated data set and train on it
 #   ./train_stable_learning.sh --help          every option, with the recipe's values as defaults
 #
+# Worth a try on real H&E, most for scarce markers (docs/transfer.md): a pretrained encoder
+#   --encoder timm:tf_efficientnet_lite0 --encoder_weights efficientnet_lite0.safetensors --encoder_train frozen
+#
 # Several machines: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set.
 # NPROC_PER_NODE sets the number of ranks on this machine (default: one per GPU, one on a CPU).
 set -euo pipefail

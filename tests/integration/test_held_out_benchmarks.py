@@ -202,3 +202,18 @@ def test_the_quick_form_compares_stain_augmentations_on_every_shift(benchmark, t
     again = json.loads((tmp_path / "trials_quick.json").read_text())["trials"][f"0 {module.MIXING}"]
     assert again["sums"] == lost["sums"]
     torch.set_num_threads(threads)
+
+
+def test_the_pages_repeat_what_the_pretrained_encoder_gained():
+    table = (ROOT / "benchmarks" / "results" / "transfer.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| ")]
+    by_seed = {
+        cells[1]: np.array(cells[7].split(", "), float) for cells in rows if cells[1].startswith(("U-Net", "enc"))
+    }
+    gains = by_seed["encoder, pretrained, frozen"] - by_seed["U-Net, seconds of the encoder"]
+    text = f"by {gains.mean():.2f} in Pearson (three seeds: {', '.join(f'{gain:+.2f}' for gain in gains)})"
+    assert text in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    transfer = " ".join((ROOT / "docs" / "transfer.md").read_text(encoding="utf-8").split())
+    assert f"frozen by {gains.mean():.2f} although the U-Net trained twice as long" in transfer
+    trained = by_seed["encoder, pretrained"] - by_seed["U-Net, seconds of the encoder"]
+    assert f"trained along by {trained.mean():.2f} at equal seconds" in transfer
