@@ -147,8 +147,9 @@ def train_parser(prog: str | None = None, recipe: Recipe = RECIPES[DEFAULT]) -> 
         prog=prog,
         description="Train a spatial U-Net that predicts multiplexed immunofluorescence (ORION) from H&E.",
         epilog="Every on/off option has a --no_ form. An option given twice counts as given last. Precedence, lowest "
-        "first: the option's own default, --recipe, --config, the command line. Worth a try on real H&E, most for scarce "
-        "markers: --encoder timm:tf_efficientnet_lite0 --encoder_weights FILE --encoder_train frozen (docs/transfer.md).",
+        "first: the option's own default, --recipe, --config, the command line. Worth a try on real H&E, most for "
+        "scarce markers: --encoder timm:tf_efficientnet_lite0 --encoder_weights FILE --encoder_train frozen "
+        "(docs/transfer.md).",
     )
     parser.add_argument(
         "--recipe",
