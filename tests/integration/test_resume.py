@@ -171,7 +171,10 @@ def test_a_run_interrupted_at_every_epoch_equals_the_straight_one(train, interru
     assert [record["attempt"] for record in read_metrics(resumed.dir)] == [2, 3, 4]
 
 
-def test_a_signal_after_the_last_validation_of_the_run_leaves_it_finished(train, monkeypatch):
+@pytest.mark.parametrize(("recalibrate", "ends"), [(False, (0, "finished")), (True, (143, "interrupted"))])
+def test_a_signal_after_the_last_validation_leaves_a_run_finished_unless_it_is_to_be_recalibrated(
+    recalibrate, ends, train, monkeypatch
+):
     append = MetricsWriter.append
 
     def append_and_signal(self, record):
@@ -180,8 +183,8 @@ def test_a_signal_after_the_last_validation_of_the_run_leaves_it_finished(train,
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MetricsWriter, "append", append_and_signal)
-    made = train(epochs=2)
-    assert (made.code, read_status(made.dir)["state"]) == (0, "finished")
+    made = train(epochs=2, recalibrate=recalibrate)
+    assert (made.code, read_status(made.dir)["state"]) == ends
 
 
 @pytest.mark.parametrize("after", [0, 1])
