@@ -12,17 +12,17 @@ from torch import Tensor
 from orion_unet.correlation import spread
 from orion_unet.errors import InputError
 
-# A line is fitted from so many patches on, and multiplies by at most so much.
-LEAST_PATCHES, MOST_SCALE = 8, 2.0
+# Patches in which a marker must have been measured for a line.
+LEAST_PATCHES = 8
 
 
 @dataclass(frozen=True)
 class Recalibration:
     """``scale`` and ``offset`` (C,) of C markers, and the number of ``pixels`` of training patches they were fitted to.
 
-    A loss that rewards correlation leaves the level of a marker open: its predictions may rank the pixels well and
-    still be further from the measured values than the marker's mean is. Correlations do not change, except where values
-    are cut off at 0 or 1.
+    A loss that rewards correlation leaves the level of a marker open: its predictions may rank the pixels well, spread
+    too far, and be further from the measured values than the marker's mean is. Correlations do not change, except
+    where values are cut off at 0 or 1.
     """
 
     scale: np.ndarray
@@ -34,13 +34,14 @@ class Recalibration:
         """The least-squares lines from sums (6, C) over pixels as of ``correlation.moments``.
 
         ``patches`` (C,) is the number of patches that each marker was measured in. A marker with few of them, or whose
-        prediction does not rise with the measurement, is left as it is. One that is ``empty`` (C,) becomes 0. A scale
-        is at most ``MOST_SCALE``: where a prediction is nearly flat, a larger one would blow up whatever differs.
+        prediction does not rise with the measurement, is left as it is. One that is ``empty`` (C,) becomes 0. Lines
+        only narrow: a scale above 1 would widen whatever differs in other tissue, and raised errors on real pairs of
+        other places and slides.
         """
         count, p, t, pp, _, pt = sums
         with np.errstate(divide="ignore", invalid="ignore"):
-            slope = np.minimum((pt - p * t / count) / spread(count, p, pp), MOST_SCALE)
-            fits = (patches >= LEAST_PATCHES) & np.isfinite(slope) & (slope > 0)
+            slope = (pt - p * t / count) / spread(count, p, pp)
+            fits = (patches >= LEAST_PATCHES) & (slope > 0) & (slope < 1)
             scale = np.where(empty, 0.0, np.where(fits, slope, 1.0))
             offset = np.where(fits & ~empty, (t - scale * p) / count, 0.0)
         return cls(scale, offset, int(count.max(initial=0)))

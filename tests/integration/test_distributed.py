@@ -233,7 +233,8 @@ def test_a_rank_counts_only_its_own_machine_for_its_threads(start, tmp_path):
 
 
 def test_two_ranks_recalibrate_as_one_does(tmp_path, learnable, start):
-    options = {"pairs_dir": learnable, "output_dir": tmp_path / "one"}
+    wide = {"correlation_weight": 1.0, "mse_weight": 0.0, "l1_weight": 0.0, "boundary_weight": 0.0}
+    options = {"pairs_dir": learnable, "output_dir": tmp_path / "one", **wide, "variance_weight": 0.0}
     assert start(*trainer(**options, recalibrate=False)).end().code == 0
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert start(*trainer(**options, resume="auto")).end().code == 0
