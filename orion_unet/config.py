@@ -287,8 +287,8 @@ class OptimisationOptions:
     )
     recalibrate: bool = option(
         True,
-        "after training, fit a scale and an offset for each marker to training patches, which bring the predictions of "
-        "best.pt to the level of the measurement",
+        "after training, fit a scale and an offset for each marker to training patches, which narrow predictions of "
+        "best.pt that spread too far",
         fixed=False,
         before=False,
     )

@@ -264,7 +264,7 @@ def test_evaluate_takes_the_folder_of_the_training_as_the_training_did(trained, 
     (folder / "dataset.json").unlink()
     options = {**TINY, "pairs_dir": str(folder), "output_dir": str(tmp_path / "run"), "epochs": 1}
     assert train(TrainConfig.from_options({**options, "pixel_size_um": 0.325})) == 0
-    # Stated afterwards, it contradicts what the model was told, which counts in its own folder.
+    # A pixel size written later contradicts that of the training, which counts in its own folder.
     (folder / "dataset.json").write_text('{"schema": 1, "pixel_size_um": 0.65, "source": "x"}')
     model = load_trained(tmp_path / "run", "cpu")
     assert open_folder(model, folder, FolderOptions()).pixel_size_um == 0.325

@@ -259,7 +259,7 @@ def test_a_second_ctrl_c_ends_at_once(train, monkeypatch):
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing in the program catches it."""
+    """Plays the end of the process: nothing in the program catches it."""
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def run_benchmark(name, *words):
 
 
 class Clock:
-    """Stands for the module time: it is as late as the work under measurement says."""
+    """Replaces the module time: the work under measurement sets the clock."""
 
     now = 0.0
 

@@ -28,7 +28,7 @@ OPTIONS = {"encoder": "timm:tiny", "ema_decay": 0.9}
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """An encoder of three layers in the place of timm's."""
+    """An encoder of three layers instead of timm's."""
     monkeypatch.setattr(timm_unet, "create_encoder", lambda name: TinyEncoder())
     monkeypatch.setattr(timm_unet, "_colours", lambda name: ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1)))
 
