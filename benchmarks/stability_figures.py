@@ -13,9 +13,19 @@ GREY = "#7f8c8d"
 REGRESSION = "regression from colours"
 COLOURS = {
     "former": "#c0392b", "published": "#2471a3", "stable": "#1e8449", "BasicUNet, MSE, Adam": "#d68910",
-    "stable, all three": "#8e44ad", REGRESSION: GREY,
+    "pix2pix's U-Net, L1, Adam": "#a04000", "stable, all three": "#8e44ad", REGRESSION: GREY,
 }  # fmt: skip
 LABELS = {"stable, all three": "stable, HEXIF's data handling"}
+# Colour and label of the curves of each recipe, by row of the figure.
+CURVES = (
+    {name: (COLOURS[name], name) for name in ("former", "published", "stable")},
+    {
+        "constant rate 1e-2, running averages": ("#d68910", "constant 1e-2, running averages"),
+        "constant rate 1e-2, measured statistics": ("#2471a3", "constant 1e-2, measured"),
+        "stable, running averages": ("#8e44ad", "stable, running averages"),
+        "stable": (COLOURS["stable"], "stable, measured"),
+    },
+)
 
 
 def kind(name: str) -> str:
@@ -50,24 +60,27 @@ def _logarithmic(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def draw_curves(results: list[dict[str, Any]], sets: list[str], path: Path) -> None:
-    """Validation loss (each recipe's own) and validation squared error (comparable), one line per seed."""
-    figure = _figure(11, 2.9 * len(sets))
-    grid = figure.subplots(len(sets), 2, squeeze=False)
-    quantities = (("val", "own validation loss"), ("val_mse", "validation squared error"))
-    for row, name in zip(grid, sets, strict=True):
-        for axes, (column, title) in zip(row, quantities, strict=True):
-            for recipe in ("former", "published", "stable"):
-                runs = [result for result in results if result["set"] == name and result["recipe"] == recipe]
-                for index, result in enumerate(runs):
-                    values = [np.nan if each[column] is None else each[column] for each in result["epochs"]]
-                    axes.plot(range(1, len(values) + 1), values, color=COLOURS[recipe], alpha=0.7, linewidth=1.2,
-                              label=recipe if index == 0 else None)  # fmt: skip
+def draw_curves(results: list[dict[str, Any]], kinds: list[str], path: Path) -> None:
+    """Validation squared error over that of the training means, by epoch, one line per training; a column per kind of
+    set. Above: recipes; below: the same trainings of ``stable`` and of a plain trainer, by batch norm's statistics.
+    """
+    figure = _figure(2.0 + 2.5 * len(kinds), 6.6)
+    grid = figure.subplots(len(CURVES), len(kinds), squeeze=False, sharey="row")
+    for row, shown in zip(grid, CURVES, strict=True):
+        for axes, each in zip(row, kinds, strict=True):
+            for name, (colour, label) in shown.items():
+                runs = [r for r in results if kind(r["set"]) == each and r["recipe"] == name]
+                for result in runs:
+                    r2 = np.array([np.nan if one["val_r2"] is None else one["val_r2"] for one in result["epochs"]])
+                    axes.plot(np.arange(len(r2)) + 1, 1 - r2, color=colour, alpha=0.6, linewidth=1.1)
+                axes.plot([], [], color=colour, label=label)
+            axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
             _logarithmic(axes.yaxis)
-            axes.set_title(f"{name}: {title}", fontsize=10)
+            axes.set_title(each, fontsize=10)
             axes.set_xlabel("epoch")
             _tidy(axes)
-    grid[0][0].legend(frameon=False)
+        row[0].set_ylabel("squared error / error of the means")
+        row[-1].legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
 
@@ -75,6 +88,10 @@ def draw_comparison(
     found: dict[tuple[str, str], list[dict[str, float]]], kinds: list[str], names: list[str], path: Path
 ) -> None:
     """Median and range of movement, squared error and correlation, one row per recipe."""
+    # The base alone is no comparison.
+    kinds = [each for each in kinds if sum((each, name) in found for name in names) > 2]
+    if not kinds:
+        return
     names = [name for name in names if any((each, name) in found for each in kinds)]
     figure = _figure(12, 0.9 + 0.34 * len(names) * len(kinds) + 0.5 * len(kinds))
     grid = figure.subplots(len(kinds), 3, squeeze=False, sharey="row")
@@ -101,8 +118,11 @@ def draw_comparison(
 
 
 def draw_markers(results: list[dict[str, Any]], kinds: list[str], names: list[str], path: Path) -> None:
-    """Correlation per marker: stable, published, the peers and the regression."""
-    shown = [name for name in ("stable", "published", "BasicUNet, MSE, Adam", "stable, all three") if name in names]
+    """Correlation per marker: stable, published, the peers and the regression. Only sets on which a peer was trained,
+    if there is one."""
+    peers = ("BasicUNet, MSE, Adam", "pix2pix's U-Net, L1, Adam")
+    shown = [name for name in ("stable", "published", *peers, "stable, all three") if name in names]
+    kinds = [each for each in kinds if any(kind(r["set"]) == each and r["recipe"] in peers for r in results)] or kinds
     figure = _figure(12, 3.4 * len(kinds))
     grid = figure.subplots(len(kinds), 1, squeeze=False)
     for axes, each in zip(grid[:, 0], kinds, strict=True):

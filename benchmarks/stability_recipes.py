@@ -57,9 +57,9 @@ class Recipe:
     @property
     def seeds(self) -> float:
         """Largest number of seeds it is trained with."""
-        return {"improvement": 3, "peer at our rates": 3, "handling": 3, "variation": 2, "advice": 1, "length": 1}.get(
-            self.group, math.inf
-        )
+        return {
+            "statistics": 3, "ablation": 2, "improvement": 2, "variation": 2, "handling": 2, "advice": 1, "length": 1,
+        }.get(self.group, math.inf)  # fmt: skip
 
 
 def _recipe(name: str, group: str, *changes: dict[str, Any], **options: Any) -> Recipe:
@@ -75,11 +75,16 @@ def recipes() -> list[Recipe]:
         found.append(_recipe(f"former, {name}", "ablation", *(other for other in former if other is not change)))
     found += [_recipe(f"published, {name}", "improvement", options) for name, options in IMPROVEMENTS.items()]
     found.append(_recipe("stable", "stable", STABLE))
-    found += [_recipe(name, "statistics", *changes) for name, *changes in judged(former)]
+    found += [
+        _recipe(f"{name}, measured statistics", "bare", BARE, rate, MEASURED) for name, rate in BARE_RATES.items()
+    ]
+    found.append(_recipe("stable, running averages", "statistics", STABLE, AVERAGED))
+    found.append(_recipe("former, measured statistics", "statistics", *former, MEASURED))
+    found.append(_recipe("published, measured statistics", "statistics", MEASURED))
+    for name, rate in BARE_RATES.items():
+        found.append(_recipe(f"{name}, running averages", "statistics", BARE, rate, AVERAGED))
     found += [_recipe(f"stable, {name}", "variation", STABLE, options) for name, options in VARIATIONS.items()]
     found.append(_recipe("BasicUNet, MSE, Adam", "peer", PEER))
-    rates = {name: STABLE[name] for name in ("learning_rate", "scheduler", "warmup_epochs")}
-    found.append(_recipe("BasicUNet, MSE, Adam, rates of stable", "peer at our rates", PEER, rates))
     found.append(_recipe("pix2pix's U-Net, L1, Adam", "pix2pix", PIX2PIX))
     found += [_recipe(f"{name}, recipe of stable", "peer network", STABLE, changes=(name,)) for name in NETWORKS]
     found += [_recipe(f"stable, {change}", "handling", STABLE, changes=(change,)) for change in HEXIF]
@@ -98,23 +103,11 @@ def recipes() -> list[Recipe]:
     return found
 
 
-def judged(former: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Recipes that differ in how batch norm's statistics come about: name, and changes of published."""
-    found: list[tuple[Any, ...]] = [
-        ("stable, running averages", STABLE, AVERAGED),
-        ("former, measured statistics", *former, MEASURED),
-        ("published, measured statistics", MEASURED),
-    ]
-    for rate in ("1e-3", "3e-3", "1e-2"):
-        for name, how in (("measured statistics", MEASURED), ("running averages", AVERAGED)):
-            found.append((f"constant rate {rate}, {name}", BARE, {"learning_rate": float(rate)}, how))
-    return found
-
-
 AVERAGED: dict[str, Any] = {"statistics_batches": 0}
 MEASURED: dict[str, Any] = {"statistics_batches": 16}
 # A plain training in small batches: no warm-up, no schedule, no averaged weights.
 BARE: dict[str, Any] = {"scheduler": "constant", "batch_size": 4, "early_stopping_patience": 0}
+BARE_RATES = {f"constant rate {rate}": {"learning_rate": float(rate)} for rate in ("1e-3", "3e-3", "1e-2")}
 # Single changes of published. A learning rate of None is --learning_rate auto.
 IMPROVEMENTS: dict[str, dict[str, Any]] = {
     "learning rate 1e-3": {"learning_rate": 1e-3},
@@ -174,8 +167,10 @@ PIX2PIX: dict[str, Any] = {
 NETWORKS = ("BasicUNet", "DynUNet")
 
 
-# Groups of recipes that all further sets train; demo and the first real pairs train every group.
-FURTHER = ("main", "stable", "statistics", "peer", "pix2pix", "peer network")
+# Groups of recipes about which the stability promise is made, and those that further real pairs train; demo and the
+# first real pairs train every group.
+PROMISE = ("main", "stable", "bare")
+FURTHER = (*PROMISE, "peer", "pix2pix", "peer network")
 # With at least this many groups, real pairs are split by drawing groups; with fewer, each is held out in turn.
 DRAWN_FROM = 6
 # Where groups are drawn, how many cores of each group score: scoring whole cores takes long.
@@ -231,7 +226,7 @@ def demo_sets(folder: Path, cores: int = 40, per_image: int = 6, few: int = 3) -
     options = {**SMALL, "patches_per_image_val": 4}
     return [
         TrainingSet("demo", pairs, {**options, "patches_per_image": per_image}, partial(_same, parts)),
-        TrainingSet("demo few patches", pairs, {**options, "patches_per_image": few}, partial(_same, parts), FURTHER),
+        TrainingSet("demo few patches", pairs, {**options, "patches_per_image": few}, partial(_same, parts), PROMISE),
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from stability_figures import REGRESSION, draw_comparison, draw_curves, draw_markers, kind
-from stability_recipes import Recipe
+from stability_recipes import BARE_RATES, PROMISE, Recipe
 
 from orion_unet.findings import WARNING
 from orion_unet.monitor.diagnostics import Thresholds, diagnose
@@ -24,19 +24,26 @@ LAST = 10
 BASES = {
     "ablation": ("former",), "improvement": ("published",), "variation": ("stable",), "handling": ("stable",),
     "advice": ("former", "published", "stable"),
+    "statistics": ("stable", "former", "published", *(f"{name}, measured statistics" for name in BARE_RATES)),
 }  # fmt: skip
+COLUMNS = (
+    "recipe", "squared error", "Pearson", "Pearson, 8 × 8 boxes", "movement of V", "noise of V", "largest rise of V",
+    "largest fall of r2", "lowest r2", "improvement of L", "gap V − L", "best V", "epochs to the level", "warned",
+)  # fmt: skip
+# The promise: V is never above so many times its lowest so far, and r2 never below so much after the first epoch.
+LARGEST_RISE, LOWEST_R2 = 1.3, -1.0
 BASELINES = ("training mean", REGRESSION)
 # Exit code of a training that diverged.
 DIVERGED = 3
 GROUPS = {
     "main": "Former and published",
     "stable": "Stable",
+    "bare": "A plain training at a constant rate",
     "statistics": "How batch norm's statistics come about",
     "ablation": "From former towards published, one change at a time",
     "improvement": "Single changes of published",
     "variation": "Single changes of stable",
     "peer": "A peer: MONAI's BasicUNet with squared error",
-    "peer at our rates": "The peer at stable's learning rates",
     "pix2pix": "A peer: pix2pix's U-Net with absolute error",
     "peer network": "Peers' networks with stable's recipe",
     "handling": "Stable with HEXIF's handling of the data",
@@ -68,6 +75,7 @@ def measures(result: dict[str, Any], level: float) -> dict[str, float]:
         "best loss": float(val.min()),
         "largest rise": largest_rise(val),
         "lowest r2": lowest(_column(result["epochs"], "val_r2")),
+        "largest fall": largest_fall(_column(result["epochs"], "val_r2")),
         "epochs to level": (float(reached[0] + 1) if len(reached) else math.inf) if comparable else math.nan,
         "mse": mean(scores.get("mse", [])),
         "pearson": mean(scores.get("pearson", [])),
@@ -89,12 +97,23 @@ def lowest(r2: np.ndarray) -> float:
     return float(known.min()) if len(known) and np.isfinite(known).all() else math.nan
 
 
+def largest_fall(r2: np.ndarray) -> float:
+    """Largest fall of r2 below the best of the epochs before it: the rise of the squared error in units of the means'
+    error. 0 if r2 only rises; NaN where an epoch has none."""
+    return float(np.maximum(0, np.maximum.accumulate(r2)[:-1] - r2[1:]).max()) if len(r2) > 1 else math.nan
+
+
+def worst(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The worst of each measure of the promise; NaN where one is undefined."""
+    largest = {name: float(np.max([row[name] for row in rows])) for name in ("largest rise", "largest fall")}
+    return largest | {"lowest r2": float(np.min([row["lowest r2"] for row in rows]))}
+
+
 def over_slides(measured: list[dict[str, float]]) -> dict[str, float]:
     """Mean over the held-out slides, for one seed; counts of the trainings that were warned of or diverged."""
     found = {name: float(np.mean([one[name] for one in measured])) for name in MEASURES}
     # A promise about every epoch is as good as the worst slide.
-    found["largest rise"] = max(one["largest rise"] for one in measured)
-    found["lowest r2"] = min(one["lowest r2"] for one in measured)
+    found |= worst(measured)
     counted = {name: float(sum(one[name] > 0 for one in measured)) for name in ("warnings", "diverged")}
     unknown = any(math.isnan(one["warnings"]) for one in measured)
     return found | counted | {"trainings": len(measured)} | ({"warnings": math.nan} if unknown else {})
@@ -102,7 +121,7 @@ def over_slides(measured: list[dict[str, float]]) -> dict[str, float]:
 
 MEASURES = (
     "movement", "noise", "improvement", "relative improvement", "gap", "relative gap", "best loss", "largest rise",
-    "lowest r2", "epochs to level", "mse", "pearson", "pearson boxes", "warnings", "diverged",
+    "lowest r2", "largest fall", "epochs to level", "mse", "pearson", "pearson boxes", "warnings", "diverged",
 )  # fmt: skip
 
 
@@ -162,12 +181,14 @@ def write_report(
         f"- Movement (largest minus smallest) and noise (standard deviation about a line): of V, over the last {LAST} "
         "epochs.",
         "- Largest rise: V of an epoch over the lowest V before it, the largest of the whole run and of all slides; "
-        "lowest r2: of any epoch but the first, the lowest of all slides.",
+        "lowest r2: of any epoch but the first, the lowest of all slides; largest fall of r2: below its best so far, "
+        "that is, the rise of the squared error in units of the training means' error.",
         "- Improvement: fall of L from the first to the last epoch, in brackets as a share of the first L. Gap: V − L "
         "in the last epoch, in brackets as a share of V.",
         "- Epochs to the level: until the validation squared error is below that of the regression from colours.",
         "- Warned: number of trainings for which the monitor gives a warning at their end.",
         "",
+        *promise_table(kinds, recipes, found),
     ]
     for each in kinds:
         of_kind = [name for name in sets if kind(name) == each]
@@ -187,11 +208,36 @@ def write_report(
         lines += ["## Failed", "", *(f"- {line}" for line in failed), ""]
     figures.mkdir(parents=True, exist_ok=True)
     names = [recipe.name for recipe in recipes]
-    draw_curves(results, sets, figures / "stability_curves.png")
+    draw_curves(results, kinds, figures / "stability_curves.png")
     draw_comparison(found, kinds, [r.name for r in recipes if r.group in ("main", "ablation")],
                     figures / "stability_ablation.png")  # fmt: skip
     draw_markers(results, kinds, names, figures / "stability_markers.png")
     return "\n".join(lines)
+
+
+def promise_table(
+    kinds: list[str], recipes: list[Recipe], found: dict[tuple[str, str], list[dict[str, float]]]
+) -> list[str]:
+    """The worst training of every kind of set: rises of V, falls and lowest values of r2, over all epochs.
+
+    Promised are an r2 above LOWEST_R2 after the first epoch, for ``stable`` and for plain trainings, and for ``stable``
+    a V of at most LARGEST_RISE times its best so far.
+    """
+    lines = [
+        "## All epochs of every training: the worst seed", "",
+        "| set | recipe | trainings | largest rise of V | largest fall of r2 | lowest r2 after epoch 1 | kept |",
+        "| --- |" + " --- |" * 6,
+    ]  # fmt: skip
+    for each, recipe in ((each, recipe) for each in kinds for recipe in recipes if recipe.group in PROMISE):
+        rows = found.get((each, recipe.name))
+        if not rows:
+            continue
+        rise, fall, least = worst(rows).values()
+        met = least > LOWEST_R2 and (rise <= LARGEST_RISE or recipe.group != "stable")
+        kept = "" if recipe.group == "main" else "yes" if met else "no"
+        count = f"{sum(row['trainings'] for row in rows):.0f}"
+        lines.append(f"| {each} | {recipe.name} | {count} | {rise:.2f} | {fall:.2f} | {least:.2f} | {kept} |")
+    return [*lines, ""]
 
 
 def level_table(results: list[dict[str, Any]]) -> list[str]:
@@ -268,15 +314,13 @@ def table(
                           for name, measured in rows)]  # fmt: skip
         lines += [
             f"### {title} ({each}, {count} each)", "",
-            "| recipe | squared error | Pearson | Pearson, 8 × 8 boxes | movement of V | noise of V | "
-            "largest rise of V | lowest r2 | improvement of L | gap V − L | best V | epochs to the level | warned |",
-            "| --- |" + " --- |" * 12,
+            f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|",
         ]  # fmt: skip
         if group == "main":
             for name, scores in beside.items():
                 lines.append(
                     f"| *{name}* | {scores['mse']:.5f} | {text(scores['pearson'])} | {text(scores['pearson_boxes'])} |"
-                    + " |" * 9
+                    + " |" * (len(COLUMNS) - 4)
                 )
         lines += [_row(name, measured) for name, measured in rows] + [""]
     return lines
@@ -292,6 +336,7 @@ def _row(name: str, rows: list[dict[str, float]]) -> str:
         spread(rows, "movement", 4),
         spread(rows, "noise", 4, ranged=False),
         spread(rows, "largest rise", 2),
+        spread(rows, "largest fall", 2),
         spread(rows, "lowest r2", 2),
         f"{spread(rows, 'improvement', ranged=False)} ({share(rows, 'relative improvement')})",
         f"{spread(rows, 'gap', ranged=False)} ({share(rows, 'relative gap')})",

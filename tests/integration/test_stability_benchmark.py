@@ -237,6 +237,38 @@ def test_slides_held_out_in_turn_are_averaged_and_their_warnings_counted():
     assert (spread(rows, "mse"), epochs(rows)) == ("0.200 (0.100 to 0.300) of 2", "never")
 
 
+def test_rises_and_falls_are_measured_from_the_best_epoch_so_far():
+    from stability_report import largest_fall, largest_rise, lowest, worst
+
+    # The lowest V is 0.2 when it rises to 0.5; the best r2 is 0.6 when it falls to -0.3, and epoch 1 does not count.
+    assert largest_rise(np.array([0.4, 0.2, 0.3, 0.5, 0.1])) == pytest.approx(2.5)
+    r2 = np.array([-5.0, 0.1, 0.6, 0.2, -0.3, 0.7])
+    assert (largest_fall(r2), lowest(r2)) == (pytest.approx(0.9), -0.3)
+    assert (largest_rise(np.array([0.4, 0.2])), largest_fall(r2[:3])) == (1.0, 0.0)
+    assert math.isnan(largest_fall(np.array([0.1, math.nan, 0.2])))
+    rows = [{"largest rise": 1.1, "largest fall": 0.3, "lowest r2": -0.2},
+            {"largest rise": 1.2, "largest fall": 0.1, "lowest r2": -0.9}]  # fmt: skip
+    assert worst(rows) == {"largest rise": 1.2, "largest fall": 0.3, "lowest r2": -0.9}
+    assert math.isnan(worst([rows[0], {**rows[1], "largest rise": math.nan}])["largest rise"])
+
+
+@pytest.mark.parametrize(
+    ("rise", "least", "stable", "bare"),
+    [(1.3, -0.9, "yes", "yes"), (1.31, -0.9, "no", "yes"), (1.0, -1.0, "no", "no"), (math.nan, 0.1, "no", "yes")],
+)
+def test_one_bad_training_breaks_the_promise(rise, least, stable, bare):
+    from stability_recipes import recipes
+    from stability_report import promise_table
+
+    good = {"largest rise": 1.0, "largest fall": 0.0, "lowest r2": 0.5, "trainings": 1.0}
+    rows = [good, {**good, "largest rise": rise, "lowest r2": least}]
+    found = {("demo", name): rows for name in ("former", "stable", "constant rate 1e-2, measured statistics")}
+    table = [line.split(" | ") for line in promise_table(["demo", "other"], recipes(), found)[4:-1]]
+    assert {(row[1], row[2], row[-1].strip("| ")) for row in table} == {
+        ("former", "2", ""), ("stable", "2", stable), ("constant rate 1e-2, measured statistics", "2", bare),
+    }  # fmt: skip
+
+
 def scored(seed, error, raw, held_out="a"):
     """A result of ``stable`` on one of two slides: two markers and an empty one; the mean's errors are 0.2 and 0.1."""
     scores = {"names": ["CD3", "CD20", "Blank"], "pearson": [0.5, 0.3, None], "pearson_boxes": [0.6, 0.4, None]}
