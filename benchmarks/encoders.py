@@ -29,11 +29,11 @@ from scipy.stats import sem, t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from held_out import Trials, predictions, sides, step_seconds, train_once
+from held_out import Trials, held_out_sums, sides, step_seconds, train_once
 
 from orion_unet.cli.arguments import Parser, run_command
 from orion_unet.config import ModelOptions
-from orion_unet.correlation import moments, pearson
+from orion_unet.correlation import pearson
 from orion_unet.models.build import build_network
 
 UNET, UNET_LONGER = "U-Net", "U-Net, seconds of the encoder"
@@ -62,9 +62,7 @@ def words_of(way: str, options: argparse.Namespace, epochs: int, patches: int) -
 def trial(options: argparse.Namespace, seed: int, words: list[str], run: Path) -> dict[str, Any]:
     """Train once and score the held-out cores: sums for r of each core, by marker."""
     seconds = train_once(options.pairs, seed, options.training_groups, run, words, options.training_cores)
-    names, images = predictions(options.pairs, seed, options.training_groups, run)
-    sums = [moments(p.reshape(len(p), -1), m.reshape(len(m), -1)) for p, m in images]
-    return {"markers": list(names), "sums": np.sum(sums, axis=0).tolist(), "seconds": seconds}
+    return held_out_sums(options.pairs, seed, options.training_groups, run) | {"seconds": seconds}
 
 
 def step_ratio(options: argparse.Namespace) -> float:

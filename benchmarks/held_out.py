@@ -5,11 +5,17 @@ The weights after the last step are judged, so the held-out groups choose nothin
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import re
 import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,8 +25,10 @@ import torch
 from torch import nn
 
 from orion_unet import load_model, predict
-from orion_unet.cli.arguments import parse_train_config
+from orion_unet.cli.arguments import Parser, parse_train_config
+from orion_unet.correlation import moments
 from orion_unet.data.split import GROUPS_FILE
+from orion_unet.demo.make import make_demo
 from orion_unet.errors import InputError
 from orion_unet.run_log import METRICS_FILE, write_json
 from orion_unet.training.loop import train
@@ -82,6 +90,13 @@ def predictions(pairs: Path, seed: int, training: int, run: Path) -> tuple[tuple
     return model.names, images()
 
 
+def held_out_sums(pairs: Path, seed: int, training: int, run: Path) -> dict[str, Any]:
+    """The markers, and the sums for their r over all held-out cores (6, C)."""
+    names, images = predictions(pairs, seed, training, run)
+    sums = [moments(p.reshape(len(p), -1), m.reshape(len(m), -1)) for p, m in images]
+    return {"markers": list(names), "sums": np.sum(sums, axis=0).tolist()}
+
+
 class Trials:
     """Finished trials in a file, each under a name; what is missing is made.
 
@@ -105,6 +120,50 @@ class Trials:
             write_json(self._path, {"settings": self._settings, "trials": self.found})
             shutil.rmtree(run, ignore_errors=True)
         return self.found[name]
+
+
+def trials_parser(doc: str | None, name: str) -> Parser:
+    """The options of a benchmark that trains in several ways with several seeds."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=Path, metavar="DIR", help="pairs with a groups.csv, as .npy")
+    parser.add_argument("--training_groups", type=int, default=4, metavar="N", help="groups to train on; default: 4")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each way; default: 3")
+    parser.add_argument("--quick", action="store_true", help="seconds, to try the benchmark; one seed")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch; default: 1")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / name, metavar="DIR", help="default: runs/…")
+    return parser
+
+
+def run_trials(
+    options: argparse.Namespace,
+    ways: Iterable[str],
+    settings: dict[str, Any],
+    trial: Callable[[Path, int, str, int, Path], Any],
+) -> dict[str, Any]:
+    """Every way with every seed, by "SEED WAY": ``trial`` of pairs, seed, way, training groups and run folder.
+
+    Finished ones are kept in --output_dir; --report makes none. With --quick, the pairs may be generated ones. Raises
+    InputError without pairs.
+    """
+    if options.pairs is None and not options.quick:
+        raise InputError("--pairs DIR: is needed; or try the benchmark with --quick")
+    torch.set_num_threads(options.threads)
+    training = options.training_groups if options.pairs else 1
+    shared = {"pairs": options.pairs and options.pairs.resolve().name, "groups": training}
+    size = "quick" if options.quick else "full"
+    trials = Trials(options.output_dir / f"trials_{size}.json", shared | settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        pairs = options.pairs or Path(scratch) / "pairs"
+        if options.pairs is None and not options.report:
+            make_demo(pairs, cores=6, size=128)
+        seeds = 0 if options.report else 1 if options.quick else options.seeds
+        for seed, way in product(range(seeds), ways):
+            print(f"seed {seed}: {way}", file=sys.stderr, flush=True)
+            make = partial(trial, pairs, seed, way, training)
+            folder = options.output_dir / f"seed_{seed}_{re.sub(r'[^a-zA-Z0-9.-]+', '_', way)}"
+            trials.get(f"{seed} {way}", folder, make)
+    return trials.found
 
 
 def step_seconds(networks: Mapping[str, nn.Module], batch: int, patch: int, rounds: int) -> dict[str, float]:

@@ -29,27 +29,23 @@ Finished trainings are kept in --output_dir/trials_full.json; the same command c
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from encoders import spread
-from held_out import Trials, sides, train_once
+from held_out import run_trials, sides, train_once, trials_parser
 
 from orion_unet import load_model, predict
-from orion_unet.cli.arguments import Parser, run_command
+from orion_unet.cli.arguments import run_command
 from orion_unet.correlation import moments, pearson
 from orion_unet.data.loaders import BatchRequest, TrainingSamples
 from orion_unet.data.patches import PatchPlace
@@ -57,8 +53,6 @@ from orion_unet.data.randomness import counter_rng
 from orion_unet.data.scale import he_image
 from orion_unet.data.stain import measure_stain
 from orion_unet.data.transforms import STAIN_SCALE, STAIN_SHIFT
-from orion_unet.demo.make import make_demo
-from orion_unet.errors import InputError
 from orion_unet.registration.stains import optical_density
 
 # Strength of the jitter of each way to train.
@@ -162,7 +156,7 @@ def mixed(place: PatchPlace, stains: dict[int, np.ndarray], rng: np.random.Gener
     return replace(place, colour=tuple(colour.tolist()))
 
 
-def trial(pairs: Path, seed: int, way: str, training: int, size: str, run: Path) -> dict[str, Any]:
+def trial(size: str, pairs: Path, seed: int, way: str, training: int, run: Path) -> dict[str, Any]:
     """Train once and score the held-out cores: sums for r by shift and marker."""
     epochs, base, patch, patches, batch, count, side = SIZES[size]
     numbers = {
@@ -238,34 +232,9 @@ def verdict(plain: dict[str, np.ndarray], over: dict[str, np.ndarray]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=Path, metavar="DIR", help="pairs with a groups.csv, as .npy")
-    parser.add_argument("--training_groups", type=int, default=4, metavar="N", help="groups to train on; default: 4")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each way; default: 3")
-    parser.add_argument("--quick", action="store_true", help="seconds, to try the benchmark; one seed")
-    parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch; default: 1")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/stain_shift"), metavar="DIR", help="default: runs/…"
-    )
-    options = parser.parse_args(argv)
-    if options.pairs is None and not (options.quick or options.report):
-        raise InputError("--pairs DIR: is needed; or try the benchmark with --quick")
-    torch.set_num_threads(options.threads)
+    options = trials_parser(__doc__, "stain_shift").parse_args(argv)
     size = "quick" if options.quick else "full"
-    training = options.training_groups if options.pairs else 1
-    settings = {"pairs": options.pairs and options.pairs.resolve().name, "groups": training, "sizes": SIZES[size]}
-    trials = Trials(options.output_dir / f"trials_{size}.json", settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        if options.pairs is None and not options.report:
-            make_demo(Path(scratch) / "pairs", cores=6, size=128)
-        pairs = options.pairs or Path(scratch) / "pairs"
-        seeds = 1 if options.quick else options.seeds
-        for seed, way in product(range(0 if options.report else seeds), WAYS):
-            print(f"seed {seed}: {way}", file=sys.stderr, flush=True)
-            make = partial(trial, pairs, seed, way, training, size)
-            trials.get(f"{seed} {way}", options.output_dir / f"seed_{seed}_{list(WAYS).index(way)}", make)
-    print(report(trials.found))
+    print(report(run_trials(options, WAYS, {"sizes": SIZES[size]}, partial(trial, size))))
     return 0
 
 

@@ -17,25 +17,20 @@ same command continues. --report trains nothing.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from held_out import Trials, predictions, step_seconds, train_once
+from held_out import predictions, run_trials, step_seconds, train_once, trials_parser
 
-from orion_unet.cli.arguments import Parser, run_command
+from orion_unet.cli.arguments import run_command
 from orion_unet.correlation import moments, pearson
-from orion_unet.demo.make import make_demo
-from orion_unet.errors import InputError
 from orion_unet.models.blocks import UPSAMPLINGS
 from orion_unet.models.unet import SpatialUNet, parameter_count
 
@@ -64,7 +59,7 @@ def grid_ratios(image: np.ndarray) -> np.ndarray:
     return np.stack(found, axis=1)
 
 
-def trial(pairs: Path, seed: int, upsampling: str, training: int, size: str, run: Path) -> dict[str, Any]:
+def trial(size: str, pairs: Path, seed: int, upsampling: str, training: int, run: Path) -> dict[str, Any]:
     """Train once and score the held-out cores: r by marker, and the grid of every core, predicted and measured."""
     epochs, base, patch, patches, batch = SIZES[size]
     numbers = {
@@ -138,40 +133,12 @@ def report(trials: dict[str, Any], speed: tuple[dict[str, float], dict[str, int]
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=Path, metavar="DIR", help="pairs with a groups.csv")
-    parser.add_argument("--training_groups", type=int, default=4, metavar="N", help="groups to train on; default: 4")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each kind; default: 3")
-    parser.add_argument("--quick", action="store_true", help="seconds, to try the benchmark; one seed")
-    parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch; default: 1")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/upsampling"), metavar="DIR", help="default: runs/…"
-    )
-    options = parser.parse_args(argv)
-    if options.pairs is None and not options.quick:
-        raise InputError("--pairs DIR: is needed; or try the benchmark with --quick")
-    torch.set_num_threads(options.threads)
+    options = trials_parser(__doc__, "upsampling").parse_args(argv)
     size = "quick" if options.quick else "full"
-    training = options.training_groups if options.pairs else 1
-    settings = {"pairs": options.pairs and options.pairs.resolve().name, "groups": training, "sizes": SIZES[size]}
-    trials = Trials(options.output_dir / f"trials_{size}.json", settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        pairs = options.pairs or demo(Path(scratch))
-        seeds = 1 if options.quick else options.seeds
-        for seed, kind in product(range(0 if options.report else seeds), UPSAMPLINGS):
-            print(f"seed {seed}: {kind}", file=sys.stderr, flush=True)
-            make = partial(trial, pairs, seed, kind, training, size)
-            trials.get(f"{seed} {kind}", options.output_dir / f"seed_{seed}_{kind}", make)
+    found = run_trials(options, UPSAMPLINGS, {"sizes": SIZES[size]}, partial(trial, size))
     _, base, patch, _, batch = SIZES[size]
-    print(report(trials.found, None if options.report else step_times(base, patch, batch, 2 if options.quick else 12)))
+    print(report(found, None if options.report else step_times(base, patch, batch, 2 if options.quick else 12)))
     return 0
-
-
-def demo(folder: Path) -> Path:
-    """A few small generated cores of as many groups."""
-    make_demo(folder / "pairs", cores=6, size=128)
-    return folder / "pairs"
 
 
 if __name__ == "__main__":

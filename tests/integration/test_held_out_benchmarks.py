@@ -107,6 +107,44 @@ def test_an_encoder_is_compared_at_equal_steps_and_at_equal_seconds(
     assert text.strip().endswith(capsys.readouterr().out.strip())
 
 
+@pytest.mark.slow
+def test_learning_rates_are_compared_at_every_length(benchmark, tmp_path, capsys):
+    module = benchmark("learning_rates")
+    threads = torch.get_num_threads()
+    words = ["--quick", "--rates", "0.001", "0.01", "--output_dir", str(tmp_path)]
+    assert module.main(words) == 0
+    torch.set_num_threads(threads)
+    text = "| steps |" + capsys.readouterr().out.partition("| steps |")[2]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines()[2:]]
+    # Both lengths are so short that auto is the highest rate.
+    assert [row[:2] for row in rows] == [["4", "0.01"], ["8", "0.01"]]
+    found = json.loads((tmp_path / "trials_quick.json").read_text())["trials"]
+    assert list(found) == [f"0 {steps} steps at {rate}" for steps in (4, 8) for rate in ("0.001", "0.01")]
+    assert len({json.dumps(trial["sums"]) for trial in found.values()}) == 4
+    assert module.main([*words, "--report"]) == 0
+    torch.set_num_threads(threads)
+    assert capsys.readouterr().out == text
+
+
+def test_the_best_rate_of_a_length_is_compared_with_the_one_nearest_the_automatic_one(benchmark):
+    module = benchmark("learning_rates")
+
+    def of(r):
+        """Sums of 100 pixels of one marker with this correlation: both have mean 0 and variance 1."""
+        return {"sums": [[100.0], [0.0], [0.0], [100.0], [100.0], [100.0 * r]]}
+
+    from orion_unet.correlation import pearson
+
+    order = {"sums": np.array(of(0.5)["sums"])}
+    assert pearson(order["sums"]) == pytest.approx(0.5), "the order of the sums"
+    trials = {f"{seed} {module.name_of(8000, rate)}": of(r + 0.1 * seed)
+              for seed in (0, 1) for rate, r in ((0.001, 0.3), (0.01, 0.4))}  # fmt: skip
+    trials[f"2 {module.name_of(8000, 0.001)}"] = of(0.9)
+    (row,) = module.report(trials, [100, 8000], [0.001, 0.01]).splitlines()[2:]
+    # A seed that is not finished at all rates does not count.
+    assert row == "| 8000 | 0.001 | 0.350 (0.300, 0.400) | 0.450 (0.400, 0.500) | 0.01: +0.100 |"
+
+
 def degrees(one, other):
     """Angles between the rows of two arrays of unit vectors."""
     return np.rad2deg(np.arccos(np.clip((one * other).sum(axis=1), -1, 1)))
