@@ -120,6 +120,7 @@ IMPROVEMENTS: dict[str, dict[str, Any]] = {
 VARIATIONS: dict[str, dict[str, Any]] = {
     "without EMA": {"ema_decay": 0.0},
     "without correlation": {"correlation_weight": 0.0},
+    "without warm-up": {"warmup_epochs": 0.0},
     "plateau": {"scheduler": "plateau"},
     "no L1": {"l1_weight": 0.0},
     "starts at a half": {"output_start": "half"},
