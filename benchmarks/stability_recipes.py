@@ -58,7 +58,7 @@ class Recipe:
     def seeds(self) -> float:
         """Largest number of seeds it is trained with."""
         return {
-            "statistics": 3, "ablation": 2, "improvement": 2, "variation": 2, "handling": 2, "advice": 1, "length": 1,
+            "statistics": 2, "ablation": 2, "improvement": 2, "variation": 2, "handling": 2, "advice": 1, "length": 1,
         }.get(self.group, math.inf)  # fmt: skip
 
 
@@ -171,7 +171,7 @@ NETWORKS = ("BasicUNet", "DynUNet")
 # Groups of recipes about which the stability promise is made, and those that further real pairs train; demo and the
 # first real pairs train every group.
 PROMISE = ("main", "stable", "bare")
-FURTHER = (*PROMISE, "peer", "pix2pix", "peer network")
+FURTHER = (*PROMISE, "statistics", "peer", "pix2pix", "peer network")
 # With at least this many groups, real pairs are split by drawing groups; with fewer, each is held out in turn.
 DRAWN_FROM = 6
 # Where groups are drawn, how many cores of each group score: scoring whole cores takes long.
