@@ -58,7 +58,7 @@ class Recipe:
     def seeds(self) -> float:
         """Largest number of seeds it is trained with."""
         return {
-            "statistics": 2, "ablation": 2, "improvement": 2, "variation": 2, "handling": 2, "advice": 1, "length": 1,
+            "statistics": 2, "ablation": 2, "improvement": 2, "variation": 2, "handling": 2, "advice": 1,
         }.get(self.group, math.inf)  # fmt: skip
 
 
@@ -92,14 +92,6 @@ def recipes() -> list[Recipe]:
     for base, changes in ADVICE.items():
         before = {"former": former, "published": [], "stable": [STABLE]}[base]
         found += [_recipe(f"{base}, {name}", "advice", *before, options) for name, options in changes.items()]
-    for epochs, width in ((8, 8), (120, 8), (8, 32)):
-        for rate in ("1e-3", "4e-3", "1.6e-2"):
-            options = {"learning_rate": float(rate), "epochs": epochs, "base_features": width}
-            name = f"cosine, {epochs} epochs{', base 32' if width == 32 else ''}, learning rate {rate}"
-            found.append(_recipe(name, "length", FALLING, options))
-    for rate in ("1e-4", "1e-3"):
-        options = {"learning_rate": float(rate), "epochs": 120, "early_stopping_patience": 0}
-        found.append(_recipe(f"published, 120 epochs, learning rate {rate}", "length", options))
     return found
 
 
@@ -131,8 +123,6 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "pyramid of errors": {"changes": ("pyramid of errors",)},
     "residual blocks": {"changes": ("residual blocks",)},
 }
-# Which rate suits which length: no early stopping, so that every run reaches the end of its cosine.
-FALLING: dict[str, Any] = {**STABLE, "warmup_epochs": 1, "l1_weight": 0.0, "early_stopping_patience": 0}
 # The monitor's advice for runs that are unstable, slow or overfitting.
 ADVICE: dict[str, dict[str, dict[str, Any]]] = {
     "former": {

@@ -48,7 +48,6 @@ GROUPS = {
     "peer network": "Peers' networks with stable's recipe",
     "handling": "Stable with HEXIF's handling of the data",
     "advice": "Advice for runs that are unstable, slow or overfitting",
-    "length": "Other lengths and a wider network",
 }
 
 
