@@ -53,6 +53,7 @@ from orion_unet.data.randomness import counter_rng
 from orion_unet.data.scale import he_image
 from orion_unet.data.stain import measure_stain
 from orion_unet.data.transforms import STAIN_SCALE, STAIN_SHIFT
+from orion_unet.errors import InputError
 from orion_unet.registration.stains import optical_density
 
 # Strength of the jitter of each way to train.
@@ -156,9 +157,9 @@ def mixed(place: PatchPlace, stains: dict[int, np.ndarray], rng: np.random.Gener
     return replace(place, colour=tuple(colour.tolist()))
 
 
-def trial(size: str, pairs: Path, seed: int, way: str, training: int, run: Path) -> dict[str, Any]:
+def trial(sizes: tuple[int, ...], pairs: Path, seed: int, way: str, training: int, run: Path) -> dict[str, Any]:
     """Train once and score the held-out cores: sums for r by shift and marker."""
-    epochs, base, patch, patches, batch, count, side = SIZES[size]
+    epochs, base, patch, patches, batch, count, side = sizes
     numbers = {
         "epochs": epochs, "base_features": base, "patch_size": patch, "patches_per_image": patches, "batch_size": batch,
         "stain_augmentation": WAYS[way],
@@ -183,10 +184,10 @@ def trial(size: str, pairs: Path, seed: int, way: str, training: int, run: Path)
     return {"markers": list(model.names), "sums": {shift: each.tolist() for shift, each in sums.items()}}
 
 
-def report(trials: dict[str, Any]) -> str:
+def report(trials: dict[str, Any], ways: list[str]) -> str:
     """The tables over the seeds for which every way is finished."""
     seeds = sorted({int(key.split()[0]) for key in trials})
-    complete = [seed for seed in seeds if all(f"{seed} {way}" in trials for way in WAYS)]
+    complete = [seed for seed in seeds if all(f"{seed} {way}" in trials for way in ways)]
     if not complete:
         return "No seed is finished in every way."
     names = trials[f"{complete[0]} {USUAL}"]["markers"]
@@ -195,19 +196,19 @@ def report(trials: dict[str, Any]) -> str:
         way: np.stack([
             [pearson(np.array(trials[f"{seed} {way}"]["sums"][shift])) for shift in SHIFTS] for seed in complete
         ])
-        for way in WAYS
+        for way in ways
     }  # fmt: skip
     lines = ["## Pearson against shift, mean over markers and seeds", ""]
-    lines += ["| H&E | " + " | ".join(WAYS) + " |", "| --- " * (len(WAYS) + 1) + "|"]
+    lines += ["| H&E | " + " | ".join(ways) + " |", "| --- " * (len(ways) + 1) + "|"]
     for row, shift in enumerate(SHIFTS):
-        cells = [f"{np.nanmean(r[way][:, row]):.3f}" for way in WAYS]
+        cells = [f"{np.nanmean(r[way][:, row]):.3f}" for way in ways]
         lines.append(f"| {shift} | " + " | ".join(cells) + " |")
-    plain = {way: np.nanmean(r[way][:, 0], axis=1) for way in WAYS}
-    over = {way: np.nanmean(r[way][:, 1:], axis=(1, 2)) for way in WAYS}
+    plain = {way: np.nanmean(r[way][:, 0], axis=1) for way in ways}
+    over = {way: np.nanmean(r[way][:, 1:], axis=(1, 2)) for way in ways}
     for title, found, rows in (("Without a shift", plain, slice(0, 1)), ("Over all shifts", over, slice(1, None))):
         lines += ["", f"## {title}", "", "| way | " + " | ".join([*names, "mean", "by seed", "against 1"]) + " |"]
         lines += ["| --- " * (len(names) + 4) + "|"]
-        for way in WAYS:
+        for way in ways:
             cells = [f"{r[way][:, rows, marker].mean():.3f}" for marker in range(len(names))]
             cells += [f"{found[way].mean():.3f}", ", ".join(f"{value:.3f}" for value in found[way])]
             cells.append("" if way == USUAL else spread(found[way] - found[USUAL]))
@@ -223,18 +224,27 @@ def verdict(plain: dict[str, np.ndarray], over: dict[str, np.ndarray]) -> str:
         gain = over[way] - over[other]
         return bool(gain.mean() >= GAIN and (gain > 0).all())
 
-    possible = [way for way in WAYS if plain[way].mean() >= plain[USUAL].mean() - LOSS]
+    possible = [way for way in plain if plain[way].mean() >= plain[USUAL].mean() - LOSS]
     best = max((way for way in possible if way != MIXING), key=lambda way: over[way].mean())
     default = best if gains(best, USUAL) else USUAL
+    found = f"By the rule, the default is strength {WAYS[default]:g}"
+    if MIXING not in plain:
+        return f"{found}."
     earned = MIXING in possible and gains(MIXING, default)
-    mixing = "becomes" if earned else "does not become"
-    return f"By the rule, the default is strength {WAYS[default]:g}, and mixing {mixing} an option."
+    return f"{found}, and mixing {'becomes' if earned else 'does not become'} an option."
 
 
 def main(argv: list[str]) -> int:
-    options = trials_parser(__doc__, "stain_shift").parse_args(argv)
-    size = "quick" if options.quick else "full"
-    print(report(run_trials(options, WAYS, {"sizes": SIZES[size]}, partial(trial, size))))
+    parser = trials_parser(__doc__, "stain_shift")
+    parser.add_argument("--epochs", type=int, metavar="N", help=f"as of the trainer; default: {SIZES['full'][0]}")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
+                        help=f"of {', '.join(WAYS)}; {USUAL} must be among them; default: all")  # fmt: skip
+    options = parser.parse_args(argv)
+    if USUAL not in options.ways:
+        raise InputError(f"--ways: {USUAL} is missing, which the others are compared with")
+    epochs, *rest = SIZES["quick" if options.quick else "full"]
+    sizes = (options.epochs or epochs, *rest)
+    print(report(run_trials(options, options.ways, {"sizes": sizes}, partial(trial, sizes)), options.ways))
     return 0
 
 
