@@ -113,6 +113,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "without EMA": {"ema_decay": 0.0},
     "without correlation": {"correlation_weight": 0.0},
     "without warm-up": {"warmup_epochs": 0.0},
+    "stain jitter": {"stain_augmentation": 1.0},
     "plateau": {"scheduler": "plateau"},
     "no L1": {"l1_weight": 0.0},
     "starts at a half": {"output_start": "half"},
@@ -148,7 +149,7 @@ ADVICE: dict[str, dict[str, dict[str, Any]]] = {
 PEER: dict[str, Any] = {
     "learning_rate": 1e-3, "weight_decay": 0.0, "scheduler": "constant", "early_stopping_patience": 0,
     "mse_weight": 1.0, "l1_weight": 0.0, "boundary_weight": 0.0, "variance_weight": 0.0, "noise_removal": False,
-    "use_boundary_guidance": False, "output_start": "half", "changes": ("BasicUNet",),
+    "use_boundary_guidance": False, "stain_augmentation": 0.0, "output_start": "half", "changes": ("BasicUNet",),
 }  # fmt: skip
 # Isola et al., CVPR 2017, without the adversarial term: their rate and batch, the absolute error alone.
 PIX2PIX: dict[str, Any] = {

@@ -16,7 +16,7 @@ UNET, TIMM = "unet", "timm:"
 # How the decoder of a new network doubles the resolution.
 UPSAMPLING = "bilinear"
 # Strength of a new run's stain and colour jitter, by the rule in benchmarks/stain_shift.py.
-STAIN_AUGMENTATION = 1.0
+STAIN_AUGMENTATION = 0.0
 
 
 @dataclass(frozen=True)

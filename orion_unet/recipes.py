@@ -62,6 +62,7 @@ PUBLISHED = Recipe(
         "use_amp": Value(True, "twice the speed on a GPU; float32 on a CPU"),
         "use_boundary_guidance": Value(True, "as published"),
         "noise_removal": Value(True, "hot pixels of the camera are no markers"),
+        "stain_augmentation": Value(1.0, "as published"),
         "statistics_batches": Value(0, "as published"),
         "recalibrate": Value(False, "as published"),
     },
@@ -76,6 +77,9 @@ STABLE = Recipe(
         "warmup_epochs": Value(0.5, "the first steps at a high rate spoil the start at the markers' means"),
         "ema_decay": Value(0.95, "validates more evenly than the weights of one step"),
         "correlation_weight": Value(0.1, "makes the network learn scarce markers"),
+        "stain_augmentation": Value(
+            None, "auto: none; jitter cost correlation, on stains that were not trained on, too"
+        ),
         "statistics_batches": Value(None, "auto; running averages lag behind the weights, so that validation jumps"),
         "recalibrate": Value(True, "the correlation term leaves the level of scarce markers open"),
     },
