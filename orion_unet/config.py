@@ -91,11 +91,11 @@ class DataOptions:
     )
     target_transform: str = option("linear", "curve applied to the normalised target", choices=("linear", "log1p"))
     noise_removal: bool = option(False, "replace isolated hot pixels of the target by their local median")
-    augment: bool = option(True, "flips, quarter turns, and stain and colour jitter of the H&E")
+    augment: bool = option(True, "flips and quarter turns, and the stain jitter of stain_augmentation")
     stain_augmentation: float | None = option(
         None,
-        "with augment: strength of the stain and colour jitter, as a multiple of its usual ranges; 0 = none; default: "
-        f"that of the run to resume, else {STAIN_AUGMENTATION:g}",
+        "with augment: strength of the stain and colour jitter, a multiple of its ranges in docs/trust.md; 0 = none; "
+        f"default: that of the run to resume, else {STAIN_AUGMENTATION:g}",
         minimum=0,
         maximum=4,
         follows=True,

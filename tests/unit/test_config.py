@@ -454,11 +454,12 @@ PUBLISHED = {
     "epochs": 30, "batch_size": 12, "val_split": 0.2, "learning_rate": 1e-4, "scheduler": "plateau", "lr_factor": 0.5,
     "lr_patience": 5, "mse_weight": 0.8, "l1_weight": 0.3, "boundary_weight": 0.1, "focal_weight": 0.0,
     "variance_weight": 0.1, "correlation_weight": 0.0, "early_stopping_patience": 10, "use_amp": True,
-    "use_boundary_guidance": True, "noise_removal": True, "statistics_batches": 0, "recalibrate": False,
+    "use_boundary_guidance": True, "noise_removal": True, "stain_augmentation": 1.0, "statistics_batches": 0,
+    "recalibrate": False,
 }  # fmt: skip
 STABLE = {
     **PUBLISHED, "learning_rate": None, "scheduler": "cosine", "warmup_epochs": 0.5, "ema_decay": 0.95,
-    "correlation_weight": 0.1, "statistics_batches": None, "recalibrate": True,
+    "correlation_weight": 0.1, "stain_augmentation": None, "statistics_batches": None, "recalibrate": True,
 }  # fmt: skip
 DEMO = {
     **STABLE, "pairs_dir": "demo_pairs", "output_dir": "runs/demo", "patch_size": 128, "patches_per_image": 16,
