@@ -227,7 +227,7 @@ EFFECTS = {
     "target_transform": {"target_transform": "log1p"},
     "augment": {"augment": False},
     "stain_augmentation": {"stain_augmentation": 2.0},
-    "stain_augmentation, none": {"stain_augmentation": 0.0},
+    "stain_augmentation, usual": {"stain_augmentation": 1.0},
     "base_features": {"base_features": 6},
     "depth": {"depth": 1},
     "norm": {"norm": "group"},
