@@ -13,12 +13,14 @@ cores that score, whose hot pixels are kept. (The unit of the error is the range
 which differs slightly when a recipe holds out more cores.)
 
 The benchmark can be interrupted: the same command skips the trainings that have ended. A recipe that fails is reported
-and does not stop the others. Tables and figures are written at the end, or at once with ``--report``.
+and does not stop the others. Tables and figures are written at the end, or at once with ``--report``. An archive
+(``--archive FILE``) carries finished trainings to another folder or machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import multiprocessing
 import os
@@ -44,6 +46,8 @@ from orion_unet.errors import InputError
 from orion_unet.run_log import write_json
 
 DEADLINE_S = 1800
+# Options that say where a training lies, not what it is.
+PATHS = ("pairs_dir", "split_file", "output_dir")
 INTERRUPTED = (130, 143, -2, -15)
 # Trainings are forked from a server process that has already imported torch.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -64,19 +68,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time; default: the usable cores")
     parser.add_argument("--quick", action="store_true", help="two seeds of a few steps on a few cores")
     parser.add_argument("--report", action="store_true", help="train nothing, report what has been trained")
+    parser.add_argument("--archive", type=Path, metavar="FILE",
+                        help="finished trainings, read first and written last: .jsonl.gz")  # fmt: skip
     parser.add_argument("--figures", type=Path, metavar="DIR", help="folder of the figures; default: the output folder")
     options = parser.parse_args(argv)
     if options.quick:
         options.seeds = min(options.seeds, 2)
     chosen = select(options.only)
     output: Path = options.output_dir
+    archived = read_archive(options.archive) if options.archive else {}
     (output / "data").mkdir(parents=True, exist_ok=True)
     sets = training_sets(options)
     jobs = list(plan(sets, chosen, options))
+    restore(archived, jobs)
     if not options.report:
         train(jobs, options.jobs or usable_cores())
-    results = [json.loads(job.result.read_text(encoding="utf-8")) | {"set": job.set, "recipe": job.recipe.name}
-               for job in jobs if job.finished()]  # fmt: skip
+    results = [job.read() | {"set": job.set, "recipe": job.recipe.name} for job in jobs if job.finished()]
+    if options.archive:
+        write_archive(options.archive, archived | {job.archived_as: job.read() for job in jobs if job.finished()})
     failed = sorted({f"{job.recipe.name} ({job.set}): {job.why()}" for job in jobs if job.failed()})
     text = write_report(results, chosen, [each.name for each in sets], failed,
                         options.figures or output)  # fmt: skip
@@ -135,12 +144,24 @@ class Job:
     def result(self) -> Path:
         return self.folder / "result.json"
 
+    def read(self) -> dict[str, Any]:
+        """Its result."""
+        found: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        return found
+
     def finished(self) -> bool:
         """Whether this training, with exactly these settings, has ended."""
         try:
-            return bool(json.loads(self.result.read_text(encoding="utf-8"))["job"] == self.content)
+            return bool(self.read()["job"] == self.content)
         except (OSError, ValueError, KeyError):
             return False
+
+    @property
+    def archived_as(self) -> str:
+        """What tells this training from others wherever its folders lie."""
+        content = {name: value for name, value in self.content.items() if name != "result"}
+        content["options"] = {name: value for name, value in content["options"].items() if name not in PATHS}
+        return json.dumps({"set": self.set, **content}, sort_keys=True)
 
     def failed(self) -> bool:
         return (self.folder / "log.txt").exists() and not self.finished()
@@ -178,6 +199,35 @@ def plan(sets: list[TrainingSet], chosen: list[Recipe], options: argparse.Namesp
                 "baselines": recipe.name == "stable",
                 "result": str(folder / "result.json"),
             })  # fmt: skip
+
+
+def restore(archived: dict[str, Any], jobs: list[Job]) -> None:
+    """Write archived results to the folders of these jobs, where they have none yet."""
+    for job in jobs:
+        result = archived.get(job.archived_as)
+        if result is not None and not job.finished():
+            job.folder.mkdir(parents=True, exist_ok=True)
+            write_json(job.result, result | {"job": job.content})
+
+
+def write_archive(archive: Path, found: dict[str, Any]) -> None:
+    """One line for each training. Without a time, so that the same results give the same bytes."""
+    with open(archive, "wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
+        for name in sorted(found):
+            result = {key: value for key, value in found[name].items() if key != "job"}
+            packed.write(json.dumps({"training": json.loads(name), "result": result}).encode() + b"\n")
+
+
+def read_archive(archive: Path) -> dict[str, Any]:
+    """Results by training; none where there is no archive. Raises InputError."""
+    try:
+        with gzip.open(archive, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        return {json.dumps(row["training"], sort_keys=True): row["result"] for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--archive {archive}: is no archive of this benchmark ({error})") from error
 
 
 def train(jobs: list[Job], at_once: int) -> None:

@@ -39,7 +39,8 @@ def quick(output, *words):
 @pytest.mark.slow
 def test_the_quick_form_runs_end_to_end_repeats_nothing_and_reports_what_fails(tmp_path):
     words = ("--only", "former", "stable", "BasicUNet, MSE, Adam", "--seeds", "1", "--sets", "demo")
-    done = quick(tmp_path, *words)
+    archive = tmp_path / "archive.jsonl.gz"
+    done = quick(tmp_path, *words, "--archive", str(archive))
     # A recipe that fails is reported, and the others go on.
     missing = importlib.util.find_spec("monai") is None
     assert done.returncode == (1 if missing else 0), done.stderr
@@ -47,7 +48,9 @@ def test_the_quick_form_runs_end_to_end_repeats_nothing_and_reports_what_fails(t
     for recipe in ("former", "stable", "*regression from colours*"):
         assert f"| {recipe} |" in done.stdout
     assert done.stdout.strip() == (tmp_path / "stability.md").read_text(encoding="utf-8").strip()
-    for name in ("curves", "ablation", "markers"):
+    # No ablation was trained.
+    assert not (tmp_path / "stability_ablation.png").exists()
+    for name in ("curves", "markers"):
         assert (tmp_path / f"stability_{name}.png").stat().st_size > 5000
     results = {path: path.read_bytes() for path in tmp_path.glob("*/*/seed_0/result.json")}
     assert len(results) == (2 if missing else 3)
@@ -60,6 +63,20 @@ def test_the_quick_form_runs_end_to_end_repeats_nothing_and_reports_what_fails(t
     assert f"{2 if missing else 1} of 3 trainings" in again.stderr
     assert lost.exists()
     assert all(path.read_bytes() == content for path, content in results.items() if path != lost)
+
+    # Another folder takes the trainings from the archive, and leaves its bytes as they are.
+    packed = archive.read_bytes()
+    other = quick(tmp_path / "other", *words, "--archive", str(archive), "--report")
+    tables = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert tables and [line for line in other.stdout.splitlines() if line.startswith("| ")] == tables
+    assert archive.read_bytes() == packed
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "wrong.jsonl.gz").write_text("{}")
+    done = quick(tmp_path, "--archive", str(tmp_path / "wrong.jsonl.gz"))
+    assert done.returncode == 2
+    assert f"--archive {tmp_path}/wrong.jsonl.gz: is no archive of this benchmark" in done.stderr
 
 
 def test_an_unknown_recipe_is_refused(tmp_path):
@@ -379,20 +396,41 @@ def tables(path):
     return found
 
 
+def measured_rows(name):
+    """The rows of a results page, by the kind of set in brackets at the end of their heading, and by recipe."""
+    return {
+        (heading.rpartition("(")[2].partition(",")[0], row[header[0]].strip("*")): row
+        for heading, header, rows in tables(ROOT / "benchmarks" / "results" / name)
+        for row in rows
+    }
+
+
 def test_the_document_repeats_the_results_of_the_benchmark():
-    """A table of TRAINING_IMPROVEMENTS.md that is headed by a kind of set repeats cells of results/stability.md."""
-    measured = {}
-    for heading, header, rows in tables(ROOT / "benchmarks" / "results" / "stability.md"):
-        kind = heading.rpartition("(")[2].partition(",")[0]
-        measured |= {(kind, row[header[0]].strip("*")): row for row in rows}
-    compared = 0
+    """A table of TRAINING_IMPROVEMENTS.md that is headed by a kind of set repeats cells of a results page."""
+    recipes, changes = measured_rows("stability.md"), measured_rows("single_changes.md")
+    compared = {"stability": 0, "single changes": 0}
     for _, header, rows in tables(ROOT / "TRAINING_IMPROVEMENTS.md"):
-        if header[0] in ("demo", "Ki67 IHC"):
+        kind, _, part = header[0].partition(", ")
+        measured = changes if part == "single changes" else recipes
+        if kind in {known for known, _ in measured}:
             for row in rows:
-                found = measured[header[0], row[header[0]].strip("*")]
+                found = measured[kind, row[header[0]].strip("*")]
                 assert {name: row[name] for name in header[1:]} == {name: found[name] for name in header[1:]}
-                compared += 1
-    assert compared >= 28
+                compared[part or "stability"] += 1
+    assert compared["stability"] >= 18 and compared["single changes"] >= 8
+
+
+def test_the_readme_repeats_the_correlations_of_the_benchmark():
+    measured, compared = measured_rows("stability.md"), 0
+    for _, header, rows in tables(ROOT / "README.md"):
+        kinds = [re.search(r"\((demo|he_mif|Ki67 IHC registered)\)", column) for column in header]
+        if any(kinds):
+            for row in rows:
+                for column, kind in zip(header[1:], kinds[1:], strict=True):
+                    found = measured[kind[1], row[header[0]].strip("*`")]["Pearson"]
+                    assert row[column].strip("*") == f"{float(found.split()[0]):.2f}", (row[header[0]], column)
+                    compared += 1
+    assert compared >= 18
 
 
 def test_every_page_with_numbers_of_real_pairs_names_their_stain():
