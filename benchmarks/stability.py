@@ -211,10 +211,15 @@ def restore(archived: dict[str, Any], jobs: list[Job]) -> None:
 
 
 def write_archive(archive: Path, found: dict[str, Any]) -> None:
-    """One line for each training. Without a time, so that the same results give the same bytes."""
+    """One line for each training, numbers to six digits; without a time, so that equal results give equal bytes."""
+
+    def short(number: str) -> float:
+        return float(f"{float(number):.6g}")
+
     with open(archive, "wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
         for name in sorted(found):
             result = {key: value for key, value in found[name].items() if key != "job"}
+            result = json.loads(json.dumps(result), parse_float=short)
             packed.write(json.dumps({"training": json.loads(name), "result": result}).encode() + b"\n")
 
 

@@ -26,6 +26,8 @@ BASES = {
     "advice": ("former", "published", "stable"),
     "statistics": ("stable", "former", "published", *(f"{name}, measured statistics" for name in BARE_RATES)),
 }  # fmt: skip
+PROMISED = "All epochs of every training: the worst seed"
+LEVEL = "Level of the markers, with and without recalibration (stable)"
 COLUMNS = (
     "recipe", "squared error", "Pearson", "Pearson, 8 × 8 boxes", "movement of V", "noise of V", "largest rise of V",
     "largest fall of r2", "lowest r2", "improvement of L", "gap V − L", "best V", "epochs to the level", "warned",
@@ -223,7 +225,7 @@ def promise_table(
     a V of at most LARGEST_RISE times its best so far.
     """
     lines = [
-        "## All epochs of every training: the worst seed", "",
+        f"## {PROMISED}", "",
         "| set | recipe | trainings | largest rise of V | largest fall of r2 | lowest r2 after epoch 1 | kept |",
         "| --- |" + " --- |" * 6,
     ]  # fmt: skip
@@ -246,7 +248,7 @@ def level_table(results: list[dict[str, Any]]) -> list[str]:
     ]
     if not both:
         return []
-    lines = ["### Level of the markers, with and without recalibration (stable)", ""]
+    lines = [f"### {LEVEL}", ""]
     lines += ["| predictions | squared error | Pearson | markers worse than their training mean |"]
     lines += ["| --- " * 4 + "|"]
     for name, key in (("recalibrated", "scores"), ("as the network gives them", "raw_scores")):
