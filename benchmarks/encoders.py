@@ -44,24 +44,23 @@ WAYS = (UNET, UNET_LONGER, RANDOM, PRETRAINED, SLOWER, FROZEN)
 EPOCHS, BASE, PATCH, PATCHES, BATCH = 6, 12, 128, 8, 12
 
 
-def words_of(way: str, options: argparse.Namespace, epochs: int, patches: int) -> list[str]:
+def options_of(way: str, options: argparse.Namespace, epochs: int, patches: int) -> dict[str, Any]:
     """The options of a way to train, with so many patches of a core."""
-    found = ["--epochs", str(epochs), "--base_features", str(BASE), "--patch_size", str(PATCH)]
-    found += ["--patches_per_image", str(patches), "--batch_size", str(BATCH)]
+    found = {
+        "epochs": epochs, "base_features": BASE, "patch_size": PATCH, "patches_per_image": patches, "batch_size": BATCH,
+    }  # fmt: skip
     if way in (UNET, UNET_LONGER):
         return found
-    found += ["--encoder", options.encoder]
+    found |= {"encoder": options.encoder}
     if way == RANDOM:
         return found
-    found += ["--encoder_weights", str(options.encoder_weights)]
-    return (
-        found + {PRETRAINED: [], SLOWER: ["--encoder_rate_factor", "0.1"], FROZEN: ["--encoder_train", "frozen"]}[way]
-    )
+    changed: dict[str, Any] = {SLOWER: {"encoder_rate_factor": 0.1}, FROZEN: {"encoder_train": "frozen"}}
+    return {**found, "encoder_weights": options.encoder_weights, **changed.get(way, {})}
 
 
-def trial(options: argparse.Namespace, seed: int, words: list[str], run: Path) -> dict[str, Any]:
+def trial(options: argparse.Namespace, seed: int, values: dict[str, Any], run: Path) -> dict[str, Any]:
     """Train once and score the held-out cores: sums for r of each core, by marker."""
-    seconds = train_once(options.pairs, seed, options.training_groups, run, words, options.training_cores)
+    seconds = train_once(options.pairs, seed, options.training_groups, run, values, options.training_cores)
     return held_out_sums(options.pairs, seed, options.training_groups, run) | {"seconds": seconds}
 
 
@@ -137,7 +136,7 @@ def main(argv: list[str]) -> int:
         epochs = max(1, round(EPOCHS * ratio)) if way == UNET_LONGER else EPOCHS
         there = len(sides(options.pairs, seed, options.training_groups)[0])
         cores = min(options.training_cores or there, there)
-        make = partial(trial, options, seed, words_of(way, options, epochs, round(PATCHES * there / cores)))
+        make = partial(trial, options, seed, options_of(way, options, epochs, round(PATCHES * there / cores)))
         name = f"{seed} {way}" if cores == there else f"{seed} {way}, {cores} cores"
         trials.get(name, options.output_dir / f"seed_{seed}_{WAYS.index(way)}_{cores}", make)
     text = report(trials.found, ways, ratio, options.training_cores)

@@ -51,9 +51,9 @@ def sides(pairs: Path, seed: int, training: int) -> tuple[list[str], list[str]]:
 
 
 def train_once(
-    pairs: Path, seed: int, training: int, run: Path, words: list[str], most_cores: int | None = None
+    pairs: Path, seed: int, training: int, run: Path, values: Mapping[str, Any], most_cores: int | None = None
 ) -> float:
-    """Train the stable recipe on the groups of a seed with the options ``words``; returns the seconds of its epochs.
+    """Train the stable recipe on the groups of a seed with these options, by name; returns the seconds of its epochs.
 
     ``most_cores`` of the groups' cores train, drawn by the seed; None: all. A training that was stopped goes on. Raises
     InputError if it does not finish.
@@ -69,7 +69,8 @@ def train_once(
     config = parse_train_config([
         "--pairs_dir", str(pairs), "--output_dir", str(run / "run"), "--resume", "auto", "--gpus", "0",
         "--split_file", str(split), "--groups_csv", str(alone), "--seed", str(seed), "--patches_per_image_val", "4",
-        "--early_stopping_patience", "0", "--sanity_check_freq", "0", "--num_workers", "0", *words,
+        "--early_stopping_patience", "0", "--sanity_check_freq", "0", "--num_workers", "0",
+        *(word for name, value in values.items() for word in (f"--{name}", str(value))),
     ])  # fmt: skip
     if train(config) != 0:
         raise InputError(f"{run}: the training did not finish; the same command continues")

@@ -55,8 +55,7 @@ def trial(
         "batch_size": options.batch_size, "base_features": options.base_features, "patch_size": options.patch_size,
         "depth": DEPTH,
     }  # fmt: skip
-    words = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-    seconds = train_once(pairs, seed, training, run, words)
+    seconds = train_once(pairs, seed, training, run, numbers)
     return held_out_sums(pairs, seed, training, run) | {"seconds": seconds}
 
 

@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -247,6 +248,7 @@ def train(jobs: list[Job], at_once: int) -> None:
     here = Path(__file__).resolve().parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     PROCESSES.set_forkserver_preload(["stability_job"])
+    signal.signal(signal.SIGTERM, stop)
 
     def one(job: Job) -> None:
         nonlocal done
@@ -262,6 +264,13 @@ def train(jobs: list[Job], at_once: int) -> None:
     with ThreadPoolExecutor(at_once) as pool:
         for _ in pool.map(one, waiting):
             pass
+
+
+def stop(signum: int, frame: Any) -> None:
+    """End the trainings with the benchmark; the next start trains them again."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+    os._exit(128 + signum)
 
 
 def run_one(job: Job) -> None:

@@ -165,8 +165,7 @@ def trial(sizes: tuple[int, ...], pairs: Path, seed: int, way: str, training: in
         "stain_augmentation": WAYS[way],
     }  # fmt: skip
     with mixing() if way == MIXING else nullcontext():
-        words = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-        train_once(pairs, seed, training, run, words)
+        train_once(pairs, seed, training, run, numbers)
     model = load_model(run / "run" / "checkpoints" / "last.pt", device="cpu")
     held_out = sides(pairs, seed, training)[1]
     # Sorted by name, so that every group has its share.

@@ -64,9 +64,9 @@ def trial(size: str, pairs: Path, seed: int, upsampling: str, training: int, run
     epochs, base, patch, patches, batch = SIZES[size]
     numbers = {
         "epochs": epochs, "base_features": base, "patch_size": patch, "patches_per_image": patches, "batch_size": batch,
+        "upsampling": upsampling,
     }  # fmt: skip
-    words = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
-    train_once(pairs, seed, training, run, [*words, "--upsampling", upsampling])
+    train_once(pairs, seed, training, run, numbers)
     names, images = predictions(pairs, seed, training, run)
     sums = np.zeros((6, len(names)))
     grids: dict[str, list[Any]] = {"predicted": [], "measured": []}

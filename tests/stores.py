@@ -1,4 +1,4 @@
-"""Object storage in this process's memory, and stores that fail as they are told."""
+"""Object storage in this process's memory, and stores that fail on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Camera noise is told from rare cells, whatever the noise looks like."""
+"""Camera noise and rare cells are not confused, whatever the noise looks like."""
 
 import numpy as np
 import pytest

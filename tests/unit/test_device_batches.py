@@ -13,7 +13,7 @@ from orion_unet.data.transforms import Batch
 
 @dataclass
 class Event:
-    """Stands for a CUDA event that happens at a time [ms]."""
+    """In place of a CUDA event: records a given time [ms]."""
 
     at: float
     happened: bool = True
