@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -29,7 +30,7 @@ from scipy.stats import sem, t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from held_out import Trials, held_out_sums, sides, step_seconds, train_once
+from held_out import Trials, core_sums, sides, step_seconds, train_once
 
 from orion_unet.cli.arguments import Parser, run_command
 from orion_unet.config import ModelOptions
@@ -60,15 +61,17 @@ def options_of(way: str, options: argparse.Namespace, epochs: int, patches: int)
 
 def trial(options: argparse.Namespace, seed: int, values: dict[str, Any], run: Path) -> dict[str, Any]:
     """Train once and score the held-out cores: sums for r of each core, by marker."""
-    seconds = train_once(options.pairs, seed, options.training_groups, run, values, options.training_cores)
-    return held_out_sums(options.pairs, seed, options.training_groups, run) | {"seconds": seconds}
+    cores = sides(options.pairs, seed, options.training_groups)
+    seconds = train_once(options.pairs, seed, cores, run, values, options.training_cores)
+    return core_sums(options.pairs, cores[1], run) | {"seconds": seconds}
 
 
 def step_ratio(options: argparse.Namespace) -> float:
     """Seconds of a step with the encoder over those of the U-Net."""
-    networks = {name: build_network(ModelOptions(base_features=BASE, use_boundary_guidance=True, encoder=encoder), 4)
+    usual = ModelOptions(base_features=BASE, use_boundary_guidance=True)
+    networks = {name: (build_network(replace(usual, encoder=encoder), 4), BATCH, PATCH)
                 for name, encoder in (("unet", "unet"), ("encoder", options.encoder))}  # fmt: skip
-    seconds = step_seconds(networks, BATCH, PATCH, rounds=8)
+    seconds = step_seconds(networks, rounds=8)
     return seconds["encoder"] / seconds["unet"]
 
 

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -36,13 +36,24 @@ from orion_unet.training.loop import train
 Predictions = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
-def sides(pairs: Path, seed: int, training: int) -> tuple[list[str], list[str]]:
-    """Training cores and held-out cores: ``training`` groups drawn by the seed, and all others."""
+# Names of the training cores, and of the held-out cores.
+Sides = tuple[list[str], list[str]]
+
+
+def groups_of(pairs: Path) -> dict[str, str]:
+    """The group of every core."""
     with open(pairs / GROUPS_FILE, newline="", encoding="utf-8") as file:
-        group_of = {row["core"]: row["group"] for row in csv.DictReader(file)}
-    groups = sorted(set(group_of.values()))
+        return {row["core"]: row["group"] for row in csv.DictReader(file)}
+
+
+def sides(pairs: Path, seed: int, training: int, never: Collection[str] = ()) -> Sides:
+    """``training`` groups, drawn by the seed from those that are not in ``never``; and all others."""
+    group_of = groups_of(pairs)
+    groups = sorted(set(group_of.values()) - set(never))
     if not 0 < training < len(groups):
-        raise InputError(f"--training_groups {training}: {pairs} has {len(groups)} groups, and some must be held out")
+        raise InputError(
+            f"--training_groups {training}: {pairs} has {len(groups)} groups to draw from, and some must be held out"
+        )
     drawn = {groups[place] for place in np.random.default_rng(seed).permutation(len(groups))[:training]}
     fitted, held_out = (
         [core for core in sorted(group_of) if (group_of[core] in drawn) is side] for side in (True, False)
@@ -51,14 +62,14 @@ def sides(pairs: Path, seed: int, training: int) -> tuple[list[str], list[str]]:
 
 
 def train_once(
-    pairs: Path, seed: int, training: int, run: Path, values: Mapping[str, Any], most_cores: int | None = None
+    pairs: Path, seed: int, cores: Sides, run: Path, values: Mapping[str, Any], most_cores: int | None = None
 ) -> float:
-    """Train the stable recipe on the groups of a seed with these options, by name; returns the seconds of its epochs.
+    """Train the stable recipe on one side with these options, by name; returns the seconds of its epochs.
 
-    ``most_cores`` of the groups' cores train, drawn by the seed; None: all. A training that was stopped goes on. Raises
+    ``most_cores`` of its cores train, drawn by the seed; None: all. A training that was stopped goes on. Raises
     InputError if it does not finish.
     """
-    there, held_out = sides(pairs, seed, training)
+    there, held_out = cores
     fitted = [there[at] for at in sorted(np.random.default_rng([seed, 1]).permutation(len(there))[:most_cores])]
     run.mkdir(parents=True, exist_ok=True)
     split, alone = run / "given_split.json", run / "given_groups.csv"
@@ -78,22 +89,25 @@ def train_once(
     return sum(float(json.loads(line)["duration_s"]) for line in lines)
 
 
-def predictions(pairs: Path, seed: int, training: int, run: Path) -> tuple[tuple[str, ...], Predictions]:
-    """The markers, and predicted and measured images (C, H, W) of every held-out core."""
-    model = load_model(run / "run" / "checkpoints" / "last.pt", device="cpu")
+def predictions(
+    pairs: Path, cores: Iterable[str], *runs: Path, tta: bool = False
+) -> tuple[tuple[str, ...], Predictions]:
+    """The markers, and predicted and measured images (C, H, W) of every core: the mean over the runs' last models."""
+    models = [load_model(run / "run" / "checkpoints" / "last.pt", device="cpu") for run in runs]
+    names = models[0].names
 
     def images() -> Predictions:
-        for core in sides(pairs, seed, training)[1]:
+        for core in cores:
             he, measured = (np.load(pairs / f"{core}_{kind}.npy", mmap_mode="r") for kind in ("HE", "ORION"))
-            measured = np.asarray(measured if measured.shape[0] == len(model.names) else np.moveaxis(measured, -1, 0))
-            yield predict(he, model), measured
+            measured = np.asarray(measured if measured.shape[0] == len(names) else np.moveaxis(measured, -1, 0))
+            yield np.mean([predict(he, model, tta=tta) for model in models], axis=0), measured
 
-    return model.names, images()
+    return names, images()
 
 
-def held_out_sums(pairs: Path, seed: int, training: int, run: Path) -> dict[str, Any]:
-    """The markers, and the sums for their r over all held-out cores (6, C)."""
-    names, images = predictions(pairs, seed, training, run)
+def core_sums(pairs: Path, cores: Iterable[str], *runs: Path, tta: bool = False) -> dict[str, Any]:
+    """The markers, and the sums for their r over all cores (6, C)."""
+    names, images = predictions(pairs, cores, *runs, tta=tta)
     sums = [moments(p.reshape(len(p), -1), m.reshape(len(m), -1)) for p, m in images]
     return {"markers": list(names), "sums": np.sum(sums, axis=0).tolist()}
 
@@ -167,13 +181,16 @@ def run_trials(
     return trials.found
 
 
-def step_seconds(networks: Mapping[str, nn.Module], batch: int, patch: int, rounds: int) -> dict[str, float]:
-    """Median seconds of forward and backward of each network on a batch of patches, taken in turns."""
-    he = torch.rand(batch, 3, patch, patch).contiguous(memory_format=torch.channels_last)
-    models = {name: network.to(memory_format=torch.channels_last) for name, network in networks.items()}  # type: ignore[call-overload]
+def step_seconds(networks: Mapping[str, tuple[nn.Module, int, int]], rounds: int) -> dict[str, float]:
+    """Median seconds of forward and backward of each network on as many patches, of this side, taken in turns."""
+    models = {
+        name: (network.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+               torch.rand(batch, 3, patch, patch).contiguous(memory_format=torch.channels_last))
+        for name, (network, batch, patch) in networks.items()
+    }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds + 1):
-        for name, model in models.items():
+        for name, (model, he) in models.items():
             began = time.perf_counter()
             model(he).square().mean().backward()
             model.zero_grad()

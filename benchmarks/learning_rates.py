@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from encoders import spread
-from held_out import held_out_sums, run_trials, sides, train_once, trials_parser
+from held_out import core_sums, run_trials, sides, train_once, trials_parser
 
 from orion_unet.cli.arguments import run_command
 from orion_unet.correlation import pearson
@@ -46,17 +46,17 @@ def trial(
 ) -> dict[str, Any]:  # fmt: skip
     """Train for about so many steps at one rate and score the held-out cores."""
     steps, rate = of_name[way]
-    cores = len(sides(pairs, seed, training)[0])
+    fitted, held_out = sides(pairs, seed, training)
     patches = steps * options.batch_size
     # An epoch has at least one batch.
-    epochs = int(np.clip(round(patches / max(cores, options.batch_size)), 1, EPOCHS))
+    epochs = int(np.clip(round(patches / max(len(fitted), options.batch_size)), 1, EPOCHS))
     numbers = {
-        "epochs": epochs, "patches_per_image": math.ceil(patches / cores / epochs), "learning_rate": rate,
+        "epochs": epochs, "patches_per_image": math.ceil(patches / len(fitted) / epochs), "learning_rate": rate,
         "batch_size": options.batch_size, "base_features": options.base_features, "patch_size": options.patch_size,
         "depth": DEPTH,
     }  # fmt: skip
-    seconds = train_once(pairs, seed, training, run, numbers)
-    return held_out_sums(pairs, seed, training, run) | {"seconds": seconds}
+    seconds = train_once(pairs, seed, (fitted, held_out), run, numbers)
+    return core_sums(pairs, held_out, run) | {"seconds": seconds}
 
 
 def report(trials: dict[str, Any], lengths: list[int], rates: list[float]) -> str:

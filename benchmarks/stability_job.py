@@ -33,7 +33,7 @@ from orion_unet.data import loaders, patches
 from orion_unet.data.normalization import LOG_CURVATURE
 from orion_unet.data.patches import PatchPlace, PatchReader
 from orion_unet.data.randomness import SAMPLE, counter_rng
-from orion_unet.data.transforms import Batch, BatchTransform
+from orion_unet.data.transforms import Batch, BatchTransform, boundary_mask
 from orion_unet.evaluation.baselines import fit_baselines
 from orion_unet.evaluation.scored_folder import FolderOptions, ScoredFolder, open_folder
 from orion_unet.evaluation.scores import score_core, sum_scores
@@ -225,6 +225,27 @@ def pyramid() -> None:
     CompositeLoss.forward = changed
 
 
+def turns_and_zoom() -> None:
+    """Turn every training patch by any angle and zoom it by up to 1.25 either way, mirrored beyond its borders."""
+    original = BatchTransform.__call__
+
+    def changed(self: BatchTransform, raw: Any, augment: bool) -> Batch:
+        batch = original(self, raw, augment)
+        if augment:
+            angle = 2 * math.pi * torch.rand(len(batch.he))
+            zoom = 1.25 ** (2 * torch.rand(len(batch.he)) - 1)
+            rows = torch.stack((torch.cos(angle), -torch.sin(angle), torch.sin(angle), torch.cos(angle)), dim=1)
+            theta = F.pad((rows / zoom[:, None]).view(-1, 2, 2), (0, 1))
+            grid = F.affine_grid(theta, list(batch.he.shape), align_corners=False)
+            for name in ("he", "target"):
+                moved = F.grid_sample(getattr(batch, name), grid, padding_mode="reflection", align_corners=False)
+                setattr(batch, name, moved.clamp(0, 1).contiguous(memory_format=self.memory_format))
+            batch.boundary = boundary_mask(batch.he)
+        return batch
+
+    BatchTransform.__call__ = changed
+
+
 def residual() -> None:
     """Add a residual connection, a 1 x 1 convolution, to every block of two convolutions."""
 
@@ -254,6 +275,7 @@ CHANGES: dict[str, Callable[[], None]] = {
     "loss in the centre": loss_in_the_centre,
     "crops with scarce markers": scarce_crops,
     "pyramid of errors": pyramid,
+    "turns and zoom": turns_and_zoom,
     "residual blocks": residual,
 }
 

@@ -164,10 +164,11 @@ def trial(sizes: tuple[int, ...], pairs: Path, seed: int, way: str, training: in
         "epochs": epochs, "base_features": base, "patch_size": patch, "patches_per_image": patches, "batch_size": batch,
         "stain_augmentation": WAYS[way],
     }  # fmt: skip
+    cores = sides(pairs, seed, training)
     with mixing() if way == MIXING else nullcontext():
-        train_once(pairs, seed, training, run, numbers)
+        train_once(pairs, seed, cores, run, numbers)
     model = load_model(run / "run" / "checkpoints" / "last.pt", device="cpu")
-    held_out = sides(pairs, seed, training)[1]
+    held_out = cores[1]
     # Sorted by name, so that every group has its share.
     scored = [held_out[at] for at in np.unique(np.linspace(0, len(held_out) - 1, count).round().astype(int))]
     sums = {shift: np.zeros((6, len(model.names))) for shift in SHIFTS}

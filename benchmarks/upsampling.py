@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from held_out import predictions, run_trials, step_seconds, train_once, trials_parser
+from held_out import predictions, run_trials, sides, step_seconds, train_once, trials_parser
 
 from orion_unet.cli.arguments import run_command
 from orion_unet.correlation import moments, pearson
@@ -66,8 +66,9 @@ def trial(size: str, pairs: Path, seed: int, upsampling: str, training: int, run
         "epochs": epochs, "base_features": base, "patch_size": patch, "patches_per_image": patches, "batch_size": batch,
         "upsampling": upsampling,
     }  # fmt: skip
-    train_once(pairs, seed, training, run, numbers)
-    names, images = predictions(pairs, seed, training, run)
+    cores = sides(pairs, seed, training)
+    train_once(pairs, seed, cores, run, numbers)
+    names, images = predictions(pairs, cores[1], run)
     sums = np.zeros((6, len(names)))
     grids: dict[str, list[Any]] = {"predicted": [], "measured": []}
     for found, measured in images:
@@ -81,7 +82,8 @@ def step_times(base: int, patch: int, batch: int, rounds: int) -> tuple[dict[str
     """Median seconds of a step with each upsampling, and the numbers of parameters."""
     networks = {kind: SpatialUNet(4, base_features=base, use_boundary_guidance=True, upsampling=kind)
                 for kind in UPSAMPLINGS}  # fmt: skip
-    return step_seconds(networks, batch, patch, rounds), {kind: parameter_count(net) for kind, net in networks.items()}
+    sized = {kind: (net, batch, patch) for kind, net in networks.items()}
+    return step_seconds(sized, rounds), {kind: parameter_count(net) for kind, net in networks.items()}
 
 
 def report(trials: dict[str, Any], speed: tuple[dict[str, float], dict[str, int]] | None) -> str:

@@ -145,6 +145,54 @@ def test_the_best_rate_of_a_length_is_compared_with_the_one_nearest_the_automati
     assert row == "| 8000 | 0.001 | 0.350 (0.300, 0.400) | 0.450 (0.400, 0.500) | 0.01: +0.100 |"
 
 
+@pytest.mark.slow
+def test_ways_are_compared_on_groups_that_choose_and_on_groups_that_score(benchmark, tmp_path, capsys):
+    module = benchmark("equal_compute")
+    threads = torch.get_num_threads()
+    changed = ["patches twice as wide", "twice as long"]
+    words = ["--quick", "--ways", *changed, "--output_dir", str(tmp_path)]
+    assert module.main(words) == 0
+    torch.set_num_threads(threads)
+    text = capsys.readouterr().out.partition("## On the groups that choose")[2]
+    ways = [module.USUAL, *changed]
+    assert all(text.count(f"\n| {way} | ") == 2 for way in ways)
+    found = json.loads((tmp_path / "trials_quick.json").read_text())["trials"]
+    ratios = json.loads((tmp_path / "ratios_quick.json").read_text())["trials"]
+    assert ratios[module.USUAL] == 1 and set(ratios) == set(ways)
+    # One group trains, one chooses, one scores, and all ways are judged on the same pixels.
+    trials = [found[f"0 {way}"] for way in ways]
+    groups = {group: np.array([trial["sums"][group] for trial in trials]) for group in trials[0]["sums"]}
+    assert len(groups) == 2 and trials[0]["choosing"] == [sorted(groups)[0]]
+    for sums in groups.values():
+        assert len({each[[0, 2, 4]].tobytes() for each in sums}) == 1
+        assert len({each.tobytes() for each in sums}) == len(ways)
+
+
+def test_ways_are_compared_over_the_seeds_of_both(benchmark):
+    module = benchmark("equal_compute")
+    from orion_unet.correlation import moments, pearson
+
+    rng = np.random.default_rng(7)
+    measured = rng.random((2, 400))
+    near, far = measured + 0.1 * rng.random((2, 400)), rng.random((2, 400))
+
+    def of(chosen, scored):
+        sums = {"a": moments(chosen, measured).tolist(), "b": moments(scored, measured).tolist()}
+        return {"markers": ["DAPI", "CD3"], "choosing": ["a"], "seconds": 60.4, "sums": sums}
+
+    usual, changed = module.USUAL, "correlation 1"
+    trials = {f"{seed} {usual}": of(far, near) for seed in range(3)} | {f"1 {changed}": of(near, far)}
+    tables = [[[cell.strip() for cell in line.strip("| ").split(" | ")] for line in part.splitlines()[4:] if line]
+              for part in module.report(trials, [usual, changed]).split("## ")[1:]]  # fmt: skip
+    r = {id(each): pearson(moments(each, measured)) for each in (near, far)}
+    r2 = {id(each): 1 - ((each - measured) ** 2).mean(axis=1) / measured.var(axis=1) for each in (near, far)}
+    for (first, second), good, bad in ((tables[0], near, far), (tables[1], far, near)):
+        assert first[1:5] == [f"{r[id(bad)][0]:.3f}", f"{r[id(bad)][1]:.3f}", f"{r[id(bad)].mean():.3f}", "3"]
+        assert second[1:5] == [f"{r[id(good)][0]:.3f}", f"{r[id(good)][1]:.3f}", f"{r[id(good)].mean():.3f}", "1"]
+        gains = [(value[id(good)] - value[id(bad)]).mean() for value in (r, r2)]
+        assert second[5:] == [f"{gains[0]:+.3f}", f"{gains[1]:+.3f}", "60"]
+
+
 def degrees(one, other):
     """Angles between the rows of two arrays of unit vectors."""
     return np.rad2deg(np.arccos(np.clip((one * other).sum(axis=1), -1, 1)))
