@@ -45,6 +45,7 @@ from orion_unet.data.transforms import BatchTransform
 from orion_unet.errors import InputError
 from orion_unet.losses import CompositeLoss
 from orion_unet.models.build import build_network
+from orion_unet.models.unet import SpatialUNet
 
 USUAL, LONGER, THIRDS, VIEWS = "as it is", "twice as long", "mean of three, a third as long", "predicted in eight views"
 # Options of the usual way, and the optimiser steps of its training.
@@ -79,10 +80,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "crops with scarce markers": {},
     "pyramid of errors": {},
     "turns and zoom": {},
+    "coarse view": {"patch_size": 2},
 }
 # What the ways that change code replace.
 PATCHED = ((CompositeLoss, "forward"), (BatchTransform, "__call__"), (patches, "draw_training_patch"),
-           (loaders, "draw_training_patch"))  # fmt: skip
+           (loaders, "draw_training_patch"), (SpatialUNet, "from_options"))  # fmt: skip
 # How many of each group's cores are scored, evenly spread.
 CORES = 8
 
@@ -107,7 +109,8 @@ def step_ratio(way: str, usual: dict[str, Any]) -> float:
         found = options_of(name, usual)
         model = {key: found[key] for key in ("base_features", "depth", "norm", "dropout") if key in found}
         options = ModelOptions(use_boundary_guidance=True, **model)
-        networks[name] = build_network(options, 4), found["batch_size"], found["patch_size"]
+        with changed(name):
+            networks[name] = build_network(options, 4), found["batch_size"], found["patch_size"]
     seconds = step_seconds(networks, rounds=8)
     return seconds[way] / seconds[USUAL]
 
@@ -139,12 +142,14 @@ def trial(ratios: Trials, size: str, choosing: int, pairs: Path, seed: int, way:
     count = steps * {LONGER: 2, THIRDS: 1 / 3}.get(way, 1) / ratio * options["batch_size"]
     options["patches_per_image"] = math.ceil(count / options["epochs"] / len(fitted))
     runs = [run / str(member) for member in range(3 if way == THIRDS else 1)]
-    with changed(way):
-        seconds = [train_once(pairs, 100 * at + seed, (fitted, others), its, options) for at, its in enumerate(runs)]
     cores = defaultdict(list)
     for core in others:
         cores[groups_of(pairs)[core]].append(core)
-    found = {group: core_sums(pairs, spread_out(its, CORES), *runs, tta=way == VIEWS) for group, its in cores.items()}
+    with changed(way):
+        seconds = [train_once(pairs, 100 * at + seed, (fitted, others), its, options) for at, its in enumerate(runs)]
+        found = {
+            group: core_sums(pairs, spread_out(its, CORES), *runs, tta=way == VIEWS) for group, its in cores.items()
+        }
     return {
         "seconds": sum(seconds),
         "choosing": choose,

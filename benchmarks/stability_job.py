@@ -265,6 +265,57 @@ def residual() -> None:
     blocks.ConvBlock = unet.ConvBlock = Residual
 
 
+class CoarseView(unet.SpatialUNet):
+    """Our network, which also sees the tissue around a patch at half the resolution.
+
+    Training patches are read twice as wide as their target is: the usual encoder sees the middle half, a second one of
+    the same size the whole patch, each pixel a mean of four. Both meet at the bottleneck.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        widths = [stage[0].out_channels for stage in self.encoder_stages]
+        blocks_of = zip([4 if self.use_boundary_guidance else 3, *widths[:-1]], widths, strict=True)
+        self.coarse = nn.ModuleList(blocks.ConvBlock(before, width, options["norm"]) for before, width in blocks_of)
+        self.merge = nn.Conv2d(2 * widths[-1], widths[-1], 1)
+        self.apply(unet.initialise)
+
+    def forward(self, he: Tensor) -> Tensor:
+        seen = padded(he, self.depth + 1)
+        margin = he.shape[-1] // 4 if self.training else 0
+        middle = seen[..., margin : seen.shape[-2] - margin, margin : seen.shape[-1] - margin]
+        skips, x = self.encode(middle)
+        wide = self._inputs(F.avg_pool2d(seen, 2))
+        for level, block in enumerate(self.coarse):
+            wide = block(self.pool(wide) if level else wide)
+        wide = F.interpolate(wide, scale_factor=2.0, mode="bilinear", align_corners=False)
+        edge = margin // 2**self.depth
+        wide = wide[..., edge : wide.shape[-2] - edge, edge : wide.shape[-1] - edge]
+        x = self.merge(torch.cat((x, wide), dim=1))
+        for up, skip in zip(self.decoder, reversed(skips), strict=True):
+            x = up(x, skip)
+        found: Tensor = torch.sigmoid(self.head(x).float())
+        return found if self.training else found[..., : he.shape[-2], : he.shape[-1]]
+
+
+def coarse_view() -> None:
+    """Give the network a coarse view around each patch, and take the training loss from the middle of the patch."""
+    original = CompositeLoss.forward
+
+    def changed(self: CompositeLoss, prediction: Tensor, target: Tensor, mask: Any = None, *rest: Any) -> Any:
+        edge = (target.shape[-1] - prediction.shape[-1]) // 2
+        if not edge:
+            return original(self, prediction, target, mask, *rest)
+        middle = (..., slice(edge, -edge), slice(edge, -edge))
+        return original(self, prediction, target[middle], None if mask is None else mask[middle])
+
+    CompositeLoss.forward = changed
+    unet.SpatialUNet.from_options = classmethod(lambda cls, options, channels: CoarseView(
+        channels, options.base_features, options.depth, norm=options.norm,
+        use_boundary_guidance=options.use_boundary_guidance,
+    ))  # fmt: skip
+
+
 CHANGES: dict[str, Callable[[], None]] = {
     "default initialisation": default_initialisation,
     "BasicUNet": partial(use_network, BasicUNet),
@@ -276,6 +327,7 @@ CHANGES: dict[str, Callable[[], None]] = {
     "crops with scarce markers": scarce_crops,
     "pyramid of errors": pyramid,
     "turns and zoom": turns_and_zoom,
+    "coarse view": coarse_view,
     "residual blocks": residual,
 }
 
