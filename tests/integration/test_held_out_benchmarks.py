@@ -193,6 +193,46 @@ def test_ways_are_compared_over_the_seeds_of_both(benchmark):
         assert second[5:] == [f"{gains[0]:+.3f}", f"{gains[1]:+.3f}", "60"]
 
 
+def test_lines_are_judged_on_cores_that_they_were_not_fitted_to(benchmark):
+    module = benchmark("recalibration")
+    from orion_unet.correlation import moments
+    from orion_unet.models.recalibration import Recalibration
+
+    rng = np.random.default_rng(3)
+    measured = rng.random((8, 3, 500))
+    # Predictions spread twice as far as they should: the third marker is empty.
+    predicted = 2 * (measured - 0.5) + 0.5 + 0.1 * rng.standard_normal(measured.shape)
+    sums = [moments(p, m).tolist() for p, m in zip(predicted, measured, strict=True)]
+    stored = Recalibration(np.array([0.5, 1.0, 0.0]), np.array([0.25, 0.0, 0.0]), 500)
+    found = {"lines": stored.document(), "empty": [False, False, True],
+             "sums": {"training": sums[:2], "chosen": sums[2:6], "scored": sums[6:]}}  # fmt: skip
+    errors, means, flattery = module.errors_of(found)
+    difference = [(a * p + b - m) ** 2 for (a, b), p, m in zip(((0.5, 0.25), (1, 0)), predicted[6:].swapaxes(0, 1),
+                                                                measured[6:].swapaxes(0, 1), strict=False)]  # fmt: skip
+    np.testing.assert_allclose(errors["training patches"], [each.mean() for each in difference])
+    np.testing.assert_allclose(errors["as the network gives them"][1], difference[1].mean())
+    fitted = [np.polyfit(predicted[2:6, at].ravel(), measured[2:6, at].ravel(), 1) for at in range(2)]
+    expected = [((np.polyval(line, predicted[6:, at]) - measured[6:, at]) ** 2).mean()
+                for at, line in enumerate(fitted)]  # fmt: skip
+    np.testing.assert_allclose(errors["cores that choose"], expected)
+    about = measured[:2, :2].mean(axis=(0, 2))
+    np.testing.assert_allclose(means, ((measured[6:, :2] - about[:, None]) ** 2).mean(axis=(0, 2)))
+    assert 1 < flattery < 1.05
+    text = module.report({"0 pairs, A held out": found, "0 pairs, B held out": found})
+    assert "## pairs, 1 seed" in text and f"{np.mean(errors['both']):.5f}" in text and "0 in 2 trainings" in text
+
+
+@pytest.mark.slow
+def test_the_quick_form_fits_lines_to_three_kinds_of_cores(benchmark, tmp_path, capsys):
+    module = benchmark("recalibration")
+    words = ["--quick", "--sets", "demo", "--output_dir", str(tmp_path)]
+    assert module.main(words) == 0
+    text = capsys.readouterr().out
+    assert "## demo, 1 seed" in text
+    assert module.main([*words, "--report"]) == 0
+    assert text.endswith(capsys.readouterr().out)
+
+
 def degrees(one, other):
     """Angles between the rows of two arrays of unit vectors."""
     return np.rad2deg(np.arccos(np.clip((one * other).sum(axis=1), -1, 1)))
