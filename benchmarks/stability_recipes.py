@@ -78,6 +78,7 @@ def recipes() -> list[Recipe]:
     found += [
         _recipe(f"{name}, measured statistics", "bare", BARE, rate, MEASURED) for name, rate in BARE_RATES.items()
     ]
+    found.append(_recipe("stable, best by Pearson", "best epoch", STABLE, best_by="pearson"))
     found.append(_recipe("stable, running averages", "statistics", STABLE, AVERAGED))
     found.append(_recipe("former, measured statistics", "statistics", *former, MEASURED))
     found.append(_recipe("published, measured statistics", "statistics", MEASURED))
@@ -162,7 +163,7 @@ NETWORKS = ("BasicUNet", "DynUNet")
 # Groups of recipes about which the stability promise is made, and those that further real pairs train; demo and the
 # first real pairs train every group.
 PROMISE = ("main", "stable", "bare")
-FURTHER = (*PROMISE, "statistics", "peer", "pix2pix", "peer network")
+FURTHER = (*PROMISE, "best epoch", "statistics", "peer", "pix2pix", "peer network")
 # With at least this many groups, real pairs are split by drawing groups; with fewer, each is held out in turn.
 DRAWN_FROM = 6
 # Where groups are drawn, how many cores of each group score: scoring whole cores takes long.

@@ -22,8 +22,8 @@ from orion_unet.monitor.diagnostics import Thresholds, diagnose
 LAST = 10
 # The recipes that a group changes: listed above the group, with the same seeds.
 BASES = {
-    "ablation": ("former",), "improvement": ("published",), "variation": ("stable",), "handling": ("stable",),
-    "advice": ("former", "published", "stable"),
+    "best epoch": ("stable",), "ablation": ("former",), "improvement": ("published",), "variation": ("stable",),
+    "handling": ("stable",), "advice": ("former", "published", "stable"),
     "statistics": ("stable", "former", "published", *(f"{name}, measured statistics" for name in BARE_RATES)),
 }  # fmt: skip
 PROMISED = "All epochs of every training: the worst seed"
@@ -41,6 +41,7 @@ GROUPS = {
     "main": "Former and published",
     "stable": "Stable",
     "bare": "A plain training at a constant rate",
+    "best epoch": "The best epoch: of the lowest V, or of the highest Pearson",
     "statistics": "How batch norm's statistics come about",
     "ablation": "From former towards published, one change at a time",
     "improvement": "Single changes of published",
