@@ -106,7 +106,9 @@ def options_of(way: str, usual: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_ratio(way: str, usual: dict[str, Any]) -> float:
-    """Seconds of a step over those of a usual one."""
+    """Seconds of a step over those of a usual one; 1 where nothing that takes time is different."""
+    if way not in CHANGES and not (WAYS[way].keys() & {*usual, "norm"}):
+        return 1.0
     networks = {}
     for name in (way, USUAL):
         found = options_of(name, usual)

@@ -76,7 +76,7 @@ def train_once(
     # Validation chooses nothing here, so one core of the held-out groups is enough for it.
     parts = {"train": fitted, "val": held_out[:1]}
     write_json(split, {"schema": 1, **{k: [{"core": c, "group": c} for c in cores] for k, cores in parts.items()}})
-    alone.write_text("\n".join(["core,group", *(f"{core},{core}" for core in (*there, *held_out))]), encoding="utf-8")
+    alone.write_text("\n".join(["core,group", *(f"{core},{core}" for core in groups_of(pairs))]), encoding="utf-8")
     config = parse_train_config([
         "--pairs_dir", str(pairs), "--output_dir", str(run / "run"), "--resume", "auto", "--gpus", "0",
         "--split_file", str(split), "--groups_csv", str(alone), "--seed", str(seed), "--patches_per_image_val", "4",

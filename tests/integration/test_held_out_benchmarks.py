@@ -149,7 +149,7 @@ def test_the_best_rate_of_a_length_is_compared_with_the_one_nearest_the_automati
 def test_ways_are_compared_on_groups_that_choose_and_on_groups_that_score(benchmark, tmp_path, capsys):
     module = benchmark("equal_compute")
     threads = torch.get_num_threads()
-    changed = ["patches twice as wide", "twice as long"]
+    changed = ["twice as long", "patches twice as wide"]
     words = ["--quick", "--ways", *changed, "--output_dir", str(tmp_path)]
     assert module.main(words) == 0
     torch.set_num_threads(threads)
@@ -158,11 +158,17 @@ def test_ways_are_compared_on_groups_that_choose_and_on_groups_that_score(benchm
     assert all(text.count(f"\n| {way} | ") == 2 for way in ways)
     found = json.loads((tmp_path / "trials_quick.json").read_text())["trials"]
     ratios = json.loads((tmp_path / "ratios_quick.json").read_text())["trials"]
-    assert ratios[module.USUAL] == 1 and set(ratios) == set(ways)
+    assert set(ratios) == set(ways) and ratios[module.USUAL] == ratios["twice as long"] == 1 != ratios[changed[1]]
     # One group trains, one chooses, one scores, and all ways are judged on the same pixels.
     trials = [found[f"0 {way}"] for way in ways]
     groups = {group: np.array([trial["sums"][group] for trial in trials]) for group in trials[0]["sums"]}
     assert len(groups) == 2 and trials[0]["choosing"] == [sorted(groups)[0]]
+    # Half of the training groups, here still one, take other options than as it is: none.
+    again = [*words[:2], "half of the training groups", *words[-2:]]
+    assert module.main(again) == 0
+    torch.set_num_threads(threads)
+    fewer = json.loads((tmp_path / "trials_quick.json").read_text())["trials"]["0 half of the training groups"]
+    assert fewer["sums"] == trials[0]["sums"]
     for sums in groups.values():
         assert len({each[[0, 2, 4]].tobytes() for each in sums}) == 1
         assert len({each.tobytes() for each in sums}) == len(ways)
