@@ -58,7 +58,8 @@ class Recipe:
     def seeds(self) -> float:
         """Largest number of seeds it is trained with."""
         return {
-            "statistics": 2, "ablation": 2, "improvement": 2, "variation": 2, "handling": 2, "advice": 1,
+            "peer": 3, "pix2pix": 3, "peer network": 3, "statistics": 2, "ablation": 2, "improvement": 2,
+            "variation": 2, "handling": 2, "advice": 1,
         }.get(self.group, math.inf)  # fmt: skip
 
 
