@@ -101,12 +101,12 @@ def options_of(way: str, usual: dict[str, Any]) -> dict[str, Any]:
 
 def step_ratio(way: str, usual: dict[str, Any]) -> float:
     """Seconds of a step over those of a usual one; 1 where nothing that takes time is different."""
-    if way not in CHANGES and not (WAYS[way].keys() & {*usual, "norm"}):
+    if not WAYS[way].keys() & {*usual, "norm"}:
         return 1.0
     networks = {}
     for name in (way, USUAL):
         found = options_of(name, usual)
-        model = {key: found[key] for key in ("base_features", "depth", "norm", "dropout") if key in found}
+        model = {key: found[key] for key in ("base_features", "depth", "norm") if key in found}
         options = ModelOptions(use_boundary_guidance=True, **model)
         with changed(name):
             networks[name] = build_network(options, 4), found["batch_size"], found["patch_size"]
