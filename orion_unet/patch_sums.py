@@ -281,16 +281,20 @@ def _window_means(maps: Tensor, channels: int) -> Tensor:
 def _down_columns(maps: Tensor) -> Tensor:
     """Gaussian means of (b, rows, columns) along the rows: (b, rows − 10, columns).
 
-    As products with a band matrix, a few rows at a time: on a CPU faster than a convolution of every column.
+    As products with a band matrix, a few rows at a time: on a CPU faster than a convolution of every column. All have
+    the same number of rows, as products of fewer may differ in the last bit with the number of threads; so the last one
+    gives some rows again.
     """
     samples, rows, columns = maps.shape
+    if rows < PRODUCT_ROWS + MARGIN:
+        return _down_columns(F.pad(maps, (0, 0, 0, PRODUCT_ROWS + MARGIN - rows)))[:, : rows - MARGIN]
     found = maps.new_empty(samples, rows - MARGIN, columns)
     band = maps.new_zeros(PRODUCT_ROWS, PRODUCT_ROWS + MARGIN)
     for row in range(PRODUCT_ROWS):
         band[row, row : row + SSIM_WINDOW] = maps.new_tensor(TAPS)
     for source, means in zip(maps, found, strict=True):
-        for first in range(0, rows - MARGIN, PRODUCT_ROWS):
-            part = means[first : first + PRODUCT_ROWS]
-            count = len(part)
-            torch.mm(band[:count, : count + MARGIN], source[first : first + count + MARGIN], out=part)
+        for start in range(0, rows - MARGIN, PRODUCT_ROWS):
+            first = min(start, rows - MARGIN - PRODUCT_ROWS)
+            rows_seen = source[first : first + PRODUCT_ROWS + MARGIN]
+            torch.mm(band, rows_seen, out=means[first : first + PRODUCT_ROWS])
     return found
