@@ -161,17 +161,35 @@ def test_a_recipe_that_changes_only_a_split_that_the_set_does_not_follow_is_trai
     assert len(parts["stable, a quarter held out"]["val"]) > len(parts["stable"]["val"])
 
 
+def test_a_coarse_view_sees_what_lies_around_the_middle_that_it_predicts():
+    from stability_networks import CoarseView
+
+    from orion_unet.models.unet import SpatialUNet
+
+    torch.manual_seed(0)
+    network = CoarseView(3, 4, 2, norm="batch")
+    he = torch.rand(2, 3, 128, 128, requires_grad=True)
+    found = network.train()(he)
+    assert found.shape == (2, 3, 64, 64)
+    # One pixel in the middle, whose fine view ends long before the border of the patch.
+    (gradient,) = torch.autograd.grad(network.eval()(he)[0, 0, 64, 64], he)
+    reached = gradient[0].abs().sum(0).nonzero()
+    plain = SpatialUNet(3, 4, 2).eval()
+    (gradient,) = torch.autograd.grad(plain(he)[0, 0, 64, 64], he)
+    fine = gradient[0].abs().sum(0).nonzero()
+    assert network(he).shape == (2, 3, 128, 128)
+    assert (reached.amin(0) < fine.amin(0) - 8).all() and (reached.amax(0) > fine.amax(0) + 8).all()
+
+
 @pytest.mark.parametrize("name", ["BasicUNet", "DynUNet", "pix2pix"])
 @pytest.mark.parametrize("size", [(64, 64), (80, 100)])
 def test_a_peers_network_predicts_every_marker_at_full_resolution_and_learns(name, size):
-    import stability_job
+    from stability_networks import BasicUNet, DynUNet, Pix2Pix
 
     if name != "pix2pix":
         pytest.importorskip("monai")
     torch.manual_seed(0)
-    network = {
-        "BasicUNet": stability_job.BasicUNet, "DynUNet": stability_job.DynUNet, "pix2pix": stability_job.Pix2Pix,
-    }[name](3, 4)  # fmt: skip
+    network = {"BasicUNet": BasicUNet, "DynUNet": DynUNet, "pix2pix": Pix2Pix}[name](3, 4)
     found = network(torch.rand(2, 3, *size))
     assert found.shape == (2, 3, *size)
     found.square().mean().backward()
